@@ -1,0 +1,265 @@
+"""The settings of a run, typed. No I/O and no heavy imports: this file is the vocabulary of every other one.
+
+Hydra builds a DictConfig from ``configs/`` and the command line; :func:`from_mapping` turns it (or a plain nested
+dict from Python) into a :class:`Config` exactly once. Unknown keys and wrong types fail there, before anything starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any
+
+from gemini_gnn.errors import ConfigError
+
+
+def _one_of(*choices: str) -> Any:
+    """A string field that must hold one of ``choices``; the first is the default."""
+    return field(default=choices[0], metadata={"choices": choices})
+
+
+@dataclass
+class DatasetConfig:
+    """Which graph, and how it is read. Fields that a loader does not use must keep their default."""
+
+    name: str = "blocks"
+    root: str | None = None  # default: $GEMINI_GNN_DATA, else the cache folder; may be read-only
+    cache: str | None = None  # processed .npy go here; default: $GEMINI_GNN_CACHE, else ~/.cache/gemini_gnn
+    normalize: str = _one_of("none", "l1", "l2", "zscore")  # of feature rows (l1, l2) or columns (zscore)
+    undirected: bool = False
+    split: str = "default"  # default | public | 0..9 (a numbered split) | random:0.6,0.2,0.2
+    seed: int = 0  # of random splits, synthetic graphs and random features: not the training seed
+    # edge lists
+    path: str | None = None
+    ids: str = _one_of("int", "str")
+    first_id: int = 0  # 1 for 1-based integer ids
+    skip_lines: int = 0
+    features: str | None = None  # .npy [nodes, features] or .csv `id,f0,f1,...`; None: see featureless
+    labels: str | None = None  # .npy [nodes] / [nodes, classes] or .csv `id,label`
+    splits: str | None = None  # .csv `id,train|val|test`
+    featureless: str = "degree"  # degree | random:<width>: what a graph without features gets
+    # synthetic graphs (blocks, sbm, powerlaw, erdos_renyi, barabasi_albert)
+    nodes: int = 20_000
+    degree: float = 12.0
+    classes: int = 12
+    groups: int = 4
+    feature_dim: int = 64
+    signal: float = 2.0
+
+
+@dataclass
+class PartitionConfig:
+    method: str = _one_of("metis", "hash")
+    parts: int = 0  # 0: one per rank
+    balance_edges: bool = False
+    seed: int = 0
+    folder: str | None = None  # default: <cache>/partitions/<graph>-<method>-<parts>-<settings>
+    plot: bool = False
+    timeout_s: float = 3600.0  # how long other ranks wait while rank 0 partitions
+
+
+@dataclass
+class SamplingConfig:
+    fanouts: list[int] = field(default_factory=lambda: [10, 10])  # hop 1 first; -1 = all in-neighbors
+    batch_size: int = 512  # seeds per rank; -1 = all
+    # local: each rank shuffles its own seeds. global: one shuffled list is cut into global batches and every seed goes
+    # to the rank that owns it; the batches then do not depend on the number of ranks.
+    order: str = _one_of("local", "global")
+    weighted: bool = False
+    topology: str = _one_of("replicated", "partitioned")
+    prefetch: int = 3  # batches prepared ahead; 0: in the training loop itself
+    chunk_bytes: int = 32 << 20  # largest message of the halo exchange
+
+
+@dataclass
+class FeaturesConfig:
+    in_ram: bool = True  # copy own rows out of the mapped file; False: read them through the page cache
+
+
+@dataclass
+class ModelConfig:
+    name: str = _one_of("sage", "gcn", "gat")
+    hidden: int = 256
+    layers: int = 2
+    dropout: float = 0.5
+    aggregator: str = _one_of("mean", "max")  # sage
+    heads: int = 4  # gat
+    layer_norm: bool = False
+    init: str = _one_of("xavier", "kaiming")
+    _target_: str | None = None  # the user's own module, `package.module.Class`: called as
+    # Class(in_features=..., hidden=..., num_classes=..., layers=..., **kwargs)
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class OptimizerConfig:
+    name: str = _one_of("adam", "adamw", "sgd")
+    lr: float = 0.01
+    weight_decay: float = 5e-4
+    momentum: float = 0.0  # sgd
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    schedule: str = _one_of("constant", "linear", "cosine", "step")
+    warmup_steps: int = 0
+    step_every: int = 100  # step: lr *= step_gamma every so many steps
+    step_gamma: float = 0.5
+
+
+@dataclass
+class DeepSpeedConfig:
+    zero: int = 0
+    config: dict[str, Any] = field(default_factory=dict)  # merged over what we generate
+
+
+@dataclass
+class TrainingConfig:
+    epochs: int = 30
+    precision: str = _one_of("fp32", "bf16")
+    accumulation: int = 1  # micro-batches per optimizer step
+    patience: int = 0  # early stop after so many evaluations without a better validation metric; 0: never
+    metric: str = _one_of("accuracy", "micro_f1", "macro_f1")  # what "best" means
+    clip_norm: float = 0.0
+    threads: int = 0  # torch threads per rank; 0: cores of this machine / ranks on it
+
+
+@dataclass
+class EvaluationConfig:
+    every: int = 1  # epochs; 0: only at the end
+    fanouts: list[int] = field(default_factory=list)  # empty: exact, layer by layer; else sampled
+    batch_size: int = 8192  # nodes per block
+
+
+@dataclass
+class DistributedConfig:
+    backend: str = _one_of("auto", "gloo", "nccl")
+    timeout_s: float = 120.0  # of every collective
+    start_timeout_s: float = 300.0  # for all ranks to come together
+    interface: str | None = None  # network interface; None: the one that reaches the first machine
+
+
+@dataclass
+class SnapshotConfig:
+    mode: str = _one_of("memory", "nfs", "none")
+    every: int = 1  # steps
+    folder: str | None = None  # nfs: default <run_dir>/checkpoints
+    nfs_every: int = 100  # steps between checkpoints of mode nfs
+    arena: str = "/dev/shm"
+
+
+@dataclass
+class LoggerConfig:
+    progress: bool = True
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "gemini_gnn"
+
+
+@dataclass
+class Config:
+    run_dir: str = "runs/default"
+    resume: str = _one_of("auto", "never", "must")
+    seed: int = 0
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+def to_mapping(config: Config) -> dict[str, Any]:
+    """The config as nested dicts of JSON types; the inverse of :func:`from_mapping`."""
+    return asdict(config)
+
+
+def from_mapping(settings: Any) -> Config:
+    """A checked :class:`Config` from a DictConfig or nested dict.
+
+    Raises:
+        ConfigError: unknown key, wrong type, value outside its choices, or settings that contradict each other.
+    """
+    from omegaconf import OmegaConf  # 0.1 s: only where a config is made
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), settings)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"{str(error).splitlines()[0]} (setting: {getattr(error, 'full_key', None) or '?'})"
+        ) from None
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def validate(config: Config) -> None:
+    """Everything that can be said without looking at a graph or a machine.
+
+    Raises:
+        ConfigError: names the setting, what was expected and what it holds.
+    """
+
+    def choices(node: Any, path: str) -> None:
+        for f in fields(node):
+            value, name = getattr(node, f.name), f"{path}{f.name}"
+            if is_dataclass(value):
+                choices(value, name + ".")
+            elif "choices" in f.metadata and value not in f.metadata["choices"]:
+                raise ConfigError(f"{name}: expected one of {', '.join(f.metadata['choices'])}; got {value!r}")
+
+    def demand(ok: bool, name: str, expected: str, got: Any) -> None:
+        if not ok:
+            raise ConfigError(f"{name}: expected {expected}; got {got!r}")
+
+    choices(config, "")
+    s, m, t, o = config.sampling, config.model, config.training, config.optimizer
+    demand(
+        all(f == -1 or f > 0 for f in s.fanouts),
+        "sampling.fanouts",
+        "positive numbers or -1 (all)",
+        s.fanouts,
+    )
+    demand(
+        len(s.fanouts) == m.layers,
+        "sampling.fanouts",
+        f"one fanout per layer (model.layers={m.layers}), hop 1 first",
+        s.fanouts,
+    )
+    e = config.evaluation
+    demand(
+        not e.fanouts or len(e.fanouts) == m.layers,
+        "evaluation.fanouts",
+        f"nothing (exact) or one fanout per layer (model.layers={m.layers})",
+        e.fanouts,
+    )
+    demand(
+        all(f == -1 or f > 0 for f in e.fanouts),
+        "evaluation.fanouts",
+        "positive numbers or -1 (all)",
+        e.fanouts,
+    )
+    demand(
+        s.batch_size == -1 or s.batch_size > 0,
+        "sampling.batch_size",
+        "a positive number or -1 (all)",
+        s.batch_size,
+    )
+    demand(s.prefetch >= 0, "sampling.prefetch", "0 or more batches", s.prefetch)
+    demand(s.chunk_bytes >= 4096, "sampling.chunk_bytes", "at least 4096", s.chunk_bytes)
+    demand(m.layers >= 1, "model.layers", "at least 1", m.layers)
+    demand(m.hidden >= 1, "model.hidden", "at least 1", m.hidden)
+    demand(0 <= m.dropout < 1, "model.dropout", "a number in [0, 1)", m.dropout)
+    demand(t.epochs >= 1, "training.epochs", "at least 1", t.epochs)
+    demand(t.accumulation >= 1, "training.accumulation", "at least 1", t.accumulation)
+    demand(o.lr > 0, "optimizer.lr", "a positive number", o.lr)
+    demand(o.weight_decay >= 0, "optimizer.weight_decay", "0 or more", o.weight_decay)
+    demand(config.deepspeed.zero in (0, 1, 2, 3), "deepspeed.zero", "0, 1, 2 or 3", config.deepspeed.zero)
+    demand(config.partition.parts >= 0, "partition.parts", "0 (one per rank) or more", config.partition.parts)
+    demand(config.snapshot.every >= 1, "snapshot.every", "at least 1 step", config.snapshot.every)
+    demand(e.every >= 0, "evaluation.every", "0 (only at the end) or more epochs", e.every)
+    demand(bool(config.run_dir), "run_dir", "a folder", config.run_dir)

@@ -1,0 +1,41 @@
+"""Errors a user can do something about.
+
+Every message says what was expected, what was found and what to do. The commands in ``launch/`` print the message
+of a :class:`GeminiError` without a traceback and exit with code 2; any other exception is a bug and keeps its traceback.
+"""
+
+
+class GeminiError(Exception):
+    """Base of all errors meant for the user."""
+
+
+class ConfigError(GeminiError, ValueError):
+    """A setting is unknown, of the wrong type, or contradicts another one."""
+
+
+class DataError(GeminiError, ValueError):
+    """Input data is missing, malformed or inconsistent."""
+
+
+class PartitionError(GeminiError, ValueError):
+    """A partitioned graph is missing, damaged, or was made for something else."""
+
+
+class RunDirError(GeminiError):
+    """The run directory cannot be used: unwritable, in use, or holding another run."""
+
+
+class ClusterError(GeminiError):
+    """Machines or ranks cannot be found, reached or agreed upon."""
+
+
+class ExchangeError(GeminiError):
+    """A halo exchange failed or timed out."""
+
+
+class SnapshotError(GeminiError):
+    """A snapshot cannot be taken, trusted or restored."""
+
+
+class RecoveryError(GeminiError):
+    """The worker agent or its trainers cannot be started, reached or stopped."""
