@@ -1,7 +1,7 @@
 """Errors a user can do something about.
 
 Every message says what was expected, what was found and what to do. The commands in ``launch/`` print the message
-of a :class:`GeminiError` without a traceback and exit with code 2; any other exception is a bug and keeps its traceback.
+of a :class:`GeminiError` without a traceback and exit with code 2; any other exception is a bug and keeps its own.
 """
 
 

@@ -1,0 +1,53 @@
+"""What a trainer must know to take and restore snapshots: installed by whoever starts it, read by ``attach``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemini_gnn.errors import SnapshotError
+
+
+@dataclass(frozen=True)
+class Context:
+    """The trainer's side of its job.
+
+    Attributes:
+        job: short id of the job (a hash of its run directory), the name of its arena folder.
+        arena: ``/dev/shm/gemini-gnn-<uid>/<job>``, mode 0700, made by the worker agent.
+        rank, world_size, local_rank, local_world_size: as in ``cluster.Place``.
+        term, generation: of the membership this trainer was started for.
+        resume: "auto" | "never" | "must".
+    """
+
+    job: str
+    arena: Path
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    term: int
+    generation: int
+    resume: str = "auto"
+
+
+_installed: Context | None = None
+
+
+def install(context: Context | None) -> None:
+    global _installed
+    _installed = context
+
+
+def current() -> Context:
+    """The installed context.
+
+    Raises:
+        SnapshotError: this process was not started by a worker agent.
+    """
+    if _installed is None:
+        raise SnapshotError(
+            "this process has no worker agent, so snapshots in host memory would die with it; "
+            "start the script with `python -m gemini_gnn.run SCRIPT ...` (under any launcher), or use snapshot=none"
+        )
+    return _installed
