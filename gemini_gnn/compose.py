@@ -1,0 +1,109 @@
+"""Command line -> :class:`Config`. The only file that knows Hydra; the DictConfig dies here.
+
+Hydra's compose API is used instead of its decorator: no output folder, no change of directory, no job logging; the
+launcher's ``--local_rank`` is dropped, and errors become one line.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gemini_gnn.config import Config, from_mapping
+from gemini_gnn.errors import ConfigError, GeminiError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+USAGE = """usage: {program} [GROUP=OPTION ...] [SETTING=VALUE ...]
+
+{purpose}
+
+groups:
+{groups}
+settings: any key of the resolved configuration; `--cfg` prints it and exits.
+"""
+
+
+def compose(arguments: Sequence[str]) -> Config:
+    """The checked config for Hydra overrides such as ``dataset=cora training.epochs=50``.
+
+    Raises:
+        ConfigError: unknown group, key, type or value; ``--multirun``.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    overrides = []
+    for argument in arguments:
+        if argument.startswith("--local_rank"):  # DeepSpeed's launcher puts it in front
+            continue
+        if argument in ("-m", "--multirun"):
+            raise ConfigError(
+                "--multirun is not supported: a run is a distributed job of its own; "
+                "start one command per setting, each with its own run_dir"
+            )
+        if argument.startswith("-"):
+            raise ConfigError(f"unknown option {argument!r}; settings are written KEY=VALUE, see --help")
+        if "=" not in argument and not argument.startswith("~"):
+            raise ConfigError(f"expected KEY=VALUE; got {argument!r}")
+        overrides.append(argument)
+
+    ConfigStore.instance().store(name="schema", node=Config)
+    try:
+        with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+            composed = hydra_compose(config_name="config", overrides=overrides)
+        return from_mapping(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__) is not None and len(causes) < 5:
+            causes.append(cause)
+        lines = [line.strip() for e in causes for line in str(e).splitlines()]
+        kept = [line for line in dict.fromkeys(lines) if line and not line.startswith(("object_type", "full_key"))]
+        raise ConfigError(" | ".join(kept[:4])) from None
+
+
+def take(arguments: Sequence[str], *names: str) -> tuple[list[str], dict[str, str]]:
+    """Split ``name=value`` arguments that are not settings (say ``export=edges.csv``) from the overrides."""
+    taken = {}
+    rest = []
+    for argument in arguments:
+        name, _, value = argument.lstrip("+").partition("=")
+        if name in names:
+            taken[name] = value
+        else:
+            rest.append(argument)
+    return rest, taken
+
+
+def groups() -> dict[str, list[str]]:
+    """The config groups and their options, as found in ``configs/``."""
+    return {
+        folder.name: sorted(file.stem for file in folder.glob("*.yaml"))
+        for folder in sorted(CONFIGS.iterdir())
+        if folder.is_dir()
+    }
+
+
+def command(main: Callable[[list[str]], int], purpose: str) -> None:
+    """Run a script of ``launch/``: help, and errors as one line with exit code 2 instead of a traceback."""
+    arguments = sys.argv[1:]
+    if any(a in ("-h", "--help") for a in arguments):
+        listed = "".join(f"  {name}: {', '.join(options)}\n" for name, options in groups().items())
+        print(USAGE.format(program=Path(sys.argv[0]).name, purpose=purpose, groups=listed))
+        sys.exit(0)
+    try:
+        if "--cfg" in arguments:
+            from omegaconf import OmegaConf
+
+            print(OmegaConf.to_yaml(OmegaConf.structured(compose([a for a in arguments if a != "--cfg"]))))
+            sys.exit(0)
+        sys.exit(main(arguments))
+    except GeminiError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
