@@ -1,0 +1,211 @@
+"""The run directory: what happened in a run can be read there without the terminal.
+
+    config.yaml              resolved settings
+    status.json              running | done | failed | stopped, replaced atomically
+    losses.csv               step, epoch, loss: each step once, also after a resume
+    metrics.csv              one row per evaluation
+    result.json              written once, when the run is complete
+    model.safetensors        best weights by validation; model.json says how to build the model
+    events/rank-<r>.jsonl    phase times and events of each rank
+    logs/rank-<r>.log        output of each rank
+    errors/rank-<r>.json     the error a rank ended with
+    terms/ checkpoints/ tensorboard/
+
+One process writes here: rank 0, which holds an exclusive lock on ``.lock`` while it lives (the kernel drops the lock with
+its owner, so there is no stale one). The per-rank files belong to their ranks.
+"""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from gemini_gnn.config import Config, from_mapping, to_mapping
+from gemini_gnn.errors import RunDirError
+
+# Settings that may change between two starts of one run without making it another run.
+FREE_SETTINGS = ("run_dir", "resume", "logger", "distributed", "snapshot", "partition.timeout_s", "partition.plot")
+FREE_SETTINGS += ("dataset.root", "dataset.cache", "sampling.prefetch", "sampling.chunk_bytes", "features.in_ram")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace ``path`` by ``text``: a reader sees the old or the new file, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
+    """``setting: old -> new`` for every setting that makes a run another run. Pure."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        name = f"{path}{key}"
+        if name in FREE_SETTINGS:
+            continue
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, name + ".")
+        elif a != b:
+            found.append(f"{name}: {a} -> {b}")
+    return found
+
+
+class RunDir:
+    """A run directory this process has claimed."""
+
+    def __init__(self, path: Path, lock: TextIO):
+        self.path = path
+        self._lock = lock
+
+    @classmethod
+    def claim(cls, config: Config) -> RunDir:
+        """Take the folder for this run, or say why not. Nothing in it is changed when this raises.
+
+        Raises:
+            RunDirError: unwritable, in use by a living job, or holding a finished or a different run.
+        """
+        path = Path(config.run_dir).absolute()
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = open(path / ".lock", "a+")
+        except OSError as error:
+            raise RunDirError(f"run_dir {path} is not writable ({error.strerror}); give another run_dir=...") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            lock.close()
+            raise RunDirError(
+                f"run_dir {path} is in use by {owner}; stop it with `python launch/stop.py run_dir={path}` "
+                "or give another run_dir=..."
+            ) from None
+        try:
+            cls._check_earlier_run(path, config)
+        except RunDirError:
+            lock.close()
+            raise
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()} on {os.uname().nodename} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        lock.flush()
+        run = cls(path, lock)
+        write_atomically(path / "config.yaml", _to_yaml(config))
+        for folder in ("events", "logs", "errors", "terms", "checkpoints"):
+            (path / folder).mkdir(exist_ok=True)
+        return run
+
+    @staticmethod
+    def _check_earlier_run(path: Path, config: Config) -> None:
+        if (path / "result.json").exists():
+            raise RunDirError(
+                f"run_dir {path} holds a finished run (result.json); give another run_dir=..., "
+                f"or look at this one with `python launch/evaluate.py run_dir={path}`"
+            )
+        earlier = path / "config.yaml"
+        if earlier.exists() and config.resume != "never":
+            changed = differences(to_mapping(read_config(path)), to_mapping(config))
+            if changed:
+                raise RunDirError(
+                    f"run_dir {path} holds a run with other settings ({'; '.join(changed[:5])}); "
+                    "give another run_dir=..., the same settings, or resume=never to start it over"
+                )
+
+    def status(self, state: str, **fields: Any) -> None:
+        record = {"state": state, "time": time.time(), "pid": os.getpid(), "machine": os.uname().nodename, **fields}
+        write_atomically(self.path / "status.json", json.dumps(record, indent=1))
+
+    def finish(self, result: dict[str, Any]) -> None:
+        write_atomically(self.path / "result.json", json.dumps(result, indent=1))
+        self.status("done")
+
+    def release(self) -> None:
+        self._lock.close()
+
+
+def read_config(path: Path) -> Config:
+    """The settings of the run in ``path``.
+
+    Raises:
+        RunDirError: there is no readable config.yaml.
+    """
+    from omegaconf import OmegaConf
+
+    file = Path(path) / "config.yaml"
+    if not file.is_file():
+        raise RunDirError(f"{path} is not a run directory: expected config.yaml in it; give the run_dir of a training")
+    return from_mapping(OmegaConf.load(file))
+
+
+def _to_yaml(config: Config) -> str:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(to_mapping(config)))
+
+
+class LossLog:
+    """``losses.csv``: step, epoch, global mean loss with all its digits; each step once, also after a resume.
+
+    A row is written at once, without a buffer of this process: a kill loses none. The kernel's cache can be lost with
+    the machine, so rows not yet synced are part of the snapshot (:attr:`unsynced`) and are put back by :meth:`resume`.
+    """
+
+    HEADER = "step,epoch,loss\n"
+    SYNC_S = 5.0
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.unsynced: list[list[float]] = []
+        self._file: int | None = None
+        self._synced = time.monotonic()
+
+    def resume(self, step: int, rows: list[list[float]]) -> None:
+        """Keep the file's rows up to ``step``, add those of ``rows`` it lost, and open it for appending."""
+        kept: dict[int, tuple[int, float]] = {}
+        if step > 0 and self.path.exists():
+            for row in read_losses(self.path):
+                if row[0] <= step:
+                    kept[row[0]] = (row[1], row[2])
+        for s, epoch, loss in rows:
+            if s <= step:
+                kept[int(s)] = (int(epoch), loss)
+        write_atomically(self.path, self.HEADER + "".join(f"{s},{e},{v!r}\n" for s, (e, v) in sorted(kept.items())))
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self.unsynced = []
+
+    def append(self, step: int, epoch: int, loss: float) -> None:
+        assert self._file is not None, "resume() opens the file"
+        os.write(self._file, f"{step},{epoch},{loss!r}\n".encode())
+        self.unsynced.append([step, epoch, loss])
+        if time.monotonic() - self._synced > self.SYNC_S:
+            self.sync()
+
+    def sync(self) -> None:
+        if self._file is not None:
+            os.fsync(self._file)
+            self.unsynced = []
+            self._synced = time.monotonic()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self.sync()
+            os.close(self._file)
+            self._file = None
+
+
+def read_losses(path: Path) -> list[tuple[int, int, float]]:
+    """Rows ``(step, epoch, loss)``; a last line torn by a kill is left out."""
+    rows = []
+    with open(path, newline="") as file:
+        text = file.read()
+    complete = text[: text.rfind("\n") + 1]
+    for row in csv.reader(complete.splitlines()[1:]):
+        rows.append((int(row[0]), int(row[1]), float(row[2])))
+    return rows

@@ -1,0 +1,153 @@
+"""DeepSpeed, and nothing else: the only file that imports it.
+
+Importing this module does what makes a start fast (measured, see the docstrings): a warm parent imports it once and
+forks trainers from it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gemini_gnn.config import Config
+from gemini_gnn.training.schedule import lr_factor
+
+if "DS_ACCELERATOR" not in os.environ and not os.path.exists("/dev/nvidiactl"):
+    os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed probes for every accelerator it knows
+
+import deepspeed
+import deepspeed.comm
+import deepspeed.ops
+
+# init_distributed would compile a shared-memory op with ninja in every process start (30 s, not reliably cached, and it
+# leaves buffers in /dev/shm after a SIGKILL). An empty table of ops says it is not there.
+deepspeed.ops.__dict__["__compatible_ops__"] = {}
+
+# deepspeed.initialize imports these on first use, 1.0-1.5 s; imported here, a forked trainer has them already.
+for _name in (
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.bf16_optimizer",
+    "torch._dynamo",
+):
+    importlib.import_module(_name)
+
+Engine = deepspeed.DeepSpeedEngine
+
+
+def build_optimizer(parameters: Any, config: Config) -> torch.optim.Optimizer:
+    """torch's own optimizer: DeepSpeed's fused ones would be compiled at run time."""
+    o = config.optimizer
+    if o.name == "sgd":
+        return torch.optim.SGD(parameters, lr=o.lr, momentum=o.momentum, weight_decay=o.weight_decay)
+    kind = torch.optim.Adam if o.name == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=o.lr, betas=(o.betas[0], o.betas[1]), weight_decay=o.weight_decay)
+
+
+def deepspeed_settings(config: Config) -> dict[str, Any]:
+    """The DeepSpeed JSON of a run; ``deepspeed.config`` is merged over it, one level deep. Pure."""
+    settings: dict[str, Any] = {
+        # One "sample" is one mini-batch: the loop weights losses itself, by true numbers of seeds.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": config.training.accumulation,
+        "gradient_clipping": config.training.clip_norm,
+        "steps_per_print": 2**62,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": config.deepspeed.zero, "overlap_comm": False},
+        "bf16": {"enabled": config.training.precision == "bf16"},
+    }
+    for key, value in config.deepspeed.config.items():
+        base = settings.get(key)
+        settings[key] = {**base, **value} if isinstance(base, dict) and isinstance(value, dict) else value
+    return settings
+
+
+def build_engine(model: torch.nn.Module, config: Config, total_steps: int) -> Engine:
+    """A DeepSpeed engine around ``model``. The default process group must exist. Collective.
+
+    Args:
+        total_steps: optimizer steps of the whole run, for the learning-rate schedule.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed(
+        dist_backend=torch.distributed.get_backend(), dist_init_required=False, verbose=False, auto_mpi_discovery=False
+    )
+    optimizer = build_optimizer(model.parameters(), config)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: lr_factor(step, config.optimizer, total_steps)
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        config=deepspeed_settings(config),
+        dist_init_required=False,
+    )
+    return engine
+
+
+def on_reduce(engine: Engine, agree: Callable[[], None]) -> None:
+    """Call ``agree()`` on every rank between the backward computation and the reduction of its gradients.
+
+    A blocking collective in ``agree`` is where a rank waits for slower ones; what the reduction then takes is transfer.
+    Called once per optimizer step, on the micro-batch that ends it.
+    """
+    reduce = engine.allreduce_gradients
+
+    def agree_then_reduce(*args: Any, **kwargs: Any) -> None:
+        if engine.is_gradient_accumulation_boundary():
+            agree()
+        reduce(*args, **kwargs)
+
+    engine.allreduce_gradients = agree_then_reduce
+
+
+class CollectiveClock:
+    """Seconds this thread spent inside DeepSpeed's collectives (its synchronous part, where those are asynchronous)."""
+
+    NAMES = (
+        "all_reduce",
+        "reduce",
+        "broadcast",
+        "all_gather",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "all_gather_coalesced",
+    )
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        backend = deepspeed.comm.comm.cdb
+        for name in self.NAMES:
+            # DeepSpeed binds its backend object once per process: wrap its methods where it keeps them.
+            original = getattr(backend, name, None)
+            if original is not None:
+                setattr(backend, name, self._timed(original))
+
+    def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - begin
+
+        return timed
+
+
+def full_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer of the model, whole, float32 on the CPU, by name. Collective under ZeRO-3."""
+    module = engine.module
+    with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=engine.zero_optimization_stage() == 3):
+        named = dict(module.named_parameters()) | dict(module.named_buffers())
+        return {
+            name: (t.detach().float() if t.is_floating_point() else t.detach()).cpu().clone()
+            for name, t in named.items()
+        }
