@@ -1,0 +1,266 @@
+import datetime
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from gemini_gnn.errors import ExchangeError
+from gemini_gnn.halo.exchange import HaloExchange
+from tests.ranks import run_ranks
+
+NODES, WIDTH = 1000, 12
+
+
+def group(timeout_s=60.0):
+    return dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+
+
+def bounds_of(world, kind="even"):
+    if kind == "even":
+        return np.linspace(0, NODES, world + 1).astype(np.int64)
+    # the last rank owns nothing, the first nearly nothing
+    return np.array([0, 3, *np.linspace(3, NODES, world - 1).astype(int)[1:], NODES], dtype=np.int64)[: world + 1]
+
+
+def matrix_of(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(5)
+    values = torch.randint(-100, 100, (NODES, WIDTH), generator=generator)
+    if dtype == torch.float32:
+        return torch.randn(NODES, WIDTH, generator=generator)
+    return values.to(dtype)
+
+
+def exchange(rank, world, bounds=None, chunk_bytes=1 << 20, timeout_s=30.0):
+    bounds = bounds_of(world) if bounds is None else bounds
+    return HaloExchange(group(timeout_s), bounds, rank, chunk_bytes=chunk_bytes, timeout_s=timeout_s)
+
+
+def pick(rank, call, many=200):
+    rng = np.random.default_rng([rank, call])
+    return rng.permutation(NODES)[: rng.integers(0, many)].astype(np.int64)
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+def rows_equal_the_matrix(rank, world):
+    for kind in ("even", "uneven"):
+        bounds = bounds_of(world, kind)
+        for chunk_bytes in (1 << 20, 100, 1):
+            halo = exchange(rank, world, bounds, chunk_bytes)
+            for call, dtype in enumerate((torch.float32, torch.bfloat16, torch.int64, torch.int16, torch.bool)):
+                full = matrix_of(dtype)
+                local = full[halo.begin : halo.end].clone()
+                ids = pick(rank, call, many=60 if chunk_bytes < 1000 else 400)
+                for given in (local, lambda numbers, local=local: local[torch.from_numpy(numbers)]):
+                    got = halo.rows(ids, given)
+                    assert got.dtype == dtype and got.shape == (len(ids), WIDTH)
+                    assert torch.equal(got, full[torch.from_numpy(ids)])
+    return halo.take_traffic().calls
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_rows_equal_the_matrix(world):
+    assert run_ranks(rows_equal_the_matrix, world) == [10] * world
+
+
+def empty_and_one_sided(rank, world):
+    full = matrix_of()
+    halo = exchange(rank, world)
+    local = full[halo.begin : halo.end]
+    nothing = halo.rows(np.empty(0, np.int64), local)
+    assert nothing.shape == (0, WIDTH)
+    assert halo.take_traffic().sent_bytes.sum() == (world - 1) * 0
+    everything = np.arange(NODES)[::-1].copy() if rank == 0 else np.empty(0, np.int64)
+    got = halo.rows(everything, local)
+    assert torch.equal(got, full[torch.from_numpy(everything)])
+    return halo.take_traffic()
+
+
+def test_a_rank_with_nothing_to_ask_takes_part_and_bytes_are_counted_per_peer():
+    first, second, third = run_ranks(empty_and_one_sided, 3)
+    bounds = bounds_of(3)
+    owned = np.diff(bounds)
+    assert first.sent_bytes.tolist() == [0, *(owned[1:] * 8)]
+    assert first.received_bytes.tolist() == [0, *(owned[1:] * WIDTH * 4)]
+    assert second.sent_bytes.tolist() == [owned[1] * WIDTH * 4, 0, 0]
+    assert third.received_bytes.tolist() == [owned[2] * 8, 0, 0]
+    assert first.calls == 1 and 0 < first.meet_s < first.seconds
+
+
+def test_one_rank_needs_no_group():
+    full = matrix_of()
+    halo = HaloExchange(None, np.array([0, NODES]), 0, chunk_bytes=100, timeout_s=1)
+    ids = np.array([5, 900, 5, 0])
+    assert torch.equal(halo.rows(ids, full), full[ids])
+    counts, (column,) = halo.ask(ids, lambda asked: (asked % 3, [np.repeat(asked, asked % 3)]), [np.int64])
+    assert counts.tolist() == [2, 0, 2, 0] and column.tolist() == [5, 5, 5, 5]
+    with pytest.raises(ValueError, match="ids must lie in 0..999"):
+        halo.rows(np.array([NODES]), full)
+    with pytest.raises(ValueError, match="process group of its own"):
+        HaloExchange(None, np.array([0, 5, NODES]), 0, chunk_bytes=100, timeout_s=1)
+
+
+# -- ask ---------------------------------------------------------------------------------------------------------------
+
+
+def neighbors(ids):
+    """A made-up answer of variable length, a pure function of each id."""
+    counts = (ids * 7) % 5
+    ids = np.repeat(ids, counts)
+    return counts, [ids * 10 + np.arange(len(ids)) * 0, (ids % 97).astype(np.float32), (ids % 5).astype(np.int16)]
+
+
+def asks_equal_local_answers(rank, world):
+    for kind in ("even", "uneven"):
+        for chunk_bytes in (1 << 20, 64):
+            halo = exchange(rank, world, bounds_of(world, kind), chunk_bytes)
+
+            def answer(ids, halo=halo):
+                assert ((ids >= halo.begin) & (ids < halo.end)).all()
+                return neighbors(ids)
+
+            for call in range(4):
+                ids = pick(rank, call) if (call + rank) % 3 else np.empty(0, np.int64)
+                counts, columns = halo.ask(ids, answer, [np.int64, np.float32, np.int16])
+                expected_counts, expected = neighbors(ids)
+                assert np.array_equal(counts, expected_counts)
+                for got, wanted in zip(columns, expected, strict=True):
+                    assert got.dtype == wanted.dtype and np.array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_asks_equal_local_answers(world):
+    run_ranks(asks_equal_local_answers, world)
+
+
+# -- failures ----------------------------------------------------------------------------------------------------------
+
+
+def failing_answer(rank, world):
+    halo = exchange(rank, world, timeout_s=20)
+
+    def answer(ids):
+        if rank == 1:
+            raise KeyError("no such node in the cache")
+        return neighbors(ids)
+
+    began = time.monotonic()
+    try:
+        halo.ask(pick(rank, 0), answer, [np.int64, np.float32, np.int16])
+    except Exception as error:
+        failure = type(error).__name__, str(error), time.monotonic() - began
+    # the group is still in step: everybody learnt of the failure in the same header
+    full = matrix_of()
+    assert torch.equal(halo.rows(np.arange(9), full[halo.begin : halo.end]), full[:9])
+    return failure
+
+
+def test_an_exception_in_an_answer_is_everybodys_at_once():
+    failures = run_ranks(failing_answer, 3)
+    assert failures[1][0] == "KeyError"
+    for rank in (0, 2):
+        kind, message, seconds = failures[rank]
+        assert kind == "ExchangeError" and "rank 1 failed while preparing answers" in message and seconds < 10
+
+
+def bad_ids(rank, world):
+    halo = exchange(rank, world, timeout_s=20)
+    ids = np.array([NODES + 5]) if rank == 0 else np.array([1])
+    with pytest.raises(ValueError if rank == 0 else ExchangeError) as caught:
+        halo.rows(ids, matrix_of()[halo.begin : halo.end])
+    return str(caught.value)
+
+
+def test_bad_ids_on_one_rank_stop_all():
+    first, second = run_ranks(bad_ids, 2)
+    assert "0..999; got 1005..1005" in first and "rank 0 failed while preparing rows" in second
+
+
+def different_calls(rank, world):
+    halo = exchange(rank, world, timeout_s=20)
+    local = matrix_of(torch.bfloat16 if rank else torch.float32)[halo.begin : halo.end]
+    with pytest.raises(ExchangeError, match="rows of 48 bytes.*on every rank|rows of 24 bytes.*on every rank"):
+        halo.rows(np.arange(20), local)
+    with pytest.raises(ExchangeError, match="an earlier exchange failed"):
+        halo.rows(np.arange(20), local)
+
+
+def test_ranks_that_disagree_say_so():
+    run_ranks(different_calls, 2)
+
+
+def failing_source(rank, world):
+    """A rank that fails after the header cannot tell: the others must not wait longer than their limit."""
+    halo = exchange(rank, world, timeout_s=2)
+    full = matrix_of()
+
+    def local(numbers):
+        if rank == 1 and len(numbers):
+            raise OSError("disk is gone")
+        return full[halo.begin : halo.end][torch.from_numpy(numbers)]
+
+    ids = np.arange(halo.begin) if rank else np.arange(halo.end, NODES)  # only remote ones
+    began = time.monotonic()
+    with pytest.raises(OSError if rank == 1 else ExchangeError) as caught:
+        halo.rows(ids, local)
+    if rank == 0:
+        assert caught.value.__cause__ is not None
+    return str(caught.value), time.monotonic() - began
+
+
+def test_a_source_that_fails_after_the_header():
+    (message, seconds), (own, _) = run_ranks(failing_source, 2)
+    assert "disk is gone" in own
+    assert "all_to_all_single of rows with rank 1" in message and "first error in the logs" in message
+    assert seconds < 10
+
+
+def killed_peer(rank, world):
+    halo = exchange(rank, world, chunk_bytes=64, timeout_s=20)
+    full = matrix_of()
+    if rank == world - 1:
+
+        def local(numbers):
+            if len(numbers):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return full[halo.begin : halo.end][torch.from_numpy(numbers)]
+
+        halo.rows(np.empty(0, np.int64), local)
+    began = time.monotonic()
+    with pytest.raises(ExchangeError) as caught:
+        halo.rows(np.arange(NODES), full[halo.begin : halo.end])
+    os.write(rank_pipe(), f"{rank} {time.monotonic() - began:.3f} {caught.value}\n".encode())
+    os._exit(0)
+
+
+def rank_pipe():
+    return os.open(os.environ["HALO_TEST_LOG"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+
+
+def test_a_killed_rank_is_an_error_on_the_others(tmp_path, monkeypatch):
+    log = tmp_path / "log"
+
+    # the environment of a fork server is that of its start: hand the path over as an argument instead
+    run = threading.Thread(target=lambda: _swallow(log))
+    run.start()
+    run.join(60)
+    lines = {int(line.split()[0]): line for line in log.read_text().splitlines()}
+    assert set(lines) == {0, 1}
+    for line in lines.values():
+        assert "failed after" in line and float(line.split()[1]) < 5
+
+
+def _swallow(log):
+    with pytest.raises(AssertionError, match="rank . died"):
+        run_ranks(killed_peer_at, 3, str(log))
+
+
+def killed_peer_at(rank, world, log):
+    os.environ["HALO_TEST_LOG"] = log
+    killed_peer(rank, world)
