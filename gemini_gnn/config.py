@@ -39,7 +39,8 @@ class DatasetConfig:
     featureless: str = "degree"  # degree | random:<width>: what a graph without features gets
     # synthetic graphs (blocks, sbm, powerlaw, erdos_renyi, barabasi_albert)
     nodes: int = 20_000
-    degree: float = 12.0
+    degree: float = 12.0  # mean
+    min_degree: float = 5.0  # powerlaw
     classes: int = 12
     groups: int = 4
     feature_dim: int = 64
@@ -186,7 +187,9 @@ def from_mapping(settings: Any) -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), settings)
+        # A plain container first: a key that Hydra was told to add (+key=...) must meet the schema like any other.
+        plain = OmegaConf.to_container(settings, resolve=True) if OmegaConf.is_config(settings) else settings
+        merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(

@@ -1,8 +1,8 @@
 """Events of one rank as JSON lines, written by a thread: a slow or dead file system never blocks training.
 
 The training thread puts records into a bounded queue and never waits; when the queue is full the record is dropped and
-counted, and the count is written when there is room again. A write that fails (disk full, file system gone) is said once
-on stderr; training goes on.
+counted, and the count is written when there is room again. A write that fails (disk full, file system gone) is said
+once on stderr; training goes on.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     config.yaml              resolved settings
     status.json              running | done | failed | stopped, replaced atomically
     losses.csv               step, epoch, loss: each step once, also after a resume
-    metrics.csv              one row per evaluation
+    metrics.jsonl            one line per evaluation
     result.json              written once, when the run is complete
     model.safetensors        best weights by validation; model.json says how to build the model
     events/rank-<r>.jsonl    phase times and events of each rank
@@ -11,7 +11,7 @@
     errors/rank-<r>.json     the error a rank ended with
     terms/ checkpoints/ tensorboard/
 
-One process writes here: rank 0, which holds an exclusive lock on ``.lock`` while it lives (the kernel drops the lock with
+One process writes here: rank 0, which holds an exclusive lock on ``.lock`` while it lives (the kernel drops it with
 its owner, so there is no stale one). The per-rank files belong to their ranks.
 """
 
@@ -22,6 +22,7 @@ import fcntl
 import json
 import os
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -155,16 +156,20 @@ class LossLog:
 
     A row is written at once, without a buffer of this process: a kill loses none. The kernel's cache can be lost with
     the machine, so rows not yet synced are part of the snapshot (:attr:`unsynced`) and are put back by :meth:`resume`.
+    A thread syncs, so that a slow file system does not stop training.
     """
 
     HEADER = "step,epoch,loss\n"
-    SYNC_S = 5.0
+    SYNC_S = 1.0
 
     def __init__(self, path: Path):
         self.path = path
         self.unsynced: list[list[float]] = []
         self._file: int | None = None
         self._synced = time.monotonic()
+        self._syncer = ThreadPoolExecutor(1, thread_name_prefix="losses")
+        self._syncing: Future[None] | None = None
+        self._covers = 0
 
     def resume(self, step: int, rows: list[list[float]]) -> None:
         """Keep the file's rows up to ``step``, add those of ``rows`` it lost, and open it for appending."""
@@ -181,21 +186,26 @@ class LossLog:
         self.unsynced = []
 
     def append(self, step: int, epoch: int, loss: float) -> None:
+        """Add a row.
+
+        Raises:
+            OSError: of the write, or of an earlier sync.
+        """
         assert self._file is not None, "resume() opens the file"
         os.write(self._file, f"{step},{epoch},{loss!r}\n".encode())
         self.unsynced.append([step, epoch, loss])
-        if time.monotonic() - self._synced > self.SYNC_S:
-            self.sync()
-
-    def sync(self) -> None:
-        if self._file is not None:
-            os.fsync(self._file)
-            self.unsynced = []
-            self._synced = time.monotonic()
+        if self._syncing is not None and self._syncing.done():
+            self._syncing.result()
+            self.unsynced = [row for row in self.unsynced if row[0] > self._covers]
+            self._syncing = None
+        if self._syncing is None and time.monotonic() - self._synced > self.SYNC_S:
+            self._covers, self._synced = step, time.monotonic()
+            self._syncing = self._syncer.submit(os.fsync, self._file)
 
     def close(self) -> None:
+        self._syncer.shutdown(wait=True)
         if self._file is not None:
-            self.sync()
+            os.fsync(self._file)
             os.close(self._file)
             self._file = None
 

@@ -1,0 +1,150 @@
+"""From (step, micro-batch) to tensors: the way of a batch, in one direction.
+
+seeds -> sampled blocks -> features of the input nodes -> labels of the seeds. Runs in the prefetcher's background thread;
+everything here is a pure function of its key and the partitioned graph, so a batch made ahead, made late or made again
+after a recovery is the same batch.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from gemini_gnn.config import Config
+from gemini_gnn.errors import PartitionError
+from gemini_gnn.features.store import FeatureStore
+from gemini_gnn.graph.partitioned import PartitionedGraph
+from gemini_gnn.halo.exchange import HaloExchange
+from gemini_gnn.models.tensors import BlockTensors, to_tensors
+from gemini_gnn.sampling.batches import BatchPlan
+from gemini_gnn.sampling.blocks import Batch
+from gemini_gnn.sampling.partitioned import PartitionedTopology
+from gemini_gnn.sampling.sampler import NeighborSampler
+from gemini_gnn.sampling.topology import ReplicatedTopology
+from gemini_gnn.training.groups import Groups
+
+
+@dataclass(frozen=True)
+class Key:
+    """Which micro-batch: optimizer step (0-based, over the whole run), its epoch, and the batch index in the epoch."""
+
+    step: int
+    epoch: int
+    index: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A batch as the model takes it.
+
+    Attributes:
+        x: ``[inputs, features]``, y: ``[seeds]`` int64 or ``[seeds, classes]`` float32, blocks: input side first.
+        sample_s, fetch_s: seconds spent on sampling and on the features, the exchange included, of which
+        transfer_s: moving data between ranks, meet_s: waiting for the slowest rank to come to the exchange.
+    """
+
+    key: Key
+    x: torch.Tensor
+    y: torch.Tensor
+    blocks: list[BlockTensors]
+    edges: int
+    sample_s: float
+    fetch_s: float
+    transfer_s: float
+    meet_s: float
+
+
+class BatchSource:
+    """Makes the micro-batches of one rank. One thread at a time may call :meth:`make`.
+
+    Raises:
+        PartitionError: the graph has not one part per rank.
+    """
+
+    def __init__(self, graph: PartitionedGraph, config: Config, groups: Groups):
+        if graph.parts != groups.world_size:
+            raise PartitionError(
+                f"the graph in {graph.folder} has {graph.parts} parts, the job has {groups.world_size} ranks: expected "
+                f"one part per rank; start {graph.parts} ranks or make one with partition.parts={groups.world_size}"
+            )
+        self.graph, self.rank, self.device = graph, groups.rank, groups.device
+        self.remote_bytes = 0  # received by the halo exchange so far; written by the thread that makes batches
+        self.part = graph.part(groups.rank)
+        self.exchange = make_exchange(graph, config, groups, groups.halo)
+        self._partitioned = config.sampling.topology == "partitioned"
+        self.sampler = NeighborSampler(
+            self.topology_for(self.exchange), config.sampling.fanouts, config.seed, config.sampling.weighted
+        )
+        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        self.store = FeatureStore(
+            self.part.x, self.part.begin, self.part.end, self.exchange, in_ram=config.features.in_ram, dtype=dtype
+        )
+        seeds = [graph.train_seeds(p) for p in range(graph.parts)]
+        self.plan = BatchPlan(seeds, graph.original, config.sampling.batch_size, config.sampling.order, config.seed)
+        self.accumulation = config.training.accumulation
+        self.steps_per_epoch = -(-self.plan.batches_per_epoch // self.accumulation)
+
+    def topology_for(self, exchange: HaloExchange) -> Any:
+        """The graph to sample from; hops across the border of a partitioned one travel over ``exchange``."""
+        graph = self.graph
+        if self._partitioned:
+            return PartitionedTopology.of(graph, self.rank, exchange)
+        return ReplicatedTopology(graph.colptr, graph.row, graph.original, graph.edge_weight)
+
+    def step_keys(self, step: int) -> list[Key]:
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return [Key(step, epoch, within * self.accumulation + micro) for micro in range(self.accumulation)]
+
+    def seeds_in_step(self, step: int) -> int:
+        """Seeds of the step over all ranks and micro-batches: what its loss is the mean over."""
+        return sum(self.plan.global_count(key.epoch, key.index) for key in self.step_keys(step))
+
+    def sample(self, key: Key) -> tuple[Key, Batch, float]:
+        begin = time.perf_counter()
+        batch = self.sampler.sample(self.plan.seeds(key.epoch, key.index, self.rank), key.epoch, key.index)
+        return key, batch, time.perf_counter() - begin
+
+    def fetch(self, sampled: tuple[Key, Batch, float]) -> MicroBatch:
+        key, batch, sample_s = sampled
+        begin = time.perf_counter()
+        x = self.store.gather(batch.input_nodes).to(self.device, non_blocking=True)
+        y = labels(self.part.y, batch.seeds - self.part.begin).to(self.device)
+        blocks = [to_tensors(block, self.device) for block in batch.blocks]
+        fetch_s = time.perf_counter() - begin
+        traffic = self.exchange.take_traffic()
+        self.remote_bytes += int(traffic.received_bytes.sum())
+        return MicroBatch(
+            key=key,
+            x=x,
+            y=y,
+            blocks=blocks,
+            edges=batch.num_edges,
+            sample_s=sample_s,
+            fetch_s=fetch_s,
+            transfer_s=traffic.seconds - traffic.meet_s,
+            meet_s=traffic.meet_s,
+        )
+
+    def make(self, key: Key) -> MicroBatch:
+        return self.fetch(self.sample(key))
+
+
+def make_exchange(graph: PartitionedGraph, config: Config, groups: Groups, group: Any) -> HaloExchange:
+    return HaloExchange(
+        group,
+        graph.bounds,
+        groups.rank,
+        chunk_bytes=config.sampling.chunk_bytes,
+        timeout_s=config.distributed.timeout_s,
+        device=groups.device,
+    )
+
+
+def labels(y: np.ndarray, local: np.ndarray) -> torch.Tensor:
+    """Labels of nodes as the loss takes them: int64 classes, or float32 0/1 rows."""
+    picked = y[local]
+    return torch.from_numpy(picked.astype(np.int64 if y.ndim == 1 else np.float32))

@@ -1,0 +1,139 @@
+"""One trainer from its settings to its exit code: the function that every way of starting ends in.
+
+payload (plain settings) -> Config -> run directory -> process groups -> partitioned graph -> Run -> train -> result
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemini_gnn.cluster import Place
+from gemini_gnn.config import Config, from_mapping
+from gemini_gnn.errors import GeminiError, RunDirError
+from gemini_gnn.faults import from_environ
+from gemini_gnn.graph.datasets import fingerprint, load_dataset
+from gemini_gnn.graph.partitioned import PartitionedGraph, open_or_make
+from gemini_gnn.observe.events import EventLog
+from gemini_gnn.observe.logs import record_error
+from gemini_gnn.observe.progress import say
+from gemini_gnn.observe.run_dir import RunDir, write_atomically
+from gemini_gnn.training import groups as process_groups
+from gemini_gnn.training.loop import Run, prepare, train
+from gemini_gnn.training.report import Report, model_card
+
+STOPPED = 3  # exit code of an orderly stop before the end
+
+
+def main(payload: dict[str, Any], place: Place, listen_fd: int | None = None) -> int:
+    """Train as rank ``place.rank``. Returns 0 when the run is complete, 3 after an orderly stop, 2 for an error the user
+    can mend, 1 for any other. An error is on stderr and in ``<run_dir>/errors`` when this returns."""
+    try:
+        config = from_mapping(payload)
+        return run(config, place, listen_fd)
+    except RunDirError as error:  # the folder is not ours: nothing is written there
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except GeminiError as error:
+        record_error(Path(payload["run_dir"]), place.rank, error)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except Exception as error:
+        record_error(Path(payload["run_dir"]), place.rank, error)
+        traceback.print_exc()
+        return 1
+
+
+def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
+    torch.set_num_threads(config.training.threads or max(1, (os.cpu_count() or 1) // place.local_world_size))
+    torch.manual_seed(config.seed)
+    run_dir = RunDir.claim(config) if place.rank == 0 else None
+    try:
+        groups = process_groups.join(place, config.distributed, listen_fd)
+        # Rank 0 holds the run directory now: only after that may others write into it.
+        process_groups.run_on_first(groups.store, place.rank, "claim", config.distributed.timeout_s, lambda: None)
+        events = EventLog(Path(config.run_dir) / "events" / f"rank-{place.rank}.jsonl", place.rank)
+        events.emit("start", machine=place.machine, world_size=place.world_size, backend=groups.backend)
+        if run_dir is not None:
+            run_dir.status("running", world_size=place.world_size)
+        report = Report(run_dir, config, groups)
+        try:
+            graph = partitioned_graph(config, groups)
+            job = prepare(config, graph, groups, report, events, terminal=os.environ.get("GEMINI_GNN_TTY") == "1")
+            return _train(job, run_dir)
+        finally:
+            report.close()
+            events.close()
+    finally:
+        if run_dir is not None:
+            run_dir.release()
+        process_groups.leave()
+
+
+def _train(job: Run, run_dir: RunDir | None) -> int:
+    config, groups, graph = job.config, job.groups, job.graph
+    job.faults = from_environ(os.environ)
+    if run_dir is not None:
+        card = model_card(config, graph.x.shape[1], graph.num_classes, graph.multi_label)
+        write_atomically(run_dir.path / "model.json", json.dumps(card, indent=1))
+        cut = graph.meta.quality.get("edge_cut", 0.0) if isinstance(graph.meta.quality, dict) else 0.0
+        say(
+            f"{graph.meta.name}: {graph.num_nodes:,} nodes, {graph.num_edges:,} edges, {graph.x.shape[1]} features, "
+            f"{graph.num_classes} classes; {graph.parts} parts ({graph.meta.method}, edge cut {cut:.3f}); "
+            f"{groups.world_size} ranks on {groups.backend}, {job.source.steps_per_epoch} steps per epoch"
+        )
+    begin = time.perf_counter()
+    job.report.begin(job.state)
+    state = train(job)
+    train_s = time.perf_counter() - begin
+    complete = state.stopped or state.step >= job.total_steps
+    extra = {"dataset": graph.meta.name, "parts": graph.parts, "partition_method": graph.meta.method}
+    result = job.report.result(state, extra | {"train_s": train_s}, job.source.remote_bytes)
+    if run_dir is None:
+        return 0 if complete else STOPPED
+    if not complete:
+        run_dir.status("stopped", step=state.step)
+        say(f"stopped after step {state.step} of {job.total_steps}; the same command goes on from there")
+        return STOPPED
+    job.report.close()
+    run_dir.finish(result)
+    say(
+        f"done: test accuracy {result['test_accuracy']:.4f} at the best validation "
+        f"({result['val_accuracy']:.4f}, epoch {result['best_epoch']}); {result['epoch_s']:.2f} s per epoch, "
+        f"{result['edges_per_s'] / 1e6:.2f} M edges/s, communication {100 * result['communication_fraction']:.1f} %; "
+        f"results in {run_dir.path}"
+    )
+    return 0
+
+
+def partitioned_graph(config: Config, groups: process_groups.Groups) -> PartitionedGraph:
+    """Open the partitioned graph of these settings; rank 0 makes it first where it is missing. Collective."""
+    parts = config.partition.parts or groups.world_size
+    identity = fingerprint(config.dataset)
+    made: list[PartitionedGraph] = []
+
+    def make() -> None:
+        made.append(
+            open_or_make(
+                config.dataset, config.partition, parts, lambda: load_dataset(config.dataset, say), identity, say
+            )
+        )
+
+    process_groups.run_on_first(groups.store, groups.rank, "partition", config.partition.timeout_s, make)
+    if not made:
+        make()
+    return made[0]
+
+
+def in_process(config: Config, tell: Callable[[str], None] = say) -> int:
+    """Train with one rank in this process (notebooks): a store on a free port, nothing left behind."""
+    place = Place(0, 1, 0, 1, os.uname().nodename, "127.0.0.1", 0, "plain")
+    return run(config, place)

@@ -1,0 +1,186 @@
+"""What a run tells: losses.csv, metrics.csv, TensorBoard, W&B, the best model and result.json. Rank 0 writes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import statistics
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from gemini_gnn.config import Config, to_mapping
+from gemini_gnn.observe.run_dir import LossLog, RunDir
+from gemini_gnn.training.groups import Groups
+from gemini_gnn.training.state import RunState
+
+PHASES = ("input", "exposed", "input_others", "forward", "backward", "others", "reduce", "step", "snapshot")
+
+
+class Report:
+    """Collects on every rank, writes on rank 0 (``run_dir`` is None elsewhere)."""
+
+    def __init__(self, run_dir: RunDir | None, config: Config, groups: Groups):
+        self.run_dir, self.config, self.groups = run_dir, config, groups
+        self.phases = dict.fromkeys(PHASES, 0.0)
+        self.steps, self.edges, self.busy_s = 0, 0, 0.0
+        self.epoch_s: list[float] = []
+        self._loss = math.nan
+        self._losses = LossLog(run_dir.path / "losses.csv") if run_dir else None
+        self._board: Any = None
+        self._wandb: Any = None
+
+    def begin(self, state: RunState) -> None:
+        """Bring the files to ``state``: rows beyond its step are dropped, rows lost with a machine are put back."""
+        if self.run_dir is None or self._losses is None:
+            return
+        self._losses.resume(state.step, state.losses)
+        if state.losses:
+            self._loss = state.losses[-1][2]
+        if self.config.logger.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(self.run_dir.path / "tensorboard"), purge_step=state.step + 1)
+        if self.config.logger.wandb:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=self.config.logger.wandb_project, dir=str(self.run_dir.path), config=to_mapping(self.config)
+            )
+        rows = [row for row in _read_rows(self.run_dir.path / "metrics.jsonl") if row["epoch"] <= state.evaluated]
+        (self.run_dir.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def loss(self, state: RunState, epoch: int, loss: float) -> None:
+        self._loss = loss
+        if self._losses is not None:
+            self._losses.append(state.step, epoch, loss)
+            state.losses = self._losses.unsynced
+        if self._board is not None:
+            self._board.add_scalar("loss", loss, state.step)
+
+    def step(self, phases: Any, edges: int) -> None:
+        for name in PHASES:
+            self.phases[name] += getattr(phases, name)
+        self.busy_s += phases.total()
+        self.steps += 1
+        self.edges += edges
+
+    def epoch(self, seconds: float) -> None:
+        self.epoch_s.append(seconds)
+
+    def last_epoch_s(self) -> float:
+        return self.epoch_s[-1] if self.epoch_s else math.nan
+
+    def recent_loss(self) -> float:
+        return self._loss
+
+    def evaluation(self, epoch: int, val: dict[str, float], test: dict[str, float], best: Any) -> None:
+        """Note an evaluation; ``best`` are the weights to keep, or None."""
+        if self.run_dir is None:
+            return
+        row = {"epoch": epoch} | {f"val_{k}": v for k, v in val.items()} | {f"test_{k}": v for k, v in test.items()}
+        with open(self.run_dir.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        for k, v in row.items():
+            if self._board is not None and k != "epoch":
+                self._board.add_scalar(k.replace("_", "/", 1), v, epoch)
+        if self._wandb is not None:
+            self._wandb.log(row | {"loss": self._loss})
+        if best is not None:
+            save_weights(best, self.run_dir.path / "model.safetensors")
+
+    def result(self, state: RunState, extra: dict[str, Any], remote_bytes: int) -> dict[str, Any]:
+        """The contents of result.json. Collective: times are of the slowest rank, bytes and edges of all."""
+        sums = torch.tensor([float(self.edges), float(remote_bytes)], dtype=torch.float64)
+        worst = torch.tensor(
+            [statistics.median(self.epoch_s) if self.epoch_s else math.nan, float(_peak_rss_bytes()), self.busy_s]
+            + [self.phases[name] for name in PHASES],
+            dtype=torch.float64,
+        )
+        own_fraction = torch.tensor(
+            [(self.phases["exposed"] + self.phases["reduce"]) / self.busy_s if self.busy_s else 0.0],
+            dtype=torch.float64,
+        )
+        if self.groups.control is not None:
+            dist.all_reduce(sums, group=self.groups.control)
+            dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.groups.control)
+            dist.all_reduce(own_fraction, group=self.groups.control)
+        best = state.best
+        phases_s = dict(zip(PHASES, worst[3:].tolist(), strict=True))
+        return {
+            "test_accuracy": best.get("test_accuracy"),
+            "val_accuracy": best.get("val_accuracy"),
+            "macro_f1": best.get("test_macro_f1"),
+            "micro_f1": best.get("test_micro_f1"),
+            "best_epoch": best.get("epoch"),
+            "epochs": state.evaluated,
+            "steps": state.step,
+            "early_stopped": state.stopped,
+            "world_size": self.groups.world_size,
+            "backend": self.groups.backend,
+            "epoch_s": float(worst[0]),
+            "edges_per_s": float(sums[0] / worst[2]) if worst[2] > 0 else 0.0,
+            "communication_fraction": float(own_fraction[0] / self.groups.world_size),
+            "phases_s": phases_s,
+            "steps_timed": self.steps,
+            "remote_bytes": int(sums[1]),
+            "peak_rss_bytes": int(worst[1]),
+            "versions": versions(),
+            **extra,
+            "config": to_mapping(self.config),
+        }
+
+    def close(self) -> None:
+        if self._losses is not None:
+            self._losses.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Write weights as safetensors, whole or not at all."""
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(temporary))
+    os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "deepspeed", "torch-geometric", "numpy", "numba", "pymetis", "gemini-gnn")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def model_card(config: Config, in_features: int, num_classes: int, multi_label: bool) -> dict[str, Any]:
+    """What :func:`gemini_gnn.load` needs beside the weights."""
+    return {
+        "model": asdict(config.model),
+        "in_features": in_features,
+        "num_classes": num_classes,
+        "multi_label": multi_label,
+    }
+
+
+def _peak_rss_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]

@@ -1,0 +1,45 @@
+#!/usr/bin/env python
+"""Train: `deepspeed --num_accelerators 2 launch/train.py dataset=cora ...`, also under srun, or plain with one rank.
+
+Every slot process the launcher starts runs this file. It finds out where it stands and what to do, and hands over.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from gemini_gnn import cluster
+from gemini_gnn.compose import command, compose
+from gemini_gnn.config import to_mapping
+
+PURPOSE = "Train a GNN on a partitioned graph. Start it with deepspeed, srun, or python (one rank)."
+
+
+def main(arguments: list[str]) -> int:
+    config = compose(arguments)
+    config.run_dir = str(Path(config.run_dir).absolute())
+    place = cluster.discover(os.environ)
+    os.environ["GEMINI_GNN_TTY"] = "1" if sys.stdout.isatty() else "0"
+    if config.snapshot.mode == "memory":
+        from gemini_gnn.recovery import shim
+
+        return shim.run(
+            place,
+            Path(config.run_dir),
+            "gemini_gnn.training.job:main",
+            to_mapping(config),
+            preload=["gemini_gnn.training.preload"],
+            resume=config.resume,
+            terminal=sys.stdout.isatty(),
+        )
+    from gemini_gnn.observe import logs
+    from gemini_gnn.training import job
+
+    logs.redirect(Path(config.run_dir), place.rank, terminal=place.rank == 0)
+    return job.main(to_mapping(config), place)
+
+
+if __name__ == "__main__":
+    command(main, PURPOSE)

@@ -1,0 +1,20 @@
+"""Shared fixtures and settings of all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Deterministic, and without deadlines: the machine may be slow, the code is judged by its results.
+settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder with real graphs, or a skip that says how to get one."""
+    root = os.environ.get("GEMINI_GNN_DATA")
+    if not root or not Path(root).is_dir():
+        pytest.skip("GEMINI_GNN_DATA does not name a folder with the real graphs")
+    return Path(root)

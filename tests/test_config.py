@@ -1,0 +1,71 @@
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gemini_gnn.compose import CONFIGS, compose, groups, take
+from gemini_gnn.config import Config, from_mapping, to_mapping
+from gemini_gnn.errors import ConfigError
+
+
+def test_defaults_compose_and_round_trip():
+    config = compose([])
+    assert config.snapshot.mode == "memory" and config.dataset.name == "blocks"
+    assert from_mapping(to_mapping(config)) == config
+
+
+@pytest.mark.parametrize("choice", [f"{group}={option}" for group, options in groups().items() for option in options])
+def test_every_option_of_every_group_composes(choice):
+    if choice == "model=gat" or not choice.startswith("experiment"):
+        compose([choice])
+    else:
+        assert isinstance(compose([choice]), Config)
+
+
+def test_overrides_reach_the_typed_config():
+    config = compose(
+        ["--local_rank=1", "dataset.nodes=77", "sampling.fanouts=[3,-1]", "deepspeed=zero2", "optimizer.lr=1"]
+    )
+    assert config.dataset.nodes == 77
+    assert config.sampling.fanouts == [3, -1]
+    assert config.deepspeed.zero == 2
+    assert config.optimizer.lr == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["foo=1"], "foo"),
+        (["+model.foo=1"], "foo"),
+        (["dataset=nope"], "Available options"),
+        (["training.epochs=abc"], "Integer"),
+        (["training.epochs=0"], "training.epochs: expected at least 1"),
+        (["resume=maybe"], "resume: expected one of auto, never, must"),
+        (["sampling.fanouts=[10]"], "one fanout per layer"),
+        (["sampling.fanouts=[10,0]"], "sampling.fanouts"),
+        (["--multirun"], "--multirun is not supported"),
+        (["-x"], "unknown option"),
+        (["run_dir"], "KEY=VALUE"),
+    ],
+)
+def test_a_bad_setting_is_one_clear_error(arguments, said):
+    with pytest.raises(ConfigError, match=said.replace("[", r"\[")):
+        compose(arguments)
+
+
+def test_take_splits_what_is_not_a_setting():
+    assert take(["a=1", "+export=x.csv", "b=2"], "export") == (["a=1", "b=2"], {"export": "x.csv"})
+
+
+def test_there_is_no_hydra_folder_and_no_clock_in_the_configs():
+    text = "".join(path.read_text() for path in CONFIGS.rglob("*.yaml"))
+    assert "now:" not in text and "hydra:" not in text
+
+
+@given(
+    st.dictionaries(st.sampled_from(["seed", "run_dir", "resume", "dataset"]), st.integers() | st.text(), max_size=3)
+)
+def test_any_mapping_gives_a_config_or_a_config_error(mapping):
+    with contextlib.suppress(ConfigError):
+        assert isinstance(from_mapping(mapping), Config)

@@ -1,0 +1,67 @@
+"""Imports point down only: docs/architecture.md, 'Floors'."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "gemini_gnn"
+
+FLOORS = [
+    {"config", "cluster", "errors", "hashing"},
+    {"faults", "observe"},
+    {"graph"},
+    {"halo", "features", "sampling", "models"},
+    {"snapshot"},
+    {"recovery"},
+    {"training"},
+    {"compose", "api", "run", "__init__"},
+]
+LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
+
+
+def imports_of(path: Path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def rooms():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for module in imports_of(path):
+            parts = module.split(".")
+            if parts[0] == "gemini_gnn" and len(parts) > 1 and parts[1] in LEVEL:
+                yield path, room, parts[1]
+
+
+def test_every_room_has_a_floor():
+    found = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")}
+    assert found <= set(LEVEL), f"no floor for {found - set(LEVEL)}: add it to FLOORS and docs/architecture.md"
+
+
+def test_imports_point_down():
+    up = [f"{path}: {room} imports {other}" for path, room, other in rooms() if LEVEL[other] > LEVEL[room]]
+    assert not up, "\n".join(up)
+
+
+def test_snapshots_and_graphs_do_not_know_each_other():
+    graph_rooms = {"graph", "sampling", "halo", "features", "models"}
+    mixed = [
+        f"{path}: {room} imports {other}"
+        for path, room, other in rooms()
+        if (room in graph_rooms and other in {"snapshot", "recovery"})
+        or (room in {"snapshot", "recovery"} and other in graph_rooms)
+    ]
+    assert not mixed, "\n".join(mixed)
+
+
+def test_only_the_engine_imports_deepspeed():
+    users = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        for module in imports_of(path)
+        if module.split(".")[0] == "deepspeed"
+    }
+    assert users == {"training/engine.py"}
