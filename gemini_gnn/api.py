@@ -1,0 +1,167 @@
+"""gemini_gnn from Python: partition a graph, train on it, get the model and its predictions back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from gemini_gnn.config import Config, ModelConfig, from_mapping, to_mapping
+from gemini_gnn.errors import DataError, RunDirError
+from gemini_gnn.graph import datasets
+from gemini_gnn.graph.partitioned import PartitionedGraph, write_partitioned
+from gemini_gnn.graph.partitioning import partition_nodes
+from gemini_gnn.graph.topology import Graph
+
+
+def as_graph(data: Any, name: str = "graph") -> Graph:
+    """A :class:`Graph` from a PyG ``Data``, a NetworkX graph, a folder of ``.npy`` files, or a Graph.
+
+    Raises:
+        DataError: another type, or data that is malformed.
+    """
+    if isinstance(data, Graph):
+        return data
+    if isinstance(data, (str, Path)):
+        return datasets.from_folder(Path(data))
+    if hasattr(data, "edge_index"):
+        return datasets.from_pyg(data, name=name)
+    if hasattr(data, "adjacency"):
+        return datasets.from_networkx(data, name=name)
+    raise DataError(
+        f"expected a PyG Data, a NetworkX graph, a folder of .npy files or a gemini_gnn Graph; got {type(data).__name__}"
+    )
+
+
+def partition(
+    data: Any, folder: str | Path, *, parts: int, method: str = "metis", seed: int = 0, balance_edges: bool = False
+) -> PartitionedGraph:
+    """Partition a graph and write it to ``folder`` (which must not exist yet).
+
+    Train on it with :func:`train`, or on several ranks with
+    ``deepspeed --num_accelerators PARTS launch/train.py dataset=partitioned partition.folder=FOLDER``.
+
+    Args:
+        data: what :func:`as_graph` takes.
+        parts: one per rank.
+        method: "metis" | "hash".
+
+    Raises:
+        DataError, PartitionError: bad data; more parts than nodes; the folder exists.
+    """
+    graph = as_graph(data)
+    assignment = partition_nodes(graph, method, parts, seed, balance_edges)
+    settings = {"seed": seed, "balance_edges": balance_edges}
+    return write_partitioned(
+        graph, assignment, Path(folder), method=method, settings=settings, fingerprint="from-python"
+    )
+
+
+def train(data: Any, run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Train in this process with one rank, and return what ``result.json`` holds.
+
+    Args:
+        data: what :func:`as_graph` takes, or a :class:`PartitionedGraph` of one part.
+        run_dir: a folder for everything the run leaves; the partitioned graph goes there too.
+        settings: as on the command line, e.g. ``{"training.epochs": 5, "sampling.fanouts": [10, 5]}``.
+
+    Raises:
+        GeminiError: settings or data that cannot be trained on.
+    """
+    from gemini_gnn.training import job
+
+    run_dir = Path(run_dir).absolute()
+    if (run_dir / "result.json").exists():
+        raise RunDirError(f"{run_dir} holds a finished run; give another run_dir, or read it with gemini_gnn.load")
+    graph = data
+    if not isinstance(data, PartitionedGraph):
+        folder = run_dir / "partition"
+        graph = PartitionedGraph.open(folder) if folder.exists() else partition(data, folder, parts=1, method="hash")
+    config = settings_to_config(
+        {
+            "snapshot.mode": "none",
+            **(settings or {}),
+            "run_dir": str(run_dir),
+            "dataset.name": "partitioned",
+            "partition.folder": str(graph.folder),
+        }
+    )
+    code = job.in_process(config)
+    if code != 0:
+        raise RunDirError(f"the run in {run_dir} was stopped before its end (exit code {code})")
+    return json.loads((run_dir / "result.json").read_text())
+
+
+def settings_to_config(settings: Mapping[str, Any]) -> Config:
+    """A Config from dotted settings, e.g. ``{"model.hidden": 64}``; everything else keeps its default."""
+    nested = to_mapping(Config())
+    for name, value in settings.items():
+        *path, last = name.split(".")
+        node = nested
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return from_mapping(nested)
+
+
+def load(run_dir: str | Path) -> torch.nn.Module:
+    """The best model of a finished run, in evaluation mode, on the CPU.
+
+    Raises:
+        RunDirError: the folder holds no trained model.
+    """
+    from safetensors.torch import load_file
+
+    from gemini_gnn.models.build import build_model
+
+    run_dir = Path(run_dir)
+    if not (run_dir / "model.safetensors").is_file() or not (run_dir / "model.json").is_file():
+        raise RunDirError(
+            f"{run_dir} holds no trained model: expected model.safetensors and model.json; give the run_dir of a training"
+        )
+    card = json.loads((run_dir / "model.json").read_text())
+    model = build_model(ModelConfig(**card["model"]), card["in_features"], card["num_classes"], seed=0)
+    model.load_state_dict(load_file(str(run_dir / "model.safetensors")))
+    return model.eval()
+
+
+def predict(run_dir: str | Path, data: Any) -> dict[str, np.ndarray]:
+    """Exact layer-wise inference of a finished run on a graph with the same features, in the graph's node order.
+
+    Returns:
+        ``logits`` float32 ``[nodes, classes]``, ``predictions`` int64 ``[nodes]`` (or uint8 ``[nodes, classes]`` for
+        multi-label models), ``embeddings`` float32 ``[nodes, hidden]`` (what enters the last layer) and ``ids``
+        ``[nodes]`` as the user knows the nodes.
+
+    Raises:
+        RunDirError: no trained model there. DataError: the graph has another number of features.
+    """
+    from gemini_gnn.halo.exchange import HaloExchange
+    from gemini_gnn.sampling.sampler import NeighborSampler
+    from gemini_gnn.sampling.topology import ReplicatedTopology
+    from gemini_gnn.training.evaluate import Evaluation
+
+    graph, model = as_graph(data), load(run_dir)
+    card = json.loads((Path(run_dir) / "model.json").read_text())
+    if graph.x.shape[1] != card["in_features"]:
+        raise DataError(
+            f"the model in {run_dir} was trained on {card['in_features']} features, {graph.name} has {graph.x.shape[1]}; "
+            "give a graph with the same features"
+        )
+    exact = hasattr(model, "layers") and hasattr(model, "layer")
+    n = graph.num_nodes
+    topology = ReplicatedTopology(graph.colptr, graph.row, np.arange(n), graph.edge_weight)
+    exchange = HaloExchange(None, np.array([0, n]), 0, chunk_bytes=32 << 20, timeout_s=60.0)
+    sampler = NeighborSampler(topology, [-1] if exact else [-1] * card["model"]["layers"], seed=0)
+    evaluation = Evaluation(sampler, exchange, graph.x, 0, n, n, 8192, torch.device("cpu"), exact)
+    logits = evaluation.logits(model).numpy()
+    found = {"logits": logits}
+    found["predictions"] = (logits > 0).astype(np.uint8) if card["multi_label"] else logits.argmax(axis=1)
+    if exact or hasattr(model, "embed"):
+        found["embeddings"] = evaluation.logits(model, embeddings=True).numpy()
+    found["ids"] = graph.node_ids if graph.node_ids is not None else np.arange(n)
+    return found

@@ -1,0 +1,55 @@
+#!/usr/bin/env python
+"""Evaluate a finished run: `python launch/evaluate.py run_dir=runs/cora [out=FOLDER] [dataset=... ...]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from gemini_gnn.compose import command, compose, take
+from gemini_gnn.errors import ConfigError
+from gemini_gnn.observe.progress import say
+from gemini_gnn.observe.run_dir import read_config
+
+PURPOSE = """Exact layer-wise inference of a finished run, on its own graph or another one with the same features:
+  python launch/evaluate.py run_dir=runs/cora               on the graph it was trained on
+  python launch/evaluate.py run_dir=runs/cora dataset=...   on another
+  out=FOLDER   where predictions.npy, embeddings.npy, logits.npy and ids.npy go (default RUN_DIR/evaluation);
+               row i of each is node ids[i], in the order of the original data."""
+
+
+def main(arguments: list[str]) -> int:
+    from gemini_gnn import api
+    from gemini_gnn.graph import datasets
+    from gemini_gnn.graph.partitioned import PartitionedGraph
+    from gemini_gnn.training import metrics
+
+    overrides, named = take(arguments, "run_dir", "out")
+    if "run_dir" not in named:
+        raise ConfigError("expected run_dir=FOLDER of a finished run")
+    run_dir = Path(named["run_dir"])
+    trained = read_config(run_dir)
+    config = compose(overrides).dataset if overrides else trained.dataset
+    if config.name == "partitioned":
+        graph = PartitionedGraph.open(Path(trained.partition.folder or "")).as_graph()
+    else:
+        graph = datasets.load_dataset(config, say, require_labels=False)
+    found = api.predict(run_dir, graph)
+    out = Path(named.get("out") or run_dir / "evaluation")
+    out.mkdir(parents=True, exist_ok=True)
+    for name, array in found.items():
+        np.save(out / f"{name}.npy", array)
+    print(f"{graph.name}: {graph.num_nodes:,} nodes, {graph.num_edges:,} edges")
+    for split in ("train", "val", "test"):
+        mask = getattr(graph, f"{split}_mask")
+        if mask.any():
+            got = metrics.from_counts(metrics.counts(found["logits"][mask], graph.y[mask]))
+            values = "  ".join(f"{k} {v:.4f}" for k, v in got.items())
+            print(f"  {split:<5} {int(mask.sum()):>9,} nodes  {values}")
+    print(f"written to {out}: {', '.join(f'{name}.npy' for name in found)}")
+    return 0
+
+
+if __name__ == "__main__":
+    command(main, PURPOSE)
