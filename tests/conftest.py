@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.lab.fixtures import lab, lab_session
+
+__all__ = ["data_root", "lab", "lab_session"]
+
 # Deterministic, and without deadlines: the machine may be slow, the code is judged by its results.
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci")
