@@ -92,7 +92,9 @@ class BatchSource:
         """The graph to sample from; hops across the border of a partitioned one travel over ``exchange``."""
         graph = self.graph
         if self._partitioned:
-            return PartitionedTopology.of(graph, self.rank, exchange)
+            own = self.part
+            original = graph.original[own.begin : own.end]
+            return PartitionedTopology(own.colptr, own.row, original, graph.bounds, own.part, exchange, own.edge_weight)
         return ReplicatedTopology(graph.colptr, graph.row, graph.original, graph.edge_weight)
 
     def step_keys(self, step: int) -> list[Key]:

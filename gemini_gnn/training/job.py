@@ -10,7 +10,6 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 
 from gemini_gnn.cluster import Place
 from gemini_gnn.config import Config, from_mapping
-from gemini_gnn.errors import GeminiError, RunDirError
+from gemini_gnn.errors import ConfigError, GeminiError, RunDirError
 from gemini_gnn.faults import from_environ
 from gemini_gnn.graph.datasets import fingerprint, load_dataset
 from gemini_gnn.graph.partitioned import PartitionedGraph, open_or_make
@@ -84,10 +83,9 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
     if run_dir is not None:
         card = model_card(config, graph.x.shape[1], graph.num_classes, graph.multi_label)
         write_atomically(run_dir.path / "model.json", json.dumps(card, indent=1))
-        cut = graph.meta.quality.get("edge_cut", 0.0) if isinstance(graph.meta.quality, dict) else 0.0
         say(
-            f"{graph.meta.name}: {graph.num_nodes:,} nodes, {graph.num_edges:,} edges, {graph.x.shape[1]} features, "
-            f"{graph.num_classes} classes; {graph.parts} parts ({graph.meta.method}, edge cut {cut:.3f}); "
+            f"{graph.meta.graph}: {graph.num_nodes:,} nodes, {graph.num_edges:,} edges, {graph.x.shape[1]} features, "
+            f"{graph.num_classes} classes; {graph.parts} parts ({graph.meta.method}, edge cut {graph.meta.quality.edge_cut:.3f}); "
             f"{groups.world_size} ranks on {groups.backend}, {job.source.steps_per_epoch} steps per epoch"
         )
     begin = time.perf_counter()
@@ -95,7 +93,7 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
     state = train(job)
     train_s = time.perf_counter() - begin
     complete = state.stopped or state.step >= job.total_steps
-    extra = {"dataset": graph.meta.name, "parts": graph.parts, "partition_method": graph.meta.method}
+    extra = {"dataset": graph.meta.graph, "parts": graph.parts, "partition_method": graph.meta.method}
     result = job.report.result(state, extra | {"train_s": train_s}, job.source.remote_bytes)
     if run_dir is None:
         return 0 if complete else STOPPED
@@ -115,25 +113,28 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
 
 
 def partitioned_graph(config: Config, groups: process_groups.Groups) -> PartitionedGraph:
-    """Open the partitioned graph of these settings; rank 0 makes it first where it is missing. Collective."""
+    """Open the partitioned graph of these settings; rank 0 makes it first where it is missing. Collective.
+
+    ``dataset=partitioned`` takes ``partition.folder`` as it is, whatever it was made from.
+    """
+    if config.dataset.name == "partitioned":
+        if not config.partition.folder:
+            raise ConfigError("dataset=partitioned: expected partition.folder=FOLDER of a partitioned graph; got none")
+        return PartitionedGraph.open(config.partition.folder)
     parts = config.partition.parts or groups.world_size
     identity = fingerprint(config.dataset)
+
+    def make() -> PartitionedGraph:
+        return open_or_make(config, parts, lambda: load_dataset(config.dataset, say), identity, say)
+
     made: list[PartitionedGraph] = []
-
-    def make() -> None:
-        made.append(
-            open_or_make(
-                config.dataset, config.partition, parts, lambda: load_dataset(config.dataset, say), identity, say
-            )
-        )
-
-    process_groups.run_on_first(groups.store, groups.rank, "partition", config.partition.timeout_s, make)
-    if not made:
-        make()
-    return made[0]
+    process_groups.run_on_first(
+        groups.store, groups.rank, "partition", config.partition.timeout_s, lambda: made.append(make())
+    )
+    return made[0] if made else make()
 
 
-def in_process(config: Config, tell: Callable[[str], None] = say) -> int:
+def in_process(config: Config) -> int:
     """Train with one rank in this process (notebooks): a store on a free port, nothing left behind."""
     place = Place(0, 1, 0, 1, os.uname().nodename, "127.0.0.1", 0, "plain")
     return run(config, place)

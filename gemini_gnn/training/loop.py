@@ -36,7 +36,7 @@ from gemini_gnn.sampling.hashing import stream
 from gemini_gnn.sampling.sampler import NeighborSampler
 from gemini_gnn.training import engine as deepspeed_engine
 from gemini_gnn.training import metrics
-from gemini_gnn.training.data import BatchSource, Key, MicroBatch, make_exchange
+from gemini_gnn.training.data import BatchSource, MicroBatch, make_exchange
 from gemini_gnn.training.evaluate import Evaluation
 from gemini_gnn.training.groups import Groups
 from gemini_gnn.training.report import Report
@@ -190,19 +190,12 @@ def train(run: Run) -> RunState:
     clock = deepspeed_engine.CollectiveClock()
     stop = _StopRequest()
     depth = config.sampling.prefetch
-    # Early stop and an orderly stop end the prefetcher on all ranks at the same batch: an exchange that only some
-    # ranks have begun would hang the others. It is never more than depth + 1 batches ahead of the loop.
-    horizon = [run.total_steps]
-
-    def keys() -> Iterator[Key]:
-        for step in itertools.count(state.step):
-            if step >= horizon[0]:
-                return
-            yield from source.step_keys(step)
-
+    keys = itertools.chain.from_iterable(map(source.step_keys, range(state.step, run.total_steps)))
     on_gloo = run.groups.backend == "gloo"
     make, finish = (source.make, None) if on_gloo else (source.sample, source.fetch)
-    with prefetch(make, keys(), depth, finish=finish) as batches:
+    # Leaving the block early, all ranks after the same step, the prefetcher first makes the batches it may already have
+    # begun: an exchange that only some ranks take part in would hang them.
+    with prefetch(make, keys, depth, finish=finish, close_timeout_s=config.distributed.timeout_s + 30) as batches:
         epoch_begin = time.perf_counter()
         while True:
             epoch = evaluation_due(state, source.steps_per_epoch, config.evaluation.every, config.training.epochs)
@@ -219,11 +212,6 @@ def train(run: Run) -> RunState:
                 epoch_begin = time.perf_counter()
             if status.stop:
                 break
-        if state.step < run.total_steps:
-            per_step = config.training.accumulation
-            horizon[0] = min(run.total_steps, state.step + -(-(depth + 2) // per_step) + 1)
-            for _ in batches:
-                pass
     run.snapshots.close()
     return state
 
