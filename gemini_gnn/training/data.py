@@ -93,8 +93,9 @@ class BatchSource:
         graph = self.graph
         if self._partitioned:
             own = self.part
-            original = graph.original[own.begin : own.end]
-            return PartitionedTopology(own.colptr, own.row, original, graph.bounds, own.part, exchange, own.edge_weight)
+            return PartitionedTopology(
+                own.colptr, own.row, own.original, graph.bounds, own.part, exchange, own.edge_weight
+            )
         return ReplicatedTopology(graph.colptr, graph.row, graph.original, graph.edge_weight)
 
     def step_keys(self, step: int) -> list[Key]:

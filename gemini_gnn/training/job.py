@@ -85,7 +85,8 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
         write_atomically(run_dir.path / "model.json", json.dumps(card, indent=1))
         say(
             f"{graph.meta.graph}: {graph.num_nodes:,} nodes, {graph.num_edges:,} edges, {graph.x.shape[1]} features, "
-            f"{graph.num_classes} classes; {graph.parts} parts ({graph.meta.method}, edge cut {graph.meta.quality.edge_cut:.3f}); "
+            f"{graph.num_classes} classes; {graph.parts} parts ({graph.meta.method}, "
+            f"edge cut {graph.meta.quality.edge_cut:.3f}); "
             f"{groups.world_size} ranks on {groups.backend}, {job.source.steps_per_epoch} steps per epoch"
         )
     begin = time.perf_counter()
