@@ -1,0 +1,44 @@
+"""What a snapshot is called."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from gemini_gnn.errors import SnapshotError
+
+
+class Identity(NamedTuple):
+    """Which snapshot: never the step alone, because a step is computed again after every roll-back.
+
+    Ordered: a later term beats a later generation beats a later step. Shards are combined only under one identity.
+
+    Attributes:
+        term: reign of a root.
+        generation: membership of the job that took it.
+        step: optimizer steps completed when it was taken.
+    """
+
+    term: int
+    generation: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.term}-{self.generation}-{self.step}"
+
+
+def parse(text: str) -> Identity:
+    """The inverse of ``str(identity)``.
+
+    Raises:
+        SnapshotError: not three numbers ``term-generation-step``.
+    """
+    parts = text.split("-")
+    if len(parts) != 3 or not all(p.isascii() and p.isdigit() for p in parts):
+        raise SnapshotError(f"expected a snapshot identity term-generation-step, like 1-2-300; got {text!r}")
+    return Identity(*map(int, parts))
+
+
+def from_json(value: Any) -> Identity:
+    """An identity out of a JSON list of three numbers."""
+    term, generation, step = (int(v) for v in value)
+    return Identity(term, generation, step)

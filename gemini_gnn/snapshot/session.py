@@ -1,0 +1,189 @@
+"""From an engine to its snapshots: plan, agree, reserve, restore or take the first one."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gemini_gnn.errors import SnapshotError
+from gemini_gnn.snapshot import arena, catalog, context, restore
+from gemini_gnn.snapshot.agree import Ranks, connect
+from gemini_gnn.snapshot.capture import REPLICATED, Shard, Snapshots, live_pieces, make_shard, shard_of
+from gemini_gnn.snapshot.identity import Identity
+from gemini_gnn.snapshot.state import State, collect, is_deepspeed
+
+log = logging.getLogger(__name__)
+
+
+def attach(
+    engine: Any,
+    extra_state: Any = None,
+    *,
+    context: context.Context | None = None,
+    every: int = 1,
+    agree: Callable[[bool], bool] | None = None,
+    group: Any = None,
+    hook: bool = True,
+    timeout_s: float = 120.0,
+) -> Snapshots:
+    """See :func:`gemini_gnn.snapshot.attach`."""
+    here = context if context is not None else _installed()
+    if every < 1:
+        raise SnapshotError(f"every: expected at least 1 step; got {every}")
+    for method in ("state_dict", "load_state_dict"):
+        if extra_state is not None and not callable(getattr(extra_state, method, None)):
+            raise SnapshotError(f"extra_state: expected an object with {method}(); got {type(extra_state).__name__}")
+    ranks = connect(group, here.rank, here.world_size, timeout_s)
+    state = ranks.together(lambda: collect(engine))
+    shards = _plan(ranks, state, here)
+    _open(ranks, shards, here)
+    snapshots = Snapshots(
+        state,
+        shards,
+        extra_state,
+        job=here.job,
+        rank=here.rank,
+        term=here.term,
+        generation=here.generation,
+        every=every,
+        timeout_s=timeout_s,
+    )
+    try:
+        _begin(ranks, snapshots, state, shards, extra_state, here)
+    except BaseException:
+        snapshots.close()
+        raise
+    if hook:
+        _hook(engine, snapshots, agree or ranks.all_true)
+    return snapshots
+
+
+def _installed() -> context.Context:
+    return context.current()
+
+
+def _plan(ranks: Ranks, state: State, here: context.Context) -> list[Shard]:
+    """The shards of this rank. What all ranks hold identically is one shard per machine, written by its first rank."""
+    large = [e for e in state.entries if not e.at_once]
+    small = [e for e in state.entries if e.at_once]
+    mine = arena.checksum(live_pieces(large)).hex() if not state.sharded else None
+    checksums = ranks.exchange(mine)
+    if not state.sharded and len(set(checksums)) == 1:
+        owner = here.local_rank == 0
+        return [
+            make_shard(shard_of(here.rank), small, state, here.world_size, owned=True),
+            make_shard(REPLICATED, large, state, here.world_size, owned=owner),
+        ]
+    if not state.sharded:
+        log.warning("the ranks start with different parameters: each keeps a snapshot of its own")
+    return [make_shard(shard_of(here.rank), large + small, state, here.world_size, owned=True)]
+
+
+def _open(ranks: Ranks, shards: list[Shard], here: context.Context) -> None:
+    """Reserve all room of this machine, after looking whether it is there."""
+    folder = arena.make_folder(here.arena)
+    info = folder.stat()
+    machine = f"{os.uname().nodename}:{info.st_dev}:{info.st_ino}"
+    # Measured on all ranks before any of them allocates: nobody goes on from the exchange before all have spoken.
+    where = arena.room(folder)
+    needed = 0
+    for shard in shards:
+        if shard.owned:
+            for slot in range(catalog.OWN_SLOTS):
+                path = folder / f"{shard.name}.{slot}"
+                have = path.stat().st_blocks * 512 if path.exists() else 0
+                needed += max(0, shard.layout.file_bytes - have)
+    said = ranks.exchange([machine, needed, where.available])
+    total = sum(n for m, n, _ in said if m == machine)
+    available = min(a for m, _, a in said if m == machine)
+    where = arena.Room(available, where.limit, where.remedy)
+    ranks.together(lambda: arena.check_room(total, where))
+    if here.local_rank == 0:
+        log.info("snapshots: %.1f MB more host memory, %.1f MB available", total / 1e6, available / 1e6)
+    for owned in (True, False):  # owners make the files that the others open
+        ranks.together(functools.partial(_open_all, [s for s in shards if s.owned is owned], folder))
+
+
+def _open_all(shards: list[Shard], folder: Path) -> None:
+    for shard in shards:
+        shard.open(folder)
+
+
+def _begin(
+    ranks: Ranks, snapshots: Snapshots, state: State, shards: list[Shard], extra_state: Any, here: context.Context
+) -> None:
+    identity: Identity | None = None
+    opened: restore.Opened = {}
+    note = "resume=never"
+    if here.resume != "never":
+        identity, opened, note = restore.choose(ranks, shards, here.job)
+    if identity is None and here.resume == "must":
+        raise SnapshotError(f"resume=must, but there is no snapshot in host memory to go on from: {note}")
+    if identity is not None and (here.term, here.generation) < identity[:2]:
+        raise SnapshotError(
+            f"this process was started for term {here.term}, generation {here.generation}; the newest snapshot "
+            f"{identity} is of a later one: another worker agent runs this job, or its arena was copied"
+        )
+    ranks.together(lambda: restore.void_newer(shards, identity))
+    if here.rank == 0:
+        log.info("snapshots: %s", note)
+    if identity is not None:
+        ranks.together(lambda: restore.apply(state, shards, opened, extra_state))
+        snapshots.went_on_from(identity)
+        return
+    # A first snapshot before the first step: from here on there is always one to go on from.
+    if not ranks.all_true(snapshots.ready()):
+        raise SnapshotError(
+            "no free slot for the first snapshot: something else reads this arena; end it and try again"
+        )
+    snapshots.after_step(0, capture=True)
+    ranks.together(snapshots.wait)
+    snapshots.recoverable = snapshots.last
+
+
+def _hook(engine: Any, snapshots: Snapshots, agree: Callable[[bool], bool]) -> None:
+    """Let fence, step, capture-or-skip and capture happen by themselves within the engine's step."""
+    if is_deepspeed(engine):
+        original = engine.step
+
+        @functools.wraps(original)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            before = engine.global_steps
+            snapshots.before_step()  # costs nothing on a step that only accumulates: there the copy is long done
+            result = original(*args, **kwargs)
+            if engine.global_steps != before:
+                _capture(snapshots, agree, engine.global_steps)
+            return result
+
+        engine.step = step
+        snapshots.on_close(lambda: engine.__dict__.pop("step", None))
+        return
+    optimizer, scheduler = engine[1], engine[2] if len(engine) == 3 else None
+    fence = optimizer.register_step_pre_hook(lambda *_: snapshots.before_step())
+    # The last thing to change in a step: the scheduler where there is one.
+    last = optimizer if scheduler is None else scheduler
+    inner = last.step
+
+    @functools.wraps(inner)
+    def last_step(*args: Any, **kwargs: Any) -> Any:
+        result = inner(*args, **kwargs)
+        snapshots.steps += 1
+        _capture(snapshots, agree, snapshots.steps)
+        return result
+
+    last.step = last_step
+
+    def unhook() -> None:
+        fence.remove()
+        last.step = inner
+
+    snapshots.on_close(unhook)
+
+
+def _capture(snapshots: Snapshots, agree: Callable[[bool], bool], step: int) -> None:
+    if snapshots.wants(step):
+        snapshots.after_step(step, agree(snapshots.ready()))
