@@ -8,6 +8,7 @@ after a recovery is the same batch.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from gemini_gnn.config import Config
 from gemini_gnn.errors import PartitionError
-from gemini_gnn.features.store import FeatureStore
+from gemini_gnn.features.store import FeatureStore, Prepared
 from gemini_gnn.graph.partitioned import PartitionedGraph
 from gemini_gnn.halo.exchange import HaloExchange
 from gemini_gnn.models.tensors import BlockTensors, to_tensors
@@ -35,6 +36,17 @@ class Key:
     step: int
     epoch: int
     index: int
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A batch of which only the remote rows are missing; ``sample_s`` and ``prepare_s`` went into it."""
+
+    key: Key
+    batch: Batch
+    rows: Prepared
+    sample_s: float
+    prepare_s: float
 
 
 @dataclass(frozen=True)
@@ -106,34 +118,50 @@ class BatchSource:
         """Seeds of the step over all ranks and micro-batches: what its loss is the mean over."""
         return sum(self.plan.global_count(key.epoch, key.index) for key in self.step_keys(step))
 
-    def sample(self, key: Key) -> tuple[Key, Batch, float]:
-        begin = time.perf_counter()
+    def begin(self, key: Key) -> Begun:
+        """What needs no other rank when the topology is replicated: blocks, and the own rows of the features."""
+        began = time.perf_counter()
         batch = self.sampler.sample(self.plan.seeds(key.epoch, key.index, self.rank), key.epoch, key.index)
-        return key, batch, time.perf_counter() - begin
+        sampled = time.perf_counter()
+        rows = self.store.prepare(batch.input_nodes)
+        return Begun(key, batch, rows, sampled - began, time.perf_counter() - sampled)
 
-    def fetch(self, sampled: tuple[Key, Batch, float]) -> MicroBatch:
-        key, batch, sample_s = sampled
-        begin = time.perf_counter()
-        x = self.store.gather(batch.input_nodes).to(self.device, non_blocking=True)
+    def end(self, begun: Begun) -> MicroBatch:
+        """The remote rows, labels, and all of it as tensors on the device. Collective."""
+        began = time.perf_counter()
+        batch = begun.batch
+        x = self.store.complete(begun.rows).to(self.device, non_blocking=True)
         y = labels(self.part.y, batch.seeds - self.part.begin).to(self.device)
         blocks = [to_tensors(block, self.device) for block in batch.blocks]
-        fetch_s = time.perf_counter() - begin
+        fetch_s = begun.prepare_s + time.perf_counter() - began
         traffic = self.exchange.take_traffic()
         self.remote_bytes += int(traffic.received_bytes.sum())
         return MicroBatch(
-            key=key,
+            key=begun.key,
             x=x,
             y=y,
             blocks=blocks,
             edges=batch.num_edges,
-            sample_s=sample_s,
+            sample_s=begun.sample_s,
             fetch_s=fetch_s,
             transfer_s=traffic.seconds - traffic.meet_s,
             meet_s=traffic.meet_s,
         )
 
     def make(self, key: Key) -> MicroBatch:
-        return self.fetch(self.sample(key))
+        return self.end(self.begin(key))
+
+    def stages(self, backend: str) -> tuple[Callable[[Key], Any], Callable[[Any], MicroBatch] | None]:
+        """What the prefetcher runs in its thread and what the training thread runs when it takes a batch.
+
+        With gloo everything happens ahead. With NCCL the training thread issues every collective, at one point of the
+        step: two communicators used from two threads deadlock unless all ranks issue in one order.
+        """
+        if backend == "gloo":
+            return self.make, None
+        if self._partitioned:
+            return (lambda key: key), self.make
+        return self.begin, self.end
 
 
 def make_exchange(graph: PartitionedGraph, config: Config, groups: Groups, group: Any) -> HaloExchange:

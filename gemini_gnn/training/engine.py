@@ -24,6 +24,7 @@ if "DS_ACCELERATOR" not in os.environ and not os.path.exists("/dev/nvidiactl"):
 import deepspeed
 import deepspeed.comm
 import deepspeed.ops
+from deepspeed import DeepSpeedEngine as Engine
 
 # init_distributed would compile a shared-memory op with ninja in every process start (30 s, not reliably cached, and it
 # leaves buffers in /dev/shm after a SIGKILL). An empty table of ops says it is not there.
@@ -38,8 +39,6 @@ for _name in (
     "torch._dynamo",
 ):
     importlib.import_module(_name)
-
-Engine = deepspeed.DeepSpeedEngine
 
 
 def build_optimizer(parameters: Any, config: Config) -> torch.optim.Optimizer:

@@ -9,7 +9,6 @@ import json
 import os
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from gemini_gnn.faults import from_environ
 from gemini_gnn.graph.datasets import fingerprint, load_dataset
 from gemini_gnn.graph.partitioned import PartitionedGraph, open_or_make
 from gemini_gnn.observe.events import EventLog
-from gemini_gnn.observe.logs import record_error
+from gemini_gnn.observe.logs import forget_errors, last_words
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_dir import RunDir, write_atomically
 from gemini_gnn.training import groups as process_groups
@@ -33,28 +32,29 @@ STOPPED = 3  # exit code of an orderly stop before the end
 
 
 def main(payload: dict[str, Any], place: Place, listen_fd: int | None = None) -> int:
-    """Train as rank ``place.rank``. Returns 0 when the run is complete, 3 after an orderly stop, 2 for an error the user
-    can mend, 1 for any other. An error is on stderr and in ``<run_dir>/errors`` when this returns."""
+    """Train as rank ``place.rank``.
+
+    Returns:
+        0 when the run is complete, 3 after an orderly stop, 2 for an error the user can mend, 1 for any other. An error
+        has been said and written to ``<run_dir>/errors`` when this returns.
+    """
+    run_dir = Path(payload["run_dir"])
     try:
-        config = from_mapping(payload)
-        return run(config, place, listen_fd)
+        return run(from_mapping(payload), place, listen_fd)
     except RunDirError as error:  # the folder is not ours: nothing is written there
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
-    except GeminiError as error:
-        record_error(Path(payload["run_dir"]), place.rank, error)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
     except Exception as error:
-        record_error(Path(payload["run_dir"]), place.rank, error)
-        traceback.print_exc()
-        return 1
+        last_words(run_dir, place.rank, place.world_size, error)
+        return 2 if isinstance(error, GeminiError) else 1
 
 
 def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
     torch.set_num_threads(config.training.threads or max(1, (os.cpu_count() or 1) // place.local_world_size))
     torch.manual_seed(config.seed)
     run_dir = RunDir.claim(config) if place.rank == 0 else None
+    if run_dir is not None:
+        forget_errors(run_dir.path)
     try:
         groups = process_groups.join(place, config.distributed, listen_fd)
         # Rank 0 holds the run directory now: only after that may others write into it.

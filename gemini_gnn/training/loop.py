@@ -191,8 +191,7 @@ def train(run: Run) -> RunState:
     stop = _StopRequest()
     depth = config.sampling.prefetch
     keys = itertools.chain.from_iterable(map(source.step_keys, range(state.step, run.total_steps)))
-    on_gloo = run.groups.backend == "gloo"
-    make, finish = (source.make, None) if on_gloo else (source.sample, source.fetch)
+    make, finish = source.stages(run.groups.backend)
     # Leaving the block early, all ranks after the same step, the prefetcher first makes the batches it may already have
     # begun: an exchange that only some ranks take part in would hang them.
     with prefetch(make, keys, depth, finish=finish, close_timeout_s=config.distributed.timeout_s + 30) as batches:
