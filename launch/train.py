@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     from gemini_gnn.training import job
 
     logs.redirect(Path(config.run_dir), place.rank, terminal=place.rank == 0)
-    return job.main(to_mapping(config), place)
+    return job.without_agent(to_mapping(config), place)
 
 
 if __name__ == "__main__":

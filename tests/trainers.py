@@ -31,7 +31,7 @@ def _trainer(payload: dict[str, Any], place: Place, listener: socket.socket | No
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     from gemini_gnn.training import job
 
-    sys.exit(job.main(payload, place, listener.detach() if listener else None))
+    sys.exit(job.without_agent(payload, place, listener.detach() if listener else None))
 
 
 def train_ranks(

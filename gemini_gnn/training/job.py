@@ -21,31 +21,39 @@ from gemini_gnn.faults import from_environ
 from gemini_gnn.graph.datasets import fingerprint, load_dataset
 from gemini_gnn.graph.partitioned import PartitionedGraph, open_or_make
 from gemini_gnn.observe.events import EventLog
-from gemini_gnn.observe.logs import forget_errors, last_words
+from gemini_gnn.observe.logs import forget_errors, last_words, record_error
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_dir import RunDir, write_atomically
+from gemini_gnn.recovery.decisions import STOPPED
 from gemini_gnn.training import groups as process_groups
 from gemini_gnn.training.loop import Run, prepare, train
 from gemini_gnn.training.report import Report, model_card
 
-STOPPED = 3  # exit code of an orderly stop before the end
-
 
 def main(payload: dict[str, Any], place: Place, listen_fd: int | None = None) -> int:
-    """Train as rank ``place.rank``.
+    """Train as rank ``place.rank``; what a worker agent's trainer runs. Errors go on to it, after they are written down.
 
     Returns:
-        0 when the run is complete, 3 after an orderly stop, 2 for an error the user can mend, 1 for any other. An error
-        has been said and written to ``<run_dir>/errors`` when this returns.
+        0 when the run is complete, STOPPED after an orderly stop before that.
     """
-    run_dir = Path(payload["run_dir"])
     try:
         return run(from_mapping(payload), place, listen_fd)
-    except RunDirError as error:  # the folder is not ours: nothing is written there
+    except RunDirError:  # the folder is not ours: nothing is written there
+        raise
+    except Exception as error:
+        record_error(Path(payload["run_dir"]), place.rank, error)
+        raise
+
+
+def without_agent(payload: dict[str, Any], place: Place, listen_fd: int | None = None) -> int:
+    """As :func:`main` where nobody is above: errors are said here. 2 for one the user can mend, 1 for any other."""
+    try:
+        return run(from_mapping(payload), place, listen_fd)
+    except RunDirError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except Exception as error:
-        last_words(run_dir, place.rank, place.world_size, error)
+        last_words(Path(payload["run_dir"]), place.rank, place.world_size, error)
         return 2 if isinstance(error, GeminiError) else 1
 
 

@@ -13,8 +13,6 @@ appended after the step and trimmed on resume.
 from __future__ import annotations
 
 import itertools
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +30,7 @@ from gemini_gnn.halo.prefetch import prefetch
 from gemini_gnn.models.build import build_model
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.progress import Progress
+from gemini_gnn.recovery.trainer import stop_requested
 from gemini_gnn.sampling.hashing import stream
 from gemini_gnn.sampling.sampler import NeighborSampler
 from gemini_gnn.training import engine as deepspeed_engine
@@ -188,7 +187,6 @@ def train(run: Run) -> RunState:
     status = Status(run.groups.control)
     deepspeed_engine.on_reduce(engine, status.agree)
     clock = deepspeed_engine.CollectiveClock()
-    stop = _StopRequest()
     depth = config.sampling.prefetch
     keys = itertools.chain.from_iterable(map(source.step_keys, range(state.step, run.total_steps)))
     make, finish = source.stages(run.groups.backend)
@@ -203,7 +201,7 @@ def train(run: Run) -> RunState:
                 epoch_begin = time.perf_counter()
             if state.stopped or state.step >= run.total_steps:
                 break
-            phases, edges = _one_step(run, batches, status, clock, stop)
+            phases, edges = _one_step(run, batches, status, clock)
             run.events.emit("step", step=state.step, edges=edges, **{k: round(v, 6) for k, v in vars(phases).items()})
             run.report.step(phases, edges)
             if state.step % source.steps_per_epoch == 0:
@@ -215,12 +213,12 @@ def train(run: Run) -> RunState:
     return state
 
 
-def _one_step(run: Run, batches: Iterator[MicroBatch], status: Status, clock: Any, stop: _StopRequest):
+def _one_step(run: Run, batches: Iterator[MicroBatch], status: Status, clock: Any):
     """One optimizer step: ``accumulation`` micro-batches, agreement, reduction, update. Returns phases and edges."""
     config, state, source, engine = run.config, run.state, run.source, run.engine
     phases, edges, mark = Phases(), 0, time.perf_counter()
     maybe_fail(run.faults, run.groups.rank, state.step)
-    status.loss_sum, status.unready, status.stop = 0.0, int(not run.snapshots.ready()), int(stop.asked)
+    status.loss_sum, status.unready, status.stop = 0.0, int(not run.snapshots.ready()), int(stop_requested())
     seeds = source.seeds_in_step(state.step)
     # DeepSpeed divides by ranks and by micro-batches; the loss is the mean over all seeds of the step.
     scale = run.groups.world_size * config.training.accumulation / seeds
@@ -298,15 +296,3 @@ def _evaluate(run: Run, epoch: int) -> None:
         f"epoch {epoch:>3}/{run.config.training.epochs}  loss {losses:.4f}  val {val['accuracy']:.4f}  "
         f"test {test['accuracy']:.4f}  {run.report.last_epoch_s():.2f} s{'  *' if best else ''}"
     )
-
-
-class _StopRequest:
-    """SIGUSR1 asks this trainer to stop after a step; all ranks learn it in the agreement and stop at the same one."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        if threading.current_thread() is threading.main_thread():  # not so in a notebook's worker
-            signal.signal(signal.SIGUSR1, self._ask)
-
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
