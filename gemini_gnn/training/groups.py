@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gemini_gnn import cluster
 from gemini_gnn.cluster import Place
 from gemini_gnn.config import DistributedConfig
 from gemini_gnn.errors import ClusterError
@@ -70,12 +71,15 @@ def join(place: Place, config: DistributedConfig, listen_fd: int | None = None, 
     Raises:
         ClusterError: not all ranks came together in ``start_timeout_s``, or the port is taken.
     """
+    # DeepSpeed wants to read them, whoever the launcher was.
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank))
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     backend = choose_backend(config.backend, gpus, place.local_world_size)
     device = torch.device("cuda", place.local_rank) if backend == "nccl" else torch.device("cpu")
     if backend == "nccl":
         torch.cuda.set_device(device)
     if place.world_size > 1:
+        cluster.check_master(place)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(place, config))
         if backend == "nccl":
             os.environ.setdefault("NCCL_SOCKET_IFNAME", os.environ["GLOO_SOCKET_IFNAME"])
@@ -91,7 +95,7 @@ def join(place: Place, config: DistributedConfig, listen_fd: int | None = None, 
             master_listen_fd=listen_fd if place.rank == 0 else None,
         )
         store = dist.PrefixStore(prefix, base)
-        store.set(f"present/{place.rank}", place.machine)
+        _take_seat(store, place)
         _wait_for_all(store, place, config.start_timeout_s)
         dist.init_process_group(
             backend,
@@ -130,6 +134,21 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def _take_seat(store: dist.Store, place: Place) -> None:
+    """Say that this rank is here. Two jobs that met at one port would otherwise mix their ranks and hang.
+
+    Raises:
+        ClusterError: another process sits there already.
+    """
+    ours = f"{place.machine}, pid {os.getpid()}"
+    sits = store.compare_set(f"present/{place.rank}", "", ours).decode()
+    if sits != ours:
+        raise ClusterError(
+            f"rank {place.rank} of the job at {place.master_addr}:{place.master_port} is already {sits}: another job "
+            "has this port. Give this one its own: deepspeed --master_port N ..., or MASTER_PORT=N srun ..."
+        )
+
+
 def _wait_for_all(store: dist.Store, place: Place, timeout_s: float) -> None:
     """Raise with the missing ranks' numbers rather than with a bare timeout."""
     keys = [f"present/{rank}" for rank in range(place.world_size)]
@@ -145,9 +164,7 @@ def _wait_for_all(store: dist.Store, place: Place, timeout_s: float) -> None:
 
 def _interface(place: Place, config: DistributedConfig) -> str:
     if config.interface:
-        return config.interface
-    from gemini_gnn import cluster
-
+        return cluster.check_interface(config.interface, cluster.interfaces_here())
     return cluster.interface_to(place.master_addr)
 
 
