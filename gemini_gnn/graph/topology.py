@@ -51,8 +51,11 @@ class Graph:
     def multi_label(self) -> bool:
         return self.y.ndim == 2
 
-    def validate(self) -> None:
+    def validate(self, labels: bool = True) -> None:
         """Check every promise of the class docstring.
+
+        Args:
+            labels: False for a graph that is only to be partitioned or sampled: its training split may be empty.
 
         Raises:
             DataError: naming the array, what was expected and what it holds.
@@ -95,7 +98,7 @@ class Graph:
             mask = getattr(self, name)
             if mask.dtype != np.bool_ or mask.shape != (n,):
                 raise DataError(f"{self.name}: expected {name} bool [{n}]; got {mask.dtype} {list(mask.shape)}")
-        if not self.train_mask.any():
+        if labels and not self.train_mask.any():
             raise DataError(
                 f"{self.name}: the training split is empty; choose another dataset.split or give dataset.splits"
             )

@@ -1,0 +1,315 @@
+"""A user's own graph: an edge list, with or without files of features, labels and splits.
+
+    edges      source,target[,weight]      comma, tab, semicolon or blanks; gzip too; leading # and % lines are skipped
+    features   .npy [nodes, features]      or .csv  id,f0,f1,...
+    labels     .npy [nodes(, classes)]     or .csv  id,label
+    splits                                    .csv  id,train|val|test
+
+Which nodes there are, is said by the edges (integer ids: first_id..largest; text ids: those that occur, sorted). A node
+without edges is accepted when every given file of features and labels has it; one file alone that disagrees with the
+edges is taken for the mistake it usually is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gemini_gnn.errors import ConfigError, DataError
+from gemini_gnn.graph.datasets.assemble import RawGraph
+from gemini_gnn.graph.datasets.files import load_npy
+from gemini_gnn.graph.datasets.splits import PARTS
+from gemini_gnn.graph.datasets.tables import read_table
+
+
+class EdgeList(NamedTuple):
+    """``source``, ``target`` int64 ``[edges]`` in 0..num_nodes-1; ``weight`` float64 ``[edges]`` or None; ``node_ids``
+    (int64 or unicode ``[nodes]``) the user's ids, or None where they are 0..num_nodes-1."""
+
+    source: np.ndarray
+    target: np.ndarray
+    weight: np.ndarray | None
+    node_ids: np.ndarray | None
+    num_nodes: int
+
+
+class NodeTable(NamedTuple):
+    """What a file says of nodes: their ids as written (int64 or text ``[rows]``) and ``values [rows, ...]``."""
+
+    path: Path
+    ids: np.ndarray
+    values: np.ndarray
+    all_nodes: bool  # a .npy: row i is node i, none may be missing
+
+
+def load_edge_list(path: str | Path, ids: str = "int", first_id: int = 0, skip_lines: int = 0) -> EdgeList:
+    """Read only the edges; nodes are those the edges name. Arguments as in :class:`DatasetConfig`.
+
+    Raises:
+        DataError: absent or empty file; a line that is not ``source,target[,weight]``: file, line number, content.
+    """
+    source, target, weight = read_edges(Path(path), ids, first_id, skip_lines)
+    if ids == "str":
+        import pandas
+
+        found, names = pandas.factorize(np.concatenate([source, target]))
+        node_ids, place = np.unique(as_text(names), return_inverse=True)
+        numbers = place[found]
+        return EdgeList(numbers[: len(source)], numbers[len(source) :], weight, node_ids, len(node_ids))
+    n = int(max(source.max(), target.max())) - first_id + 1
+    return EdgeList(source - first_id, target - first_id, weight, numbered(first_id, n), n)
+
+
+def read_edge_list(
+    path: Path,
+    ids: str = "int",
+    first_id: int = 0,
+    skip_lines: int = 0,
+    features: Path | None = None,
+    labels: Path | None = None,
+    splits: Path | None = None,
+) -> RawGraph:
+    """The edges and what the other files say of the nodes.
+
+    Raises:
+        DataError: see :func:`load_edge_list`; files that disagree on which nodes there are.
+    """
+    edges = load_edge_list(path, ids, first_id, skip_lines)
+    x_table = None if features is None else read_features(features, ids, first_id)
+    y_table = None if labels is None else read_labels(labels, ids, first_id)
+    tables = [table for table in (x_table, y_table) if table is not None]
+    for table in tables:
+        if ids == "str" and table.all_nodes:
+            raise ConfigError(
+                f"{table.path}: expected a .csv whose first column is the id, since dataset.ids=str; got a .npy, whose "
+                "rows have no ids"
+            )
+    edges = with_lone_nodes(edges, ids, first_id, tables)
+    x = None if x_table is None else placed(x_table, edges, first_id, path, missing=None)
+    y = None if y_table is None else placed(y_table, edges, first_id, path, missing=-1)
+    masks = {}
+    if splits is not None:
+        part_of = placed(read_splits(splits, ids, first_id), edges, first_id, path, missing="")
+        masks = {part: part_of == part for part in PARTS}
+    return RawGraph(
+        name=path.name.split(".")[0],
+        num_nodes=edges.num_nodes,
+        source=edges.source,
+        target=edges.target,
+        weight=edges.weight,
+        x=x,
+        y=y,
+        masks=masks,
+        node_ids=edges.node_ids,
+        notes={"file": str(path)},
+    )
+
+
+def read_edges(path: Path, ids: str, first_id: int, skip_lines: int):
+    """Source, target (int64 or text, as written) and weight (float64 or None)."""
+
+    def types(columns: int) -> list[str]:
+        if columns not in (2, 3):
+            raise ValueError(f"{columns} fields")
+        return [ids, ids, "float"][:columns]
+
+    def check(fields: list[str]) -> None:
+        for field in fields[:2]:
+            check_id(field, ids, first_id)
+        if len(fields) == 3 and not 0 < as_number(fields[2]) < np.inf:
+            raise ValueError("weights must be positive and finite")
+
+    def fits(frame) -> bool:
+        weights_fit = frame.shape[1] == 2 or (frame[2].gt(0) & frame[2].lt(np.inf)).all()
+        if ids == "str":
+            return weights_fit and not (frame[0].eq("") | frame[1].eq("")).any()
+        return weights_fit and min(frame[0].min(), frame[1].min()) >= first_id
+
+    expected = f"source,target[,weight] with {'text' if ids == 'str' else 'integer'} ids"
+    frame = read_table(path, expected=expected, types=types, check=check, fits=fits, skip_lines=skip_lines)
+    kind = object if ids == "str" else np.int64
+    source, target = frame[0].to_numpy(kind), frame[1].to_numpy(kind)
+    if ids == "int":
+        nodes = int(max(source.max(), target.max())) - first_id + 1
+        if nodes > 1_000_000 + 100 * len(source):
+            raise DataError(
+                f"{path}: integer ids number the nodes from dataset.first_id={first_id} on, and here they reach "
+                f"{nodes + first_id - 1} with only {len(source)} edges; with dataset.ids=str any ids will do"
+            )
+    return source, target, frame[2].to_numpy() if frame.shape[1] == 3 else None
+
+
+def read_features(path: Path, ids: str, first_id: int) -> NodeTable:
+    def types(columns: int) -> list[str]:
+        if columns < 2:
+            raise ValueError(f"{columns} field")
+        return [ids] + ["float"] * (columns - 1)
+
+    def check(fields: list[str]) -> None:
+        if not all(np.isfinite(np.float32(as_number(field))) for field in fields):
+            raise ValueError("features must be finite float32 numbers")
+
+    def fits(frame) -> bool:
+        return bool(np.isfinite(frame.iloc[:, 1:].to_numpy(np.float32)).all())
+
+    return read_nodes(path, ids, first_id, "id,f0,f1,...", types, check, fits, np.float32)
+
+
+def read_labels(path: Path, ids: str, first_id: int) -> NodeTable:
+    def check(fields: list[str]) -> None:
+        if as_integer(fields[0]) < -1:
+            raise ValueError("labels are 0, 1, 2, ..., or -1 for none")
+
+    return read_nodes(path, ids, first_id, "id,label", pair(ids, "int"), check, lambda f: bool(f[1].ge(-1).all()), int)
+
+
+def read_splits(path: Path, ids: str, first_id: int) -> NodeTable:
+    def check(fields: list[str]) -> None:
+        if fields[0] not in PARTS:
+            raise ValueError("no such split")
+
+    def fits(frame) -> bool:
+        return bool(frame[1].isin(PARTS).all())
+
+    return read_nodes(path, ids, first_id, "id,train|val|test", pair(ids, "str"), check, fits, object)
+
+
+def pair(*kinds: str) -> Callable[[int], list[str]]:
+    """The types of a file that has exactly these columns."""
+
+    def types(columns: int) -> list[str]:
+        if columns != len(kinds):
+            raise ValueError(f"{columns} fields")
+        return list(kinds)
+
+    return types
+
+
+def read_nodes(path: Path, ids: str, first_id: int, expected: str, types, check, fits, dtype) -> NodeTable:
+    """A file of one line per node. ``check`` and ``fits`` are about the columns behind the id."""
+    if path.suffix == ".npy":
+        values = load_npy(path)
+        return NodeTable(path, np.arange(first_id, first_id + len(values)), values, True)
+    seen = set()
+
+    def check_line(fields: list[str]) -> None:
+        check_id(fields[0], ids, first_id)
+        if fields[0] in seen:
+            raise ValueError("this id a second time")
+        seen.add(fields[0])
+        check(fields[1:])
+
+    def table_fits(frame) -> bool:
+        good = frame[0].ne("").all() if ids == "str" else frame[0].ge(first_id).all()
+        return bool(good) and not frame[0].duplicated().any() and fits(frame)
+
+    frame = read_table(path, expected=expected, types=types, check=check_line, fits=table_fits, header=True)
+    values = frame.iloc[:, 1:].to_numpy(dtype)
+    numbers = frame[0].to_numpy(object if ids == "str" else np.int64)
+    return NodeTable(path, numbers, values if expected.endswith("...") else values[:, 0], False)
+
+
+def with_lone_nodes(edges: EdgeList, ids: str, first_id: int, tables: list[NodeTable]) -> EdgeList:
+    """``edges`` with the nodes without edges that every one of ``tables`` vouches for.
+
+    With integer ids these continue the numbering without a gap; with text ids they are sorted in among the others. A
+    lone .csv vouches for nothing: an id that only it knows is more likely a typing error.
+    """
+    if not tables or (len(tables) == 1 and not tables[0].all_nodes):
+        return edges
+    if ids == "int":
+        first_new = first_id + edges.num_nodes
+        known = [np.unique(table.ids[table.ids >= first_new]) for table in tables]
+        extra = np.intersect1d(known[0], known[-1])
+        extra = extra[extra == first_new + np.arange(len(extra))]
+        n = edges.num_nodes + len(extra)
+        return edges._replace(num_nodes=n, node_ids=numbered(first_id, n))
+    assert edges.node_ids is not None
+    extra = np.setdiff1d(np.intersect1d(as_text(tables[0].ids), as_text(tables[-1].ids)), edges.node_ids)
+    node_ids = np.union1d(edges.node_ids, extra)
+    moved = np.searchsorted(node_ids, edges.node_ids)
+    return EdgeList(moved[edges.source], moved[edges.target], edges.weight, node_ids, len(node_ids))
+
+
+def positions(table: NodeTable, edges: EdgeList, first_id: int, edges_path: Path) -> np.ndarray:
+    """int64 ``[rows]``: the node that each row of ``table`` is about.
+
+    Raises:
+        DataError: an id that is no node of the graph.
+    """
+    if edges.node_ids is None or edges.node_ids.dtype.kind == "i":
+        rows = table.ids - first_id
+        known = rows < edges.num_nodes
+        nodes = f"{first_id}..{first_id + edges.num_nodes - 1}"
+    else:
+        wanted = as_text(table.ids)
+        rows = np.minimum(np.searchsorted(edges.node_ids, wanted), edges.num_nodes - 1)
+        known = edges.node_ids[rows] == wanted
+        nodes = f"{edges.node_ids[0]}..{edges.node_ids[-1]}"
+    if not known.all():
+        raise DataError(
+            f"{table.path}: expected only nodes of {edges_path.name} ({edges.num_nodes} nodes, {nodes}); got {len(rows)} "
+            f"rows, {int((~known).sum())} of them about other nodes, such as {table.ids[int(np.argmin(known))]}. Nodes "
+            "without edges must be both in dataset.features and in dataset.labels"
+        )
+    return rows
+
+
+def placed(table: NodeTable, edges: EdgeList, first_id: int, edges_path: Path, missing) -> np.ndarray:
+    """The values of ``table`` in node order.
+
+    Args:
+        missing: the value of nodes that the table does not list; None if it must list all.
+
+    Raises:
+        DataError: nodes that are not listed but must be, or that the graph has not.
+    """
+    rows = positions(table, edges, first_id, edges_path)
+    if (missing is None or table.all_nodes) and len(rows) != edges.num_nodes:
+        listed = np.zeros(edges.num_nodes, dtype=bool)
+        listed[rows] = True
+        node = int(np.argmin(listed))
+        raise DataError(
+            f"{table.path}: expected one row for each of the {edges.num_nodes} nodes of {edges_path.name}; got "
+            f"{len(rows)} rows, the first node without is {node if edges.node_ids is None else edges.node_ids[node]}"
+        )
+    if table.all_nodes:
+        return table.values
+    values = np.empty((edges.num_nodes, *table.values.shape[1:]), dtype=table.values.dtype)
+    values[...] = missing
+    values[rows] = table.values
+    return values
+
+
+def numbered(first_id: int, n: int) -> np.ndarray | None:
+    """The ids of ``n`` nodes counted from ``first_id``; None when they are the node numbers themselves."""
+    return np.arange(first_id, first_id + n) if first_id else None
+
+
+def as_text(names: np.ndarray) -> np.ndarray:
+    """Unicode ``[n]`` from an array of str objects."""
+    return names.astype(np.str_)
+
+
+def as_integer(field: str) -> int:
+    try:
+        return int(field)
+    except ValueError:
+        raise ValueError(f"{field!r} is no integer") from None
+
+
+def as_number(field: str) -> float:
+    try:
+        return float(field)
+    except ValueError:
+        raise ValueError(f"{field!r} is no number") from None
+
+
+def check_id(field: str, ids: str, first_id: int) -> None:
+    if ids == "str" and not field:
+        raise ValueError("an empty id")
+    if ids == "int" and as_integer(field) < first_id:
+        raise ValueError(f"ids start at dataset.first_id={first_id}")

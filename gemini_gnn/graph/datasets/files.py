@@ -1,0 +1,137 @@
+"""Where data lies, what it hashes to, and folders of .npy."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from gemini_gnn.config import DatasetConfig
+from gemini_gnn.errors import DataError
+from gemini_gnn.graph.datasets.assemble import RawGraph
+
+WINDOW_BYTES = 1 << 20
+WINDOWS = 64
+
+
+def cache_folder(config: DatasetConfig) -> Path:
+    """``dataset.cache``, else ``$GEMINI_GNN_CACHE``, else ``~/.cache/gemini_gnn``. Everything we write goes here."""
+    return Path(config.cache or os.environ.get("GEMINI_GNN_CACHE") or "~/.cache/gemini_gnn").expanduser()
+
+
+def root_folder(config: DatasetConfig) -> Path:
+    """``dataset.root``, else ``$GEMINI_GNN_DATA``, else ``<cache>/raw``. Never written to, unless it is the last."""
+    chosen = config.root or os.environ.get("GEMINI_GNN_DATA")
+    return Path(chosen).expanduser() if chosen else cache_folder(config) / "raw"
+
+
+def user_file(config: DatasetConfig, setting: str) -> Path | None:
+    """The file a setting names: as it stands, else within the data root.
+
+    Raises:
+        DataError: in neither place.
+    """
+    value = getattr(config, setting)
+    if value is None:
+        return None
+    for path in (Path(value).expanduser(), root_folder(config) / value):
+        if path.exists():
+            return path
+    raise DataError(f"dataset.{setting}: expected a file; there is no {value} here or in {root_folder(config)}")
+
+
+def digest_of_files(paths: Iterable[Path], salt: str = "") -> str:
+    """16 hex digits for names and contents, wherever the files lie. Cheap when asked again in the same process."""
+    import xxhash
+
+    hasher = xxhash.xxh3_64(salt.encode())
+    for path in paths:
+        about = path.stat()
+        hasher.update(f"{path.name}\0{_digest(path, about.st_size, about.st_mtime_ns)}\0".encode())
+    return hasher.hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(path: Path, size: int, mtime_ns: int) -> str:
+    """Of a whole file up to 64 MiB; beyond, of its size and 64 windows of 1 MiB, evenly spread. An edit of a huge file that
+    keeps its size and misses every window goes unseen; reading 50 GB before every start would be the alternative."""
+    import xxhash
+
+    hasher = xxhash.xxh3_64(str(size).encode())
+    step = max(WINDOW_BYTES, (size - WINDOW_BYTES) // (WINDOWS - 1))
+    with open(path, "rb") as file:
+        for begin in range(0, size, step):
+            file.seek(begin)
+            hasher.update(file.read(WINDOW_BYTES))
+    return hasher.hexdigest()
+
+
+def load_npy(path: Path) -> np.ndarray:
+    """A ``.npy`` file with at least one dimension, memory-mapped.
+
+    Raises:
+        DataError: absent, damaged, or holding Python objects (which would need pickle).
+    """
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: expected a .npy file; there is none") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: expected a .npy file of numbers; got: {error}") from None
+    if not isinstance(array, np.ndarray) or array.ndim == 0:
+        raise DataError(f"{path}: expected a .npy array with one row per node or edge; got {type(array).__name__}")
+    return array
+
+
+def read_folder(
+    folder: Path,
+    name: str,
+    *,
+    default_split: str = "random:0.6,0.2,0.2",
+    symmetric: bool = False,
+    notes: dict[str, str] | None = None,
+) -> RawGraph:
+    """A folder of ``.npy``: ``edge_index`` ``[2, edges]`` (or ``source`` and ``target``), and what there is of
+    ``edge_weight, x, y, train_mask, val_mask, test_mask, node_ids``.
+
+    Raises:
+        DataError: no edges, or no way to tell how many nodes there are.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: expected a folder of .npy files; there is none")
+    array = {path.stem: load_npy(path) for path in sorted(folder.glob("*.npy"))}
+    known = {"edge_index", "source", "target", "edge_weight", "x", "y", "node_ids"}
+    known |= {"train_mask", "val_mask", "test_mask"}
+    if unknown := set(array) - known:
+        raise DataError(
+            f"{folder}: expected only {', '.join(sorted(known))}; got {', '.join(sorted(unknown))}; rename or remove them"
+        )
+    if "edge_index" in array:
+        edges = array["edge_index"]
+        if edges.ndim != 2 or edges.shape[0] != 2:
+            raise DataError(f"{folder}/edge_index.npy: expected [2, edges]; got {list(edges.shape)}")
+        source, target = edges
+    elif "source" in array and "target" in array:
+        source, target = array["source"], array["target"]
+    else:
+        raise DataError(f"{folder}: expected edge_index.npy [2, edges], or source.npy and target.npy; there is neither")
+    rows = next((len(array[key]) for key in ("x", "y", "node_ids") if key in array), None)
+    if rows is None:
+        rows = max((int(ids.max()) + 1 for ids in (source, target) if len(ids)), default=0)
+    return RawGraph(
+        name=name,
+        num_nodes=rows,
+        source=source,
+        target=target,
+        weight=array.get("edge_weight"),
+        x=array.get("x"),
+        y=array.get("y"),
+        masks={part: array[f"{part}_mask"] for part in ("train", "val", "test") if f"{part}_mask" in array},
+        node_ids=array.get("node_ids"),
+        default_split=default_split,
+        symmetric=symmetric,
+        notes=notes or {"folder": str(folder)},
+    )
