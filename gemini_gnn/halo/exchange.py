@@ -30,8 +30,9 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -39,9 +40,10 @@ import torch.distributed as dist
 
 from gemini_gnn.errors import ExchangeError
 from gemini_gnn.halo import plan
+from gemini_gnn.halo.rows import copy_rows, empty_rows
 
-Rows = torch.Tensor | Callable[[np.ndarray], torch.Tensor]
-Answer = Callable[[np.ndarray], tuple[np.ndarray, list[np.ndarray]]]
+Rows: TypeAlias = "torch.Tensor | Callable[[np.ndarray], torch.Tensor]"
+Answer: TypeAlias = "Callable[[np.ndarray], tuple[np.ndarray, list[np.ndarray]]]"
 
 _ROWS, _ASK, _ANSWERS = 1, 2, 3
 _NAMES = {_ROWS: "rows", _ASK: "questions", _ANSWERS: "answers"}
@@ -115,6 +117,7 @@ class HaloExchange:
         self._busy = threading.Lock()
         self._broken: str | None = None
         self._traffic = Traffic.none(self.world)
+        self._buffers: dict[str, torch.Tensor] = {}
 
     @property
     def begin(self) -> int:
@@ -147,14 +150,17 @@ class HaloExchange:
         with self._call():
             with self._or_tell(_ROWS):
                 split = plan.split(ids, self.bounds, self.rank)
-                own = _rows_of(local, split.own_local, self.device)
-            out = torch.empty((len(split), own.shape[1]), dtype=own.dtype, device=self.device)
-            out.index_copy_(0, _index(split.own, self.device), own)
+                if isinstance(local, torch.Tensor):
+                    own, numbers = local, split.own_local
+                else:
+                    own, numbers = local(split.own_local), np.arange(len(split.own))
+                out = empty_rows(len(split), own.shape[1], own.dtype, self.device)
+                copy_rows(own, numbers, out, split.own)
             self._fetch(split, local, out)
             return out
 
     def fetch(self, split: plan.Split, local: Rows, out: torch.Tensor) -> None:
-        """``out[split.remote]`` = the rows of ``split.remote_ids``; the other rows of ``out`` are left alone. Collective.
+        """``out[split.remote]`` = the rows of ``split.remote_ids``; other rows are left alone. Collective.
 
         Args:
             split: of the ids by these ``bounds`` and this rank.
@@ -215,13 +221,16 @@ class HaloExchange:
         matrix = self._meet(_ROWS, width, split.counts)
         asked = self._array("ids", split.remote_ids, matrix) - self.begin
         self._check_owned(asked)
-        target = _bytes(out)
 
-        def pack(part: slice | np.ndarray) -> torch.Tensor:
-            return _bytes(_rows_of(local, asked[part], self.device))
+        def pack(part: slice | np.ndarray, buffer: torch.Tensor) -> None:
+            numbers = asked[part]
+            if isinstance(local, torch.Tensor):
+                copy_rows(local, numbers, buffer.view(out.dtype), np.arange(len(numbers)))
+            else:
+                buffer.view(out.dtype).copy_(local(numbers))
 
         def place(part: slice | np.ndarray, received: torch.Tensor) -> None:
-            target.index_copy_(0, _index(split.remote[part], self.device), received)
+            copy_rows(received.view(out.dtype), np.arange(len(received)), out, split.remote[part])
 
         self._move("rows", matrix.T, width, pack, place)
 
@@ -232,8 +241,8 @@ class HaloExchange:
         source = torch.from_numpy(array.view(np.uint8).reshape(-1, width))
         target = torch.from_numpy(received.view(np.uint8).reshape(-1, width))
 
-        def pack(part: slice | np.ndarray) -> torch.Tensor:
-            return source[part].to(self.device)
+        def pack(part: slice | np.ndarray, buffer: torch.Tensor) -> None:
+            buffer.copy_(source[part])
 
         def place(part: slice | np.ndarray, piece: torch.Tensor) -> None:
             target[part] = piece.to(target.device)
@@ -246,7 +255,7 @@ class HaloExchange:
         what: str,
         matrix: np.ndarray,
         width: int,
-        pack: Callable[[slice | np.ndarray], torch.Tensor],
+        pack: Callable[[slice | np.ndarray, torch.Tensor], None],
         place: Callable[[slice | np.ndarray, torch.Tensor], None],
     ) -> None:
         """Entries of ``width`` bytes, ``matrix[i, j]`` of them from rank i to rank j, in as many rounds as chunks need.
@@ -255,8 +264,9 @@ class HaloExchange:
         """
         limit = plan.limit(width, self.chunk_bytes)
         for turn in plan.rounds(matrix, self.rank, limit):
-            sent = pack(turn.send)
-            received = torch.empty((sum(turn.receive_counts), width), dtype=torch.uint8, device=self.device)
+            sent = self._buffer("sent", sum(turn.send_counts), width)
+            received = self._buffer("received", sum(turn.receive_counts), width)
+            pack(turn.send, sent)
             with self._collective(f"all_to_all_single of {what}"):
                 work = dist.all_to_all_single(
                     received, sent, turn.receive_counts, turn.send_counts, group=self._group, async_op=True
@@ -267,6 +277,12 @@ class HaloExchange:
         sent_bytes[self.rank] = received_bytes[self.rank] = 0
         self._traffic.sent_bytes += sent_bytes
         self._traffic.received_bytes += received_bytes
+
+    def _buffer(self, name: str, rows: int, width: int) -> torch.Tensor:
+        """uint8 ``[rows, width]``, reused from call to call: the page faults of new memory cost as much as a copy."""
+        if name not in self._buffers or self._buffers[name].numel() < rows * width:
+            self._buffers[name] = torch.empty(rows * width, dtype=torch.uint8, device=self.device)
+        return self._buffers[name][: rows * width].view(rows, width)
 
     def _meet(self, operation: int, entry_bytes: int, counts: np.ndarray, failed: bool = False) -> np.ndarray:
         """Exchange headers; the count matrix, int64 ``[world, world]``."""
@@ -328,10 +344,8 @@ class HaloExchange:
             yield
         except Exception:
             if self.world > 1:
-                try:
+                with suppress(ExchangeError):  # the others are gone too; what this rank failed with is the error to see
                     self._meet(operation, 0, np.zeros(self.world, np.int64), failed=True)
-                except ExchangeError:
-                    pass  # the others are gone too; what this rank failed with is the error to see
             raise
 
     @contextmanager
@@ -340,29 +354,15 @@ class HaloExchange:
         try:
             yield
         except RuntimeError as error:  # torch.distributed's errors are all of this kind
-            self._broken = f"{name}: {str(error).splitlines()[0][:200]}"
+            reason = str(error).splitlines()[0][:200]
+            self._broken = f"{name}: {reason}"
             peers = [r for r in range(self.world) if r != self.rank]
             raise ExchangeError(
                 f"rank {self.rank}: {name} with {_ranks(np.array(peers))} failed after "
-                f"{time.perf_counter() - began:.1f} s (limit {self.timeout_s:g} s): {str(error).splitlines()[0][:200]}. "
+                f"{time.perf_counter() - began:.1f} s (limit {self.timeout_s:g} s): {reason}. "
                 "A rank died, hangs or made fewer calls than the others: look for the first error in the logs of those "
                 "ranks; if a machine is merely slow, raise distributed.timeout_s"
             ) from error
-
-
-def _rows_of(local: Rows, numbers: np.ndarray, device: torch.device) -> torch.Tensor:
-    if isinstance(local, torch.Tensor):
-        return local.index_select(0, _index(numbers, local.device)).to(device)
-    return local(numbers).to(device)
-
-
-def _index(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(numbers).to(device)
-
-
-def _bytes(rows: torch.Tensor) -> torch.Tensor:
-    """The same memory as uint8 ``[rows, row bytes]``."""
-    return rows.contiguous().view(torch.uint8)
 
 
 def _checked(

@@ -131,7 +131,7 @@ def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 def group_sums(values: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Sum of ``values`` over consecutive groups of ``sizes`` (which may be 0); int64 ``[groups]``."""
     sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-    return np.diff(sums[np.concatenate([[0], np.cumsum(sizes)])])
+    return np.diff(sums[np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])])
 
 
 def segment_order(order: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,140 @@
+"""Features of the input nodes of a batch, wherever they are: own rows from memory, remote rows from their owners."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gemini_gnn.errors import DataError
+from gemini_gnn.halo import plan
+from gemini_gnn.halo.exchange import HaloExchange, Rows
+from gemini_gnn.halo.rows import copy_rows, empty_rows
+
+
+@dataclass
+class Counts:
+    """Rows gathered since :meth:`FeatureStore.take_counts`.
+
+    Attributes:
+        own, remote: rows of either kind; remote_bytes: features received for the latter (ids not included).
+    """
+
+    own: int = 0
+    remote: int = 0
+    remote_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A gather of which only the collective part is missing.
+
+    Attributes:
+        split: which rows are where.
+        rows: ``[inputs, features]`` in host memory (pinned if they go to a GPU), own rows filled in.
+    """
+
+    split: plan.Split
+    rows: torch.Tensor
+
+
+class FeatureStore:
+    """The features of the nodes ``begin..end - 1`` (new ids), and through ``exchange`` those of all others.
+
+    :meth:`gather` is :meth:`prepare` (reads own rows; no communication) and :meth:`complete` (collective): with gloo all
+    of it runs in the prefetcher's thread, with NCCL the training thread calls ``complete``.
+
+    Args:
+        local: float32 ``[owned, features]``, maybe memory-mapped.
+        begin, end: the range of the exchange's bounds that this rank owns.
+        exchange: used from one thread at a time.
+        in_ram: copy a mapping into memory once; False reads rows through the page cache at every gather.
+        dtype: of gathered rows, and of rows on the wire.
+
+    Raises:
+        DataError: ``local`` is not float32 with one row per owned node.
+    """
+
+    def __init__(
+        self,
+        local: np.ndarray,
+        begin: int,
+        end: int,
+        exchange: HaloExchange,
+        in_ram: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        if local.ndim != 2 or len(local) != end - begin or local.dtype != np.float32:
+            raise DataError(
+                f"features of nodes {begin}..{end - 1}: expected float32 [{end - begin}, width]; "
+                f"got {local.dtype} {list(local.shape)}"
+            )
+        if (begin, end) != (exchange.begin, exchange.end):
+            raise DataError(
+                f"features are of nodes {begin}..{end - 1}, the exchange's rank {exchange.rank} owns "
+                f"{exchange.begin}..{exchange.end - 1}"
+            )
+        self.width, self.dtype, self.exchange = local.shape[1], dtype, exchange
+        self._local = _held(local, in_ram, dtype)
+        self._counts = Counts()
+
+    def gather(self, input_nodes: np.ndarray) -> torch.Tensor:
+        """Features of ``input_nodes`` (unique new ids, any order): ``[inputs, features]`` on the exchange's device.
+
+        Bit for bit what is on disk (for bfloat16: its rounding). Collective.
+
+        Raises:
+            ExchangeError: another rank failed, died or did not come in time; ValueError: an id outside the graph.
+        """
+        return self.complete(self.prepare(input_nodes))
+
+    def prepare(self, input_nodes: np.ndarray) -> Prepared:
+        """Split the nodes and read own rows. Not collective: a failure here reaches the others with this rank's end."""
+        split = plan.split(input_nodes, self.exchange.bounds, self.exchange.rank)
+        if self.exchange.device.type == "cuda":
+            rows = torch.empty((len(split), self.width), dtype=self.dtype, pin_memory=True)
+        else:
+            rows = empty_rows(len(split), self.width, self.dtype, torch.device("cpu"))
+        if self._local.dtype == self.dtype:
+            copy_rows(self._local, split.own_local, rows, split.own)
+        else:
+            copy_rows(self._converted(split.own_local), np.arange(len(split.own)), rows, split.own)
+        return Prepared(split, rows)
+
+    def complete(self, prepared: Prepared) -> torch.Tensor:
+        """Fetch the remote rows into their places; ``[inputs, features]`` on the exchange's device. Collective."""
+        split = prepared.split
+        rows = prepared.rows.to(self.exchange.device, non_blocking=True)
+        local: Rows = self._local if self._local.dtype == self.dtype else self._converted
+        self.exchange.fetch(split, local, rows)
+        self._counts.own += len(split.own)
+        self._counts.remote += len(split.remote)
+        self._counts.remote_bytes += len(split.remote) * self.width * self.dtype.itemsize
+        return rows
+
+    def take_counts(self) -> Counts:
+        """The counters, which start again at zero. Call it where no gather is under way."""
+        taken, self._counts = self._counts, Counts()
+        return taken
+
+    def _converted(self, numbers: np.ndarray) -> torch.Tensor:
+        """Rows of a mapping in another dtype than the wanted one."""
+        rows = empty_rows(len(numbers), self.width, self._local.dtype, torch.device("cpu"))
+        copy_rows(self._local, numbers, rows, np.arange(len(numbers)))
+        return rows.to(self.dtype)
+
+
+def _held(local: np.ndarray, in_ram: bool, dtype: torch.dtype) -> torch.Tensor:
+    """``local`` as the tensor to gather from: itself, or its copy in ``dtype``."""
+    with warnings.catch_warnings():
+        # torch has no read-only tensors and says so; nothing here writes into this one.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        given = torch.from_numpy(np.ascontiguousarray(local))
+    if not in_ram:
+        return given
+    if given.dtype == dtype and not isinstance(local, np.memmap):
+        return given  # in memory already
+    held = empty_rows(len(given), given.shape[1], dtype, torch.device("cpu"))
+    return held.copy_(given)
