@@ -13,13 +13,13 @@ PURPOSE = "Baselines of a data set: logistic regression on features alone, and s
 
 
 def main(arguments: list[str]) -> int:
-    from gemini_gnn.graph.baselines import features_only_accuracy, structure_only_accuracy
-
     from gemini_gnn.graph import datasets
+    from gemini_gnn.graph.baselines import features_only_accuracy, structure_only_accuracy
+    from gemini_gnn.graph.datasets.files import cache_folder
     from gemini_gnn.observe.run_dir import write_atomically
 
     config = compose(arguments)
-    kept = datasets.cache_folder(config.dataset) / "baselines" / f"{datasets.fingerprint(config.dataset)}.json"
+    kept = cache_folder(config.dataset) / "baselines" / f"{datasets.fingerprint(config.dataset)}.json"
     if not kept.exists():
         graph = datasets.load_dataset(config.dataset)
         found = {

@@ -16,7 +16,7 @@ import torch
 
 from gemini_gnn.cluster import Place
 from gemini_gnn.config import Config, from_mapping
-from gemini_gnn.errors import ConfigError, GeminiError, RunDirError
+from gemini_gnn.errors import ConfigError, GeminiError, RunDirError, SnapshotError
 from gemini_gnn.faults import from_environ
 from gemini_gnn.graph.datasets import fingerprint, load_dataset
 from gemini_gnn.graph.partitioned import PartitionedGraph, open_or_make
@@ -26,7 +26,7 @@ from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_dir import RunDir, write_atomically
 from gemini_gnn.recovery.decisions import STOPPED
 from gemini_gnn.training import groups as process_groups
-from gemini_gnn.training.loop import Run, prepare, train
+from gemini_gnn.training.loop import NoSnapshots, Run, prepare, train
 from gemini_gnn.training.report import Report, model_card
 
 
@@ -61,28 +61,35 @@ def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
     torch.set_num_threads(config.training.threads or max(1, (os.cpu_count() or 1) // place.local_world_size))
     torch.manual_seed(config.seed)
     run_dir = RunDir.claim(config) if place.rank == 0 else None
-    if run_dir is not None:
-        forget_errors(run_dir.path)
     try:
+        if run_dir is not None:
+            forget_errors(run_dir.path)
         groups = process_groups.join(place, config.distributed, listen_fd)
         # Rank 0 holds the run directory now: only after that may others write into it.
         process_groups.run_on_first(groups.store, place.rank, "claim", config.distributed.timeout_s, lambda: None)
-        events = EventLog(Path(config.run_dir) / "events" / f"rank-{place.rank}.jsonl", place.rank)
-        events.emit("start", machine=place.machine, world_size=place.world_size, backend=groups.backend)
-        if run_dir is not None:
-            run_dir.status("running", world_size=place.world_size)
-        report = Report(run_dir, config, groups)
-        try:
-            graph = partitioned_graph(config, groups)
-            job = prepare(config, graph, groups, report, events, terminal=os.environ.get("GEMINI_GNN_TTY") == "1")
-            return _train(job, run_dir)
-        finally:
-            report.close()
-            events.close()
+        code = _with_groups(config, place, groups, run_dir)
     finally:
         if run_dir is not None:
             run_dir.release()
-        process_groups.leave()
+    # Only now: after an error the connections stay open until it has been written down, so that the others' errors,
+    # which are its consequences, come later.
+    process_groups.leave()
+    return code
+
+
+def _with_groups(config: Config, place: Place, groups: process_groups.Groups, run_dir: RunDir | None) -> int:
+    events = EventLog(Path(config.run_dir) / "events" / f"rank-{place.rank}.jsonl", place.rank)
+    report = Report(run_dir, config, groups)
+    try:
+        events.emit("start", machine=place.machine, pid=os.getpid(), backend=groups.backend, device=str(groups.device))
+        if run_dir is not None:
+            run_dir.status("starting", world_size=place.world_size)
+        graph = partitioned_graph(config, groups)
+        job = prepare(config, graph, groups, report, events, terminal=os.environ.get("GEMINI_GNN_TTY") == "1")
+        return _train(job, run_dir)
+    finally:
+        report.close()
+        events.close()
 
 
 def _train(job: Run, run_dir: RunDir | None) -> int:
@@ -97,6 +104,11 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
             f"edge cut {graph.meta.quality.edge_cut:.3f}); "
             f"{groups.world_size} ranks on {groups.backend}, {job.source.steps_per_epoch} steps per epoch"
         )
+    job.snapshots = start_snapshots(job)
+    if run_dir is not None:
+        run_dir.status("running", step=job.state.step, total_steps=job.total_steps, world_size=groups.world_size)
+        if job.state.step:
+            say(f"going on after step {job.state.step} of {job.total_steps}")
     begin = time.perf_counter()
     job.report.begin(job.state)
     state = train(job)
@@ -119,6 +131,31 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
         f"results in {run_dir.path}"
     )
     return 0
+
+
+def start_snapshots(job: Run) -> Any:
+    """Restore ``job.engine`` and ``job.state`` from the newest snapshot, if there is one, and take snapshots from now on.
+
+    Raises:
+        SnapshotError: no room, nothing to restore with resume=must, or a snapshot of another job or shape.
+    """
+    settings = job.config.snapshot
+    if settings.mode == "memory":
+        from gemini_gnn import snapshot
+
+        return snapshot.attach(
+            job.engine,
+            job.state,
+            every=settings.every,
+            group=job.groups.control,
+            hook=False,
+            timeout_s=job.config.distributed.timeout_s,
+        )
+    if job.config.resume == "must":
+        raise SnapshotError(
+            "resume=must: snapshot=none keeps nothing to go on from; use snapshot=memory or snapshot=nfs"
+        )
+    return NoSnapshots()
 
 
 def partitioned_graph(config: Config, groups: process_groups.Groups) -> PartitionedGraph:
@@ -146,4 +183,7 @@ def partitioned_graph(config: Config, groups: process_groups.Groups) -> Partitio
 def in_process(config: Config) -> int:
     """Train with one rank in this process (notebooks): a store on a free port, nothing left behind."""
     place = Place(0, 1, 0, 1, os.uname().nodename, "127.0.0.1", 0, "plain")
-    return run(config, place)
+    try:
+        return run(config, place)
+    finally:
+        process_groups.leave()

@@ -102,7 +102,7 @@ class Phases:
 
     ``input`` is waiting for the prefetcher, of which ``exposed`` moved halo rows and ``input_others`` waited for slower
     ranks; ``others`` is waiting for slower ranks before the reduction; ``reduce`` is what DeepSpeed's collectives took
-    (within ``backward`` and ``step``).
+    (within ``backward`` and ``update``).
     """
 
     input: float = 0.0
@@ -112,11 +112,11 @@ class Phases:
     backward: float = 0.0
     others: float = 0.0
     reduce: float = 0.0
-    step: float = 0.0
+    update: float = 0.0
     snapshot: float = 0.0
 
     def total(self) -> float:
-        return self.input + self.forward + self.backward + self.others + self.step + self.snapshot
+        return self.input + self.forward + self.backward + self.others + self.update + self.snapshot
 
 
 def summed_loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -202,7 +202,9 @@ def train(run: Run) -> RunState:
             if state.stopped or state.step >= run.total_steps:
                 break
             phases, edges = _one_step(run, batches, status, clock)
-            run.events.emit("step", step=state.step, edges=edges, **{k: round(v, 6) for k, v in vars(phases).items()})
+            run.events.emit(
+                "step", step=state.step, edges=edges, phases_s={k: round(v, 6) for k, v in vars(phases).items()}
+            )
             run.report.step(phases, edges)
             if state.step % source.steps_per_epoch == 0:
                 run.report.epoch(time.perf_counter() - epoch_begin)
@@ -253,7 +255,7 @@ def _one_step(run: Run, batches: Iterator[MicroBatch], status: Status, clock: An
         engine.step()
         now = time.perf_counter()
         if last:
-            phases.step += now - mark
+            phases.update += now - mark
         else:
             phases.backward += now - mark
         mark = now

@@ -20,7 +20,7 @@ from gemini_gnn.observe.run_dir import LossLog, RunDir
 from gemini_gnn.training.groups import Groups
 from gemini_gnn.training.state import RunState
 
-PHASES = ("input", "exposed", "input_others", "forward", "backward", "others", "reduce", "step", "snapshot")
+PHASES = ("input", "exposed", "input_others", "forward", "backward", "others", "reduce", "update", "snapshot")
 
 
 class Report:

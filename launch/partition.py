@@ -1,0 +1,90 @@
+#!/usr/bin/env python
+"""Partition a graph: `python launch/partition.py dataset=cora partition.method=metis partition.parts=8`."""
+
+from __future__ import annotations
+
+from gemini_gnn.compose import command, compose, take
+from gemini_gnn.config import Config
+from gemini_gnn.errors import ConfigError
+from gemini_gnn.observe.progress import say
+
+PURPOSE = """Write a partitioned graph, print its quality and where it lies; training finds it there.
+  partition.method=metis|hash partition.parts=N [partition.balance_edges=true] [partition.folder=FOLDER]
+  partition.plot=true   also draw a small graph as PNG, coloured by part, cut edges in red
+  --check FOLDER        prove that every edge of a partitioned graph is in it exactly once; with the settings it was
+                        made from (dataset=...) also against the source graph"""
+
+MOST_EDGES = 2_000_000_000  # edges visited for the predicted traffic, about a minute
+
+
+def main(arguments: list[str]) -> int:
+    if "--check" in arguments:
+        at = arguments.index("--check")
+        if at + 1 == len(arguments):
+            raise ConfigError("--check: expected a folder after it; got none")
+        arguments = [*arguments[:at], *arguments[at + 2 :], f"check={arguments[at + 1]}"]
+    overrides, extras = take(arguments, "check")
+    config = compose(overrides)
+    if "check" in extras:
+        return check(config, extras["check"])
+    return make(config)
+
+
+def make(config: Config) -> int:
+    from gemini_gnn.graph import datasets, quality
+    from gemini_gnn.graph.array_folder import ticking
+    from gemini_gnn.graph.partitioned import open_or_make
+    from gemini_gnn.graph.plot import plot_partitioned
+
+    if config.partition.parts < 1:
+        raise ConfigError("partition.parts: expected the number of parts, one per rank; got none")
+    pg = open_or_make(
+        config,
+        config.partition.parts,
+        lambda: datasets.load_dataset(config.dataset, say, require_labels=False),
+        datasets.fingerprint(config.dataset),
+        say,
+    )
+    meta = pg.meta
+    print(f"{meta.graph}: {pg.num_nodes:,} nodes, {pg.num_edges:,} edges, {pg.parts} parts by {meta.method}")
+    print(quality.table(meta.quality))
+    sampling = config.sampling
+    if sum(meta.train) and pg.num_edges * pg.parts * len(sampling.fanouts) <= MOST_EDGES:
+        with ticking("predicting the traffic of sampled batches", say):
+            predicted = quality.sampled_epoch_bytes(
+                pg.bounds, pg.colptr, pg.row, pg.train_mask, sampling.fanouts, sampling.batch_size, 4 * pg.x.shape[1]
+            )
+        print(
+            f"predicted with fanouts {sampling.fanouts} and {sampling.batch_size} seeds per rank: "
+            f"{quality.human_bytes(predicted)} of features between ranks per epoch"
+        )
+    print(f"folder: {pg.folder}")
+    if config.partition.plot:
+        with ticking("drawing", say):
+            picture = plot_partitioned(pg, pg.folder / "parts.png")
+        print(f"picture: {picture}")
+    return 0
+
+
+def check(config: Config, folder: str) -> int:
+    from gemini_gnn.graph import datasets
+    from gemini_gnn.graph.checking import check_partitioned
+    from gemini_gnn.graph.partitioned import PartitionedGraph
+
+    pg = PartitionedGraph.open(folder)
+    source = None
+    if datasets.fingerprint(config.dataset) == pg.meta.fingerprint:
+        source = datasets.load_dataset(config.dataset, say, require_labels=False)
+    check_partitioned(pg, source, say)
+    against = "equal to the source graph bit for bit" if source else "edge hash equal to that of the source graph"
+    print(
+        f"ok: {pg.folder}: {pg.num_nodes:,} nodes and {pg.num_edges:,} edges in {pg.parts} parts, every one exactly once, "
+        f"{against}"
+    )
+    if source is None:
+        print("add the dataset settings it was made with to compare it with the source graph, edge by edge")
+    return 0
+
+
+if __name__ == "__main__":
+    command(main, PURPOSE)
