@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 from scipy.stats import chisquare
 
+from gemini_gnn.config import SamplingConfig
 from gemini_gnn.errors import ConfigError, DataError
 from gemini_gnn.graph.topology import from_edges
 from gemini_gnn.sampling import hashing, kernels
@@ -214,6 +217,18 @@ def test_larger_graph_in_both_widths_and_from_read_only_maps(tmp_path):
         assert_same(sampler.sample(np.arange(0, 500, 7), 2, 5), want)
 
 
+def test_kernels_compile_where_no_cache_folder_is_writable(monkeypatch):
+    njit = kernels.njit
+
+    def without_cache(cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")  # what numba says
+        return njit(**options)
+
+    monkeypatch.setattr(kernels, "njit", without_cache)
+    assert kernels._compiled(lambda a, b: a / b)(1.0, 0.0) == math.inf
+
+
 # -- edge cases by hand ------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +263,20 @@ def test_repeated_seeds_keep_their_rows():
     block = sampler.sample(np.array([4, 4, 7]), 0, 0).blocks[0]
     rows = [block.indices[a:b].tolist() for a, b in zip(block.indptr[:-1], block.indptr[1:], strict=True)]
     assert block.num_dst == 3 and rows[0] == rows[1] and 1 not in block.indices
+
+
+def test_a_fanout_beyond_every_degree_takes_no_room():
+    weight = np.ones(10)
+    for weighted in (False, True):
+        sampler = NeighborSampler(star(10, weight), [10**12], seed=0, weighted=weighted)
+        assert sampler.sample(np.array([0]), 0, 0).num_edges == 10
+
+
+def test_the_config_group_says_what_the_schema_says():
+    from omegaconf import OmegaConf
+
+    group = OmegaConf.load(Path(__file__).parent.parent / "configs" / "sampling" / "default.yaml")
+    assert OmegaConf.to_container(group) == asdict(SamplingConfig())
 
 
 def test_bad_arguments_say_what_is_wrong():
@@ -357,46 +386,44 @@ def star(degree: int, weight=None) -> ReplicatedTopology:
     return topology_of([(i, 0) for i in range(1, degree + 1)], degree + 1, weight=weight)
 
 
+def draws_at_stars(degree: int, fanout: int, trials: int, weight=None) -> np.ndarray:
+    """``[trials, fanout]`` leaf numbers 0..degree-1, from 500 nodes that share their leaves, over many batches."""
+    centers = 500
+    edges = np.stack([np.tile(np.arange(degree), centers), np.repeat(np.arange(centers), degree) + degree], axis=1)
+    weights = None if weight is None else np.tile(weight, centers)
+    topology = topology_of(edges, centers + degree, weight=weights)
+    sampler = NeighborSampler(topology, [fanout], seed=12, weighted=weight is not None)
+    seeds = np.arange(degree, degree + centers)
+    batches = [sampler.sample(seeds, 0, i) for i in range(trials // centers)]
+    return np.concatenate([b.input_nodes[b.blocks[0].indices].reshape(centers, fanout) for b in batches])
+
+
 @pytest.mark.parametrize(("degree", "fanout"), [(10, 3), (70, 1), (300, 2), (130, 15)])
 def test_uniform_draws_are_uniform_and_without_replacement(degree, fanout):
-    sampler = NeighborSampler(star(degree), [fanout], seed=12)
-    trials = 20_000
-    # Repeated seeds draw alike, so trials differ by batch index.
-    drawn = np.concatenate([sampler.sample(np.array([0]), 0, i).input_nodes[1:] for i in range(trials)])
-    assert len(drawn) == trials * fanout  # new nodes only: all distinct within a draw
-    counts = np.bincount(drawn, minlength=degree + 1)[1:]
-    assert chisquare(counts).pvalue > 1e-3
+    drawn = draws_at_stars(degree, fanout, 20_000)
+    assert (np.diff(drawn, axis=1) > 0).all()  # ascending: all different
+    assert chisquare(np.bincount(drawn.ravel(), minlength=degree)).pvalue > 1e-3
 
 
 def test_pairs_are_uniform_too():
-    sampler = NeighborSampler(star(6), [2], seed=4)
-    pairs = [tuple(sampler.sample(np.array([0]), 0, i).input_nodes[1:]) for i in range(15_000)]
-    counts = [pairs.count(pair) for pair in sorted(set(pairs))]
+    _, counts = np.unique(draws_at_stars(6, 2, 15_000), axis=0, return_counts=True)
     assert len(counts) == 15 and chisquare(counts).pvalue > 1e-3
 
 
-def test_draws_of_different_nodes_are_independent():
-    edges = [(i, t) for t in (8, 9) for i in range(4)]
-    sampler = NeighborSampler(topology_of(edges, 10), [1], seed=4)
-    both = np.zeros((4, 4))
-    for i in range(8000):
-        block = sampler.sample(np.array([8, 9]), 0, i)
-        source = block.input_nodes[block.blocks[0].indices]
-        both[source[0], source[1]] += 1
-    assert chisquare(both.ravel()).pvalue > 1e-3
+def test_draws_of_neighboring_ids_and_batches_are_independent():
+    one = draws_at_stars(4, 1, 20_000)[:, 0]
+    for shift in (1, 500):  # the next node of the batch; the same node in the next batch
+        pairs = one.reshape(-1, 2, shift)
+        both = np.bincount((4 * pairs[:, 0] + pairs[:, 1]).ravel(), minlength=16)
+        assert chisquare(both).pvalue > 1e-3
 
 
 def test_weighted_draws_follow_successive_sampling():
-    weight = np.array([1.0, 2.0, 3.0, 4.0])
-    sampler = NeighborSampler(star(4, weight), [2], seed=7, weighted=True)
-    trials = 20_000
-    pairs = [tuple(sampler.sample(np.array([0]), 0, i).input_nodes[1:] - 1) for i in range(trials)]
-    p, expected, seen = weight / weight.sum(), [], []
-    for a in range(4):
-        for b in range(a + 1, 4):
-            expected.append(trials * (p[a] * p[b] / (1 - p[a]) + p[b] * p[a] / (1 - p[b])))
-            seen.append(pairs.count((a, b)))
-    assert sum(seen) == trials and chisquare(seen, expected).pvalue > 1e-3
+    weight, trials = np.array([1.0, 2.0, 3.0, 4.0]), 20_000
+    pairs, seen = np.unique(draws_at_stars(4, 2, trials, weight), axis=0, return_counts=True)
+    p = weight / weight.sum()
+    expected = [trials * (p[a] * p[b] / (1 - p[a]) + p[b] * p[a] / (1 - p[b])) for a, b in pairs]
+    assert len(seen) == 6 and chisquare(seen, expected).pvalue > 1e-3
 
 
 def test_weighted_draws_of_a_hub_equal_the_twin():

@@ -13,7 +13,7 @@ GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
 # What a stream of random numbers is for. Two purposes never share a stream, whatever their other coordinates are.
-SHUFFLE, DRAW, LOADER = 1, 2, 3
+SHUFFLE, DRAW, LOADER, DROPOUT = 1, 2, 3, 4
 
 
 def splitmix64(x: np.ndarray) -> np.ndarray:

@@ -71,7 +71,8 @@ class ReplicatedTopology:
         self, colptr: np.ndarray, row: np.ndarray, original: np.ndarray, edge_weight: np.ndarray | None = None
     ) -> None:
         if colptr.ndim != 1 or len(colptr) < 1 or int(colptr[0]) != 0 or int(colptr[-1]) != len(row):
-            raise DataError(f"colptr: expected to start at 0 and end at the number of edges ({len(row)}); got {colptr}")
+            ends = [int(colptr[0]), int(colptr[-1])] if colptr.size else []
+            raise DataError(f"colptr: expected to go from 0 to the number of edges ({len(row)}); got {ends}")
         if len(original) != len(colptr) - 1:
             raise DataError(f"original: expected one id per node ({len(colptr) - 1}); got {len(original)}")
         if edge_weight is not None and len(edge_weight) != len(row):
@@ -95,7 +96,7 @@ class ReplicatedTopology:
         positions = scratch.array("positions", int(indptr[-1]), np.int64)
         if by_weight and fanout >= 0:
             assert self.edge_weight is not None
-            heap = scratch.array("heap", fanout, np.float64)
+            heap = scratch.array("heap", min(fanout, len(self.row)), np.float64)
             kernels.draw_weighted(indptr, first, degree, key, self.edge_weight, positions, heap)
         else:
             bitmap = scratch.array("bitmap", kernels.bitmap_words(fanout, len(self.row)), np.uint64)

@@ -1,0 +1,63 @@
+"""What every benchmark needs: who measured, contenders in turns, one JSON per benchmark."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def machine() -> dict[str, Any]:
+    """The machine and the versions, for the head of a result file."""
+    model = platform.processor()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
+        if line.startswith("model name"):
+            model = line.split(":", 1)[1].strip()
+            break
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    packages = ("torch", "torch-geometric", "numpy", "numba", "networkx", "deepspeed", "torch-sparse", "pyg-lib")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "memory_bytes": memory,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "load_1min": os.getloadavg()[0],
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def in_turns(contenders: Mapping[str, Callable[[int], Any]], rounds: int) -> dict[str, list[tuple[float, Any]]]:
+    """``{name: [(seconds, result of f(round)), ...]}``; the contenders take turns, so that a slow minute of the machine
+    hits all of them."""
+    taken: dict[str, list[tuple[float, Any]]] = {name: [] for name in contenders}
+    for turn in range(rounds):
+        for name, call in contenders.items():
+            began = time.perf_counter()
+            result = call(turn)
+            taken[name].append((time.perf_counter() - began, result))
+    return taken
+
+
+def median(values) -> float:
+    return float(statistics.median(values))
+
+
+def write(path: str | Path, results: Mapping[str, Any]) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"written to {path}")
