@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parent.parent / "gemini_gnn"
 
 FLOORS = [
     {"config", "cluster", "errors", "hashing"},
-    {"faults", "observe"},
+    {"faults", "observe", "hosts"},
     {"graph"},
     {"halo", "features", "sampling", "models"},
     {"snapshot"},

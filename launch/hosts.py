@@ -1,0 +1,33 @@
+#!/usr/bin/env python
+"""Machines before a job: `launch/hosts.py check hostfile`, then `launch/hosts.py run hostfile launch/train.py ...`.
+
+check  read the hostfile, log in to every host at once, compare environments, print a table
+run    the same, then `deepspeed --hostfile ...` with an ssh that gives up dead hosts, with the address the other
+       machines know the first one by, a port of its own, and GEMINI_GNN_*, NCCL_* and OMP_* variables forwarded
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from gemini_gnn import hosts
+from gemini_gnn.errors import GeminiError
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) < 2 or arguments[0] not in ("check", "run") or (arguments[0] == "check") != (len(arguments) == 2):
+        print(__doc__)
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    verb, path, *command = arguments
+    answers = hosts.check(Path(path), os.environ, Path.cwd())
+    return hosts.run(Path(path), answers, command, os.environ) if verb == "run" else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except GeminiError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
