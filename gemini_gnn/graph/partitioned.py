@@ -584,8 +584,9 @@ def partition_folder(config: Config, parts: int, fingerprint: str) -> Path:
         return Path(config.partition.folder).expanduser()
     import xxhash
 
+    from gemini_gnn.graph.datasets import cache_folder
+
     rest = json.dumps([FORMAT_VERSION, partition_settings(config.partition)], sort_keys=True)
-    cache = config.dataset.cache or os.environ.get("GEMINI_GNN_CACHE") or "~/.cache/gemini_gnn"
     name = re.sub(r"[^\w.-]+", "_", config.dataset.name)
     key = f"{name}-{fingerprint}-{config.partition.method}-{parts}-{xxhash.xxh3_64_hexdigest(rest.encode())[:8]}"
-    return Path(cache).expanduser() / "partitions" / key
+    return cache_folder(config.dataset) / "partitions" / key
