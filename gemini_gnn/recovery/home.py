@@ -1,0 +1,234 @@
+"""Where a job lives on this machine and in its run directory: arena folder, locks, terms. Files only.
+
+Who owns what. ``/dev/shm/gemini-gnn-<uid>/<job>/`` belongs to whoever holds the exclusive flock on its ``agent.lock``:
+the living worker agent, the shim that is about to start one, or a sweeper. The kernel drops the lock with its last
+holder, so there are no pid files to trust and no stale locks. A folder may be removed only under that lock; whoever
+opened ``agent.lock`` just before notices after locking that the path no longer leads to its file, and starts over.
+
+``trainers.lock`` holds a shared *record* lock of every warm parent and trainer. Record locks belong to a process, are
+not inherited by its children, and go when the kernel has closed its files: that an exclusive one could be taken
+proves that no process of an earlier membership can still write here (invariant 5, across the death of an agent).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import stat
+import struct
+from pathlib import Path
+from typing import Any
+
+from gemini_gnn.errors import RecoveryError, RunDirError
+
+AGENT_LOCK, AGENT_SOCKET, TRAINERS_LOCK = "agent.lock", "agent.sock", "trainers.lock"
+OWN_FILES = {AGENT_LOCK, AGENT_SOCKET, TRAINERS_LOCK}  # everything else in an arena is a snapshot's
+MAX_SOCKET_PATH = 100  # of 108 bytes in sockaddr_un, with room for a temporary name
+
+
+def job_id(run_dir: Path) -> str:
+    """Short id of the job that writes to ``run_dir``: the same for every start of it, on every machine."""
+    return hashlib.sha256(os.fsencode(os.path.realpath(run_dir))).hexdigest()[:12]
+
+
+def arena_of(run_dir: Path, root: str | os.PathLike[str] = "/dev/shm") -> Path:
+    """The job's arena folder under ``root`` (a RAM file system)."""
+    return Path(root) / f"gemini-gnn-{os.getuid()}" / job_id(run_dir)
+
+
+def make_arena(arena: Path) -> None:
+    """Create the folder (mode 0700), or check the one that is there.
+
+    Raises:
+        RecoveryError: it cannot be made, belongs to someone else, or is not a plain folder.
+    """
+    if len(os.fsencode(arena / AGENT_SOCKET)) > MAX_SOCKET_PATH:
+        raise RecoveryError(
+            f"the path {arena} is too long for a socket; expected at most {MAX_SOCKET_PATH} bytes, "
+            f"got {len(os.fsencode(arena / AGENT_SOCKET))}; give a shorter snapshot.arena"
+        )
+    for folder in (arena.parent, arena):
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            found = folder.lstat()
+        except FileNotFoundError as error:
+            if folder is arena:  # the last job of this user just removed the parent
+                return make_arena(arena)
+            raise RecoveryError(
+                f"cannot make {folder}: {error.strerror}; expected an existing snapshot.arena"
+            ) from None
+        except OSError as error:
+            raise RecoveryError(f"cannot make {folder}: {error.strerror}; give another snapshot.arena=...") from None
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise RecoveryError(
+                f"{folder} is not a folder of this user (owner uid {found.st_uid}, ours {os.getuid()}); "
+                "remove it as its owner, or give another snapshot.arena=..."
+            )
+        if stat.S_IMODE(found.st_mode) != 0o700:
+            folder.chmod(0o700)
+
+
+def take_lock(arena: Path) -> int | None:
+    """The arena's lock as a file descriptor, or None while somebody else holds it. Makes the folder."""
+    while True:
+        make_arena(arena)
+        try:
+            lock = os.open(arena / AGENT_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except FileNotFoundError:
+            continue  # removed between making and opening
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours, there = os.fstat(lock), os.stat(arena / AGENT_LOCK)
+            if (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino):
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(lock)  # we locked a file that its owner has removed
+
+
+def is_locked(arena: Path) -> bool:
+    """Whether somebody holds the arena's lock; makes nothing."""
+    try:
+        lock = os.open(arena / AGENT_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
+def snapshot_files(arena: Path) -> list[Path]:
+    """What is in the arena besides the agent's own files."""
+    try:
+        return sorted(path for path in arena.iterdir() if path.name not in OWN_FILES)
+    except FileNotFoundError:
+        return []
+
+
+def remove_snapshots(arena: Path) -> tuple[int, int]:
+    """Remove them; returns their number and bytes. The caller holds the arena's lock and has reaped all trainers."""
+    files = size_bytes = 0
+    for path in snapshot_files(arena):
+        size_bytes += path.stat().st_blocks * 512
+        path.unlink()
+        files += 1
+    return files, size_bytes
+
+
+def leave_arena(arena: Path) -> None:
+    """Remove the agent's files and, where no snapshot is left, the folders. The caller holds the arena's lock."""
+    ours = [AGENT_SOCKET, AGENT_LOCK] if living_trainer(arena) else [AGENT_SOCKET, TRAINERS_LOCK, AGENT_LOCK]
+    for name in ours:  # one that is stuck in the kernel must still be seen by the next agent
+        (arena / name).unlink(missing_ok=True)
+    for folder in (arena, arena.parent):
+        try:
+            folder.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                raise
+            return
+
+
+# --- trainers.lock ----------------------------------------------------------------------------------------------------
+
+
+def hold_trainers_lock(arena: Path) -> int:
+    """Called by a warm parent or trainer; the descriptor stays open, and must be the only one, until it dies."""
+    lock = os.open(arena / TRAINERS_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    fcntl.lockf(lock, fcntl.LOCK_SH)
+    return lock
+
+
+def living_trainer(arena: Path) -> int | None:
+    """Pid of some warm parent or trainer that is not dead yet; None proves that there is none.
+
+    Must not be called by a process that holds the lock itself: closing a file drops the process's record locks on it.
+    """
+    try:
+        lock = os.open(arena / TRAINERS_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        layout = "hhqqi4x"  # struct flock on 64-bit Linux: type, whence, start, length, pid
+        asked = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind, _, _, _, pid = struct.unpack(layout, fcntl.fcntl(lock, fcntl.F_GETLK, asked))
+        return None if kind == fcntl.F_UNLCK else pid
+    finally:
+        os.close(lock)
+
+
+# --- run directory ----------------------------------------------------------------------------------------------------
+
+
+def make_run_dir(run_dir: Path) -> None:
+    """
+    Raises:
+        RunDirError: it cannot be written to.
+    """
+    try:
+        for name in ("logs", "events", "terms"):
+            (run_dir / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirError(f"run_dir {run_dir} is not writable ({error.strerror}); give another run_dir=...") from None
+
+
+def claim_term(run_dir: Path, record: dict[str, Any]) -> int:
+    """The next term of the job, claimed by exclusive creation of ``terms/<n>.json``.
+
+    Raises:
+        RunDirError: the file system refuses.
+    """
+    folder = run_dir / "terms"
+    try:
+        taken = [int(path.stem) for path in folder.glob("*.json") if path.stem.isdigit()]
+        term = max(taken, default=0) + 1
+        while True:
+            try:
+                file = os.open(folder / f"{term}.json", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+                break
+            except FileExistsError:
+                term += 1
+        with os.fdopen(file, "w") as text:
+            text.write(json.dumps({"term": term, **record}))
+            text.flush()
+            os.fsync(text.fileno())
+    except OSError as error:
+        raise RunDirError(f"cannot claim a term in {folder}: {error.strerror}; is run_dir writable?") from None
+    return term
+
+
+def newest_term(run_dir: Path) -> dict[str, Any]:
+    """The record of the newest term; empty where there is none that can be read."""
+    terms = sorted((int(path.stem), path) for path in (run_dir / "terms").glob("*.json") if path.stem.isdigit())
+    return _read_record(terms[-1][1]) if terms else {}
+
+
+def write_status(run_dir: Path, record: dict[str, Any]) -> None:
+    """Replace ``status.json``; a reader sees the old or the new file. Raises OSError."""
+    temporary = run_dir / f".status.json.{os.getpid()}"
+    with open(temporary, "w") as file:
+        file.write(json.dumps(record, indent=1))
+    os.replace(temporary, run_dir / "status.json")
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """``status.json``; empty where there is none or it is not ours."""
+    return _read_record(run_dir / "status.json")
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,0 +1,307 @@
+"""The slot process: says "rank r wants to run here" to this machine's worker agent and waits for the outcome. No torch.
+
+It finds the agent by its socket. Where nobody listens it takes the arena's lock and starts one, detached: forked twice
+and in a session of its own, so that it is nobody's child when a launcher kills its slot processes and their children. The
+lock's descriptor passes from the shim to the agent, so there is no moment at which two could be started. When the agent dies
+without an outcome (its socket closes), all shims come here again; the new agent goes on from the snapshots in host memory.
+
+What signals mean. SIGINT (Ctrl-C): end in order; the trainers finish their step, the snapshots stay; a second one does not
+wait for the step. SIGTERM: this machine leaves, in order, the same for a job on one machine. SIGHUP (the terminal is gone)
+like SIGTERM, unless it was ignored from the start (nohup). SIGKILL of a shim: the agent sees its socket close and ends
+the job in order. None of them reaches the trainers. A launcher that dies by itself ends nothing while its shims live.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gemini_gnn.cluster import Place
+from gemini_gnn.errors import RecoveryError
+from gemini_gnn.recovery import home, messages
+
+AGENT_START_S = 60.0  # for an agent to listen, on a busy machine with a slow file system
+ANSWER_S = 60.0  # for an agent of an earlier start to be gone, and ours to answer
+MAX_DEATHS = 4  # of agents that had accepted this shim, before something else must be wrong
+POLL_S = 0.1
+
+
+def run(
+    place: Place,
+    run_dir: Path,
+    target: str,
+    payload: dict[str, Any],
+    *,
+    preload: list[str],
+    resume: str,
+    terminal: bool,
+    arena_root: str | os.PathLike[str] = "/dev/shm",
+    max_restarts: int = 3,
+) -> int:
+    """Run ``target`` as the trainer of ``place`` under this machine's worker agent; the exit code of the job.
+
+    Every slot process of a launch calls this. The shim of local rank 0 prints what happens to the job, and with
+    ``terminal`` the output of rank 0.
+
+    Args:
+        run_dir: identifies the job, together with nothing else.
+        target: "package.module:function", called in the trainer as ``function(payload, place, listen_fd) -> int``.
+        payload: JSON.
+        preload: modules the trainers are forked with; they must not start threads or touch a GPU when imported.
+        resume: "auto" | "never" (removes the job's snapshots in host memory first) | "must".
+        arena_root: RAM file system for the snapshots.
+        max_restarts: how often within an hour all trainers are restarted after one was killed.
+
+    Raises:
+        RunDirError: ``run_dir`` cannot be written to.
+        RecoveryError: no agent can be started, or it dies again and again.
+    """
+    run_dir = Path(os.path.realpath(run_dir))
+    arena = home.arena_of(run_dir, os.path.realpath(arena_root))
+    home.make_run_dir(run_dir)
+    request = {
+        "kind": "register",
+        "place": asdict(place),
+        "target": target,
+        "payload": payload,
+        "preload": preload,
+        "resume": resume,
+        "max_restarts": max_restarts,
+        "environment": dict(os.environ),
+        "folder": os.getcwd(),
+        "path": [os.path.abspath(entry) for entry in sys.path],
+        "command": sys.argv,
+        "launch": launch_token(place, os.environ),
+        "pid": os.getpid(),
+    }
+    screen = Screen(speaks=place.local_rank == 0, streams=terminal and place.rank == 0)
+    stop = StopRequest()
+    deaths, until_s = 0, time.monotonic() + ANSWER_S
+    with stop.on_signals():
+        while True:
+            agent = reach_agent(arena, run_dir)
+            answer = _serve(agent, request, screen, stop)
+            agent.close()
+            match answer["kind"]:
+                case "outcome" | "refused":
+                    return screen.outcome(answer)
+                case "died":
+                    deaths, until_s = deaths + 1, time.monotonic() + ANSWER_S
+                    if deaths == MAX_DEATHS:
+                        raise RecoveryError(
+                            f"the worker agent died {deaths} times; see {run_dir}/events and {run_dir}/logs"
+                        )
+                    request["resume"] = "auto" if resume == "never" else resume
+                    screen.say(
+                        "the worker agent died; starting another, which goes on from the snapshots in host memory"
+                    )
+                case "ending" | "unheard":  # of an earlier start, or just dying: gone in a moment
+                    if time.monotonic() > until_s:
+                        raise RecoveryError(
+                            f"the worker agent of an earlier start does not end, or a new one cannot begin; see "
+                            f"{run_dir}/events, and the end of {agent_log(run_dir)}:\n{_tail(agent_log(run_dir))}"
+                        )
+                    time.sleep(POLL_S)
+
+
+def launch_token(place: Place, environ: Mapping[str, str]) -> str:
+    """The same for the slot processes of one launch on this machine, another for the next: who started them and when.
+
+    By hand, ranks of one job must be started from one shell.
+    """
+    if "SLURM_STEP_ID" in environ:
+        step = f"slurm-{environ.get('SLURM_JOB_ID')}.{environ['SLURM_STEP_ID']}"
+        return f"{step}.{environ.get('SLURM_RESTART_COUNT', 0)}"
+    parent = os.getpid() if place.world_size == 1 else os.getppid()
+    try:
+        stat = Path(f"/proc/{parent}/stat").read_text()
+    except OSError:  # it died
+        return f"{parent}"
+    return f"{parent}-{stat.rpartition(')')[2].split()[19]}"  # field 22: start time since boot, in ticks
+
+
+# --- finding or starting the agent ------------------------------------------------------------------------------------
+
+
+def reach_agent(arena: Path, run_dir: Path) -> messages.Channel:
+    """A channel to the job's agent on this machine, which is started if there is none.
+
+    Raises:
+        RecoveryError: none listens within ``AGENT_START_S``.
+    """
+    deadline, started = time.monotonic() + AGENT_START_S, 0
+    while time.monotonic() < deadline and started < MAX_DEATHS:
+        channel = messages.connect(arena / home.AGENT_SOCKET)
+        if channel is not None:
+            return channel
+        lock = home.take_lock(arena)
+        if lock is not None:
+            (arena / home.AGENT_SOCKET).unlink(missing_ok=True)  # of a dead one
+            _start_agent(arena, run_dir, lock)
+            os.close(lock)
+            started += 1
+        time.sleep(0.005)
+    log = agent_log(run_dir)
+    raise RecoveryError(f"the worker agent does not come up on {os.uname().nodename}; the end of {log}:\n{_tail(log)}")
+
+
+def agent_log(run_dir: Path) -> Path:
+    return run_dir / "logs" / f"agent-{os.uname().nodename}.log"
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-2000:] if log.exists() else ""
+
+
+def _start_agent(arena: Path, run_dir: Path, lock: int) -> None:
+    """Start the agent with the lock's descriptor; returns when it is nobody's child."""
+    command = [sys.executable, "-P", "-m", "gemini_gnn.recovery.agent", "--run-dir", os.fspath(run_dir)]
+    command += ["--arena", os.fspath(arena), "--lock", str(lock)]
+    package = Path(__file__).resolve().parents[2]
+    known = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*known, os.fspath(package)])}
+    output = os.open(agent_log(run_dir), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    nowhere = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setsid()
+            if os.fork() == 0:
+                os.chdir("/")
+                for source, number in ((nowhere, 0), (output, 1), (output, 2)):
+                    os.dup2(source, number)
+                os.set_inheritable(lock, True)
+                # A pipe of the launcher that stays open here would keep who reads its end waiting.
+                os.closerange(3, lock)
+                os.closerange(lock + 1, os.sysconf("SC_OPEN_MAX"))
+                os.execve(sys.executable, command, environment)
+        finally:
+            os._exit(127)
+    os.close(output)
+    os.close(nowhere)
+    os.waitpid(child, 0)
+
+
+# --- waiting for the outcome ------------------------------------------------------------------------------------------
+
+
+def _serve(agent: messages.Channel, request: dict[str, Any], screen: Screen, stop: StopRequest) -> dict[str, Any]:
+    """Register and wait: the agent's last message; "died" or "unheard" when it was gone without one, after or before
+    it accepted us (a dying agent's socket may still take a connection)."""
+    gone = {"kind": "unheard"}
+    agent.send(request, timeout_s=10.0)
+    stop.deliver_to(agent)
+    try:
+        while True:
+            readable, _, _ = select.select([agent], [], [], POLL_S)
+            for message in agent.receive() if readable else []:
+                if message["kind"] == "accepted":
+                    gone = {"kind": "died"}
+                    screen.follow(Path(message["log"]), message["offset"])
+                elif message["kind"] == "say":
+                    screen.say(message["text"])
+                elif message["kind"] in ("outcome", "refused", "ending"):
+                    return message
+            screen.copy()
+            if agent.closed:
+                return gone
+    finally:
+        stop.deliver_to(None)
+
+
+class StopRequest:
+    """Signals of this process, turned into requests to the agent; kept while there is none to tell."""
+
+    def __init__(self) -> None:
+        self._agent: messages.Channel | None = None
+        self._message: dict[str, Any] | None = None
+        self._interrupts = 0
+
+    def deliver_to(self, agent: messages.Channel | None) -> None:
+        self._agent = agent
+        if agent is not None and self._message is not None:
+            agent.send(self._message, timeout_s=1.0)
+
+    def _seen(self, number: int, _frame: Any) -> None:
+        if number == signal.SIGINT:
+            self._interrupts += 1
+            if self._interrupts > 2:
+                os._exit(128 + number)  # the agent does not answer; it will see this process gone
+        elif self._message is not None:
+            return  # DeepSpeed's launcher sends SIGTERM after the terminal's SIGINT: the first reason stays
+        reasons: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGHUP: "the terminal is gone"}
+        reason = reasons.get(number, "SIGTERM")
+        code, force = 128 + number, self._interrupts > 1
+        self._message = {"kind": "stop", "reason": reason, "code": code, "keep": True, "force": force}
+        self.deliver_to(self._agent)
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Handlers while the job runs; the ones before come back afterwards."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        for number, handler in before.items():
+            if number != signal.SIGHUP or handler is not signal.SIG_IGN:
+                signal.signal(number, self._seen)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class Screen:
+    """What a person sees: rank 0's output as it comes, and what happens to the job. A terminal that is gone is no error."""
+
+    def __init__(self, speaks: bool, streams: bool):
+        self.speaks, self.streams = speaks, streams
+        self._log: int | None = None
+
+    def follow(self, log: Path, offset: int) -> None:
+        """From ``offset`` on; a second call (another agent) goes on where the first was."""
+        if self.streams and self._log is None:
+            self._log = os.open(log, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            os.lseek(self._log, offset, os.SEEK_SET)
+
+    def copy(self) -> None:
+        while self._log is not None and (data := os.read(self._log, 1 << 16)):
+            self._write(1, data)
+
+    def say(self, text: str) -> None:
+        if self.speaks:
+            self.copy()
+            self._write(2, f"[gemini_gnn] {text}\n".encode())
+
+    def outcome(self, message: dict[str, Any]) -> int:
+        """The last words; the exit code."""
+        self.copy()
+        if message["kind"] == "refused":
+            self.say(message["text"])
+        elif message["outcome"] != "done":
+            self.say(_last_words(message, shown=self.streams and message["rank"] == 0))
+        return message["code"]
+
+    def _write(self, number: int, data: bytes) -> None:
+        try:
+            while data:
+                data = data[os.write(number, data) :]
+        except OSError:  # the terminal or pipe is gone: the logs have it all
+            self.streams = self.speaks = False
+            self._log = None
+
+
+def _last_words(message: dict[str, Any], shown: bool) -> str:
+    """Why the job ended, and what to do. ``shown``: the error has been seen already."""
+    who = f"rank {message['rank']}: " if message["rank"] not in (None, -1) else ""
+    text = message["reason"] if shown or not message["text"] else message["text"].rstrip()
+    words = f"{message['outcome']}: {who}{text}"
+    if message["kept_files"]:
+        words += "\nthe same command goes on from the snapshot in host memory"
+    return words

@@ -1,0 +1,73 @@
+"""End a job on this machine in order, from outside of it."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from gemini_gnn.errors import RecoveryError
+from gemini_gnn.recovery import home, messages
+from gemini_gnn.recovery.decisions import Limits
+
+
+def stop(run_dir: Path, *, keep: bool = False, arena_root: str | os.PathLike[str] | None = None) -> str:
+    """Ask the job's worker agent to end, wait until it has, and say what happened.
+
+    Args:
+        keep: leave the snapshots in host memory for the next start; else they are removed, also of a job that
+            no longer runs.
+        arena_root: where the job's arena is; default what its newest term says, else /dev/shm.
+
+    Raises:
+        RecoveryError: the job does not end in time.
+    """
+    run_dir = Path(os.path.realpath(run_dir))
+    arena = home.arena_of(run_dir, arena_root or home.newest_term(run_dir).get("arena_root", "/dev/shm"))
+    limits = Limits()
+    deadline = time.monotonic() + limits.stop_s + limits.reap_s + 15.0
+    agent = messages.connect(arena / home.AGENT_SOCKET)
+    if agent is None:
+        return _nothing_runs(run_dir, arena, keep)
+    request = {"kind": "stop", "reason": "launch/stop.py", "code": 128 + signal.SIGTERM, "keep": keep, "force": False}
+    agent.send(request, timeout_s=5.0)
+    outcome = None
+    while not agent.closed and time.monotonic() < deadline:
+        select.select([agent], [], [], 0.1)
+        outcome = next((m for m in agent.receive() if m["kind"] == "outcome"), outcome)
+        if outcome is not None:
+            return _said(run_dir, outcome)
+    raise RecoveryError(
+        f"the job of {run_dir} was asked to end and has not; see {run_dir}/events, or kill process "
+        f"{messages.peer(agent.sock)[0] if not agent.closed else '(gone)'} (its trainers die with it)"
+    )
+
+
+def _nothing_runs(run_dir: Path, arena: Path, keep: bool) -> str:
+    words = f"no job of {run_dir} runs on {os.uname().nodename}"
+    if keep or not home.snapshot_files(arena):
+        return words
+    lock = home.take_lock(arena)
+    if lock is None:
+        raise RecoveryError(f"the job of {run_dir} is just starting or ending; try again")
+    try:
+        _, size_bytes = home.remove_snapshots(arena)
+        home.leave_arena(arena)
+    finally:
+        os.close(lock)
+    return f"{words}; removed its snapshots from host memory ({size_bytes / 1e6:.1f} MB)"
+
+
+def _said(run_dir: Path, outcome: dict[str, Any]) -> str:
+    words = f"the job of {run_dir} has ended: {outcome['outcome']}"
+    if outcome["dropped_bytes"]:
+        words += (
+            f"; its snapshots in host memory ({outcome['dropped_bytes'] / 1e6:.1f} MB) are removed: "
+            "what is not in a checkpoint is lost (keep=true would have kept them)"
+        )
+    elif outcome["kept_files"]:
+        words += "; the same command goes on from the snapshot in host memory"
+    return words

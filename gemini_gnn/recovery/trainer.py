@@ -1,0 +1,220 @@
+"""The first and last moments of a trainer: from the fork of the warm parent to the user's function, and its end.
+
+A trainer owns nothing that outlives it: the kernel kills it with its parent (PDEATHSIG), the arena and the run directory
+belong to the agent. It may be killed at any instruction. Its last words (``failed``) go to the agent over a socket that is
+its own; they are sent before its connections to other trainers close, and read by the agent before the exit is counted.
+SIGTERM, SIGINT and SIGHUP do not end it: a launcher or scheduler sends them to every process it finds, while the agent
+decides when the job ends, so that the trainers can agree on the last step.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import faulthandler
+import importlib
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gemini_gnn.cluster import Place
+from gemini_gnn.errors import GeminiError, RecoveryError
+from gemini_gnn.recovery import home, messages
+from gemini_gnn.recovery.decisions import STOPPED
+from gemini_gnn.snapshot import context
+
+__all__ = ["STOPPED", "stop_requested"]
+
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
+OOM_SCORE_ADJ = 300  # out of memory: a trainer goes before the agent and before what others run here
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_agent: messages.Channel | None = None
+_listening = False
+_stop = False
+
+
+def stop_requested() -> bool:
+    """Whether the agent has asked this trainer to end in order; cheap enough for every step.
+
+    Whoever calls it promises to go on calling it: trainers of which one never asked are killed without waiting. Ranks
+    may see the request at different steps, so they must agree on the last one (a reduced flag) before they act on it;
+    then they return :data:`STOPPED`, or 0 if that was the end of the work anyway. False without an agent.
+    """
+    global _listening, _stop
+    if _agent is None or _stop:
+        return _stop
+    if not _listening:
+        _listening = _agent.send({"kind": "listens"}, timeout_s=1.0)
+    _stop = any(message["kind"] == "stop" for message in _agent.receive())
+    return _stop
+
+
+def die_with_parent(parent: int) -> None:
+    """The kernel sends SIGKILL when the thread that forked this process ends. Exits if that has happened already."""
+    if _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise RecoveryError(f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}")
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def close_descriptors(keep: set[int]) -> None:
+    """Close all but ``keep``: inherited descriptors hold locks, sockets and other processes' ends of pipes."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in keep:
+            try:
+                os.close(int(name))
+            except OSError:
+                continue  # the one that listed the folder
+
+
+def become(task: dict[str, Any], parent: int) -> None:
+    """Turn a fresh fork of the warm parent into the trainer of ``task``; see the module docstring.
+
+    ``task``: what ``agent.Agent._fork`` sends; ``descriptors`` holds [our socket to the agent, the store's listening socket].
+    """
+    global _agent
+    os.setsid()  # a process group of its own: what it starts can be killed with it
+    die_with_parent(parent)
+    descriptors: list[int] = task["descriptors"]
+    arena = Path(task["arena"])
+    home.hold_trainers_lock(arena)  # before anything is written: see living_trainer
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)  # a handler, not SIG_IGN: programs it starts get the default back
+        signal.siginterrupt(number, False)
+    _redirect(Path(task["log"]))
+    _agent = messages.Channel(socket.socket(fileno=descriptors[0]))
+    place = Place(**task["place"])
+    _libc.prctl(PR_SET_NAME, f"gnn-rank-{place.rank}".encode(), 0, 0, 0)
+    try:
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
+    except OSError as error:  # some containers forbid it; then the kernel chooses as it likes
+        print(f"warning: cannot set oom_score_adj: {error.strerror}", file=sys.stderr)
+    os.environ.clear()
+    os.environ.update(task["environment"])
+    os.chdir(task["folder"])
+    sys.path[:] = task["path"]
+    sys.argv[:] = task["command"]
+    _reseed()
+    _threads(place)
+    context.install(
+        context.Context(
+            job=task["job"],
+            arena=arena,
+            rank=place.rank,
+            world_size=place.world_size,
+            local_rank=place.local_rank,
+            local_world_size=place.local_world_size,
+            term=task["term"],
+            generation=task["generation"],
+            resume=task["resume"],
+        )
+    )
+
+
+def run(task: dict[str, Any]) -> NoReturn:
+    """Call the task's function and exit with what it returns; never comes back."""
+    assert _agent is not None, "become() first"
+    place = Place(**task["place"])
+    descriptors: list[int] = task["descriptors"]
+    listen_fd = descriptors[1] if len(descriptors) > 1 else None
+    code, failure = 1, None
+    try:
+        function = _resolve(task["target"])
+        _agent.send({"kind": "started", "time_s": time.monotonic()}, timeout_s=1.0)
+        code = function(task["payload"], place, listen_fd) or 0
+        if not isinstance(code, int) or not 0 <= code < 128:
+            raise TypeError(f"{task['target']} must return an exit code of 0..127 or None, not {code!r}")
+    except SystemExit as ending:
+        code, failure = _exit_code(ending)
+    except GeminiError as error:
+        code, failure = 2, (f"{type(error).__name__}: {error}", str(error))
+    except BaseException as error:
+        code, failure = 1, (f"{type(error).__name__}: {error}", traceback.format_exc())
+    if failure is not None:
+        summary, text = failure
+        record = {"kind": "failed", "time_s": time.monotonic(), "code": code, "summary": summary[:2000]}
+        _agent.send({**record, "text": text[-20_000:]}, timeout_s=5.0)
+        print(text, file=sys.stderr, flush=True)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit as a process of its own would, but not through the interpreter's teardown of a forked heap."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]  # joins non-daemon threads
+        atexit._run_exitfuncs()
+    except BaseException:
+        traceback.print_exc()
+        code = code or 1
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # disk full, or closed by the user's code
+                code = code or 1
+        os._exit(code)
+
+
+def _exit_code(ending: SystemExit) -> tuple[int, tuple[str, str] | None]:
+    """What a shell would see of ``sys.exit(x)``."""
+    if ending.code is None or ending.code == 0:
+        return 0, None
+    if isinstance(ending.code, int):
+        code = ending.code & 0xFF
+        if code == STOPPED:
+            return code, None
+        return code, (f"SystemExit: {code}", f"the script called sys.exit({ending.code})")
+    return 1, (f"SystemExit: {ending.code}", str(ending.code))
+
+
+def _resolve(target: str) -> Any:
+    module, _, name = target.partition(":")
+    function = getattr(importlib.import_module(module), name, None)
+    if not callable(function):
+        raise RecoveryError(f"expected a target 'package.module:function'; got {target!r}")
+    return function
+
+
+def _redirect(log: Path) -> None:
+    """Standard input from nowhere, output and errors to the end of ``log``."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for source, number in ((nowhere, 0), (output, 1), (output, 2)):
+        os.dup2(source, number)
+    os.close(nowhere)
+    os.close(output)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a line, or a progress bar's \r, at once
+    faulthandler.enable()
+
+
+def _reseed() -> None:
+    """The random state of a process that has just been started, not the parent's.
+
+    Python's and NumPy's generators come from the operating system; torch's is the same constant in every new process, which
+    scripts that never seed rely on.
+    """
+    random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        torch.manual_seed(torch._C.default_generator.initial_seed())
+
+
+def _threads(place: Place) -> None:
+    """The parent had one thread, for the fork's sake; a trainer gets what a new process would, or its share."""
+    if "torch" in sys.modules:
+        share = max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        sys.modules["torch"].set_num_threads(int(asked) if asked.isdigit() and int(asked) > 0 else share)

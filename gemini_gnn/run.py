@@ -1,0 +1,104 @@
+"""Run any training script under a worker agent: ``python -m gemini_gnn.run [options] script.py arguments...``.
+
+The process that is started here is only the shim; the script itself runs in a trainer that the agent forks, so that
+``gemini_gnn.snapshot.attach`` in it can keep snapshots that outlive it. Works under any launcher:
+
+    python -m gemini_gnn.run train.py --lr 0.1
+    deepspeed --module gemini_gnn.run train.py --lr 0.1
+    srun python -m gemini_gnn.run train.py --lr 0.1
+
+In the script, ``torch.distributed.init_process_group()`` and ``deepspeed.init_distributed()`` need no address: when all
+ranks are on this machine the store listens already, on a port of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from gemini_gnn.cluster import Place, discover
+from gemini_gnn.errors import GeminiError
+
+_store: Any = None  # the process groups' store, served by rank 0 for as long as it lives
+
+
+def run_script(payload: dict[str, Any], place: Place, listen_fd: int | None) -> int:
+    """The trainer's side: serve the store where the agent has bound one, then run the script as ``__main__``."""
+    import runpy
+
+    global _store
+    if listen_fd is not None:
+        import datetime
+
+        import torch.distributed as dist
+
+        _store = dist.TCPStore(
+            place.master_addr,
+            place.master_port,
+            place.world_size,
+            is_master=True,
+            timeout=datetime.timedelta(minutes=10),
+            wait_for_workers=False,
+            master_listen_fd=listen_fd,
+        )
+    if payload["store"]:
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # env:// then connects on rank 0 too, and does not bind
+    sys.argv[:] = [payload["script"], *payload["arguments"]]
+    sys.path[:] = [os.path.dirname(os.path.abspath(payload["script"])), *sys.path]
+    runpy.run_path(payload["script"], run_name="__main__")
+    return 0
+
+
+def preload_of(script: Path) -> list[str]:
+    """What the warm parent imports for a script: what it will need anyway, by a look at its text. Only speed depends on it."""
+    text = script.read_text(errors="replace")
+    return ["torch", "torch.distributed", *(["gemini_gnn.training.engine"] if "deepspeed" in text else [])]
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m gemini_gnn.run",
+        description="Run a training script under a worker agent, so that its snapshots in host memory outlive it.",
+    )
+    parser.add_argument("--run-dir", type=Path, help="identifies the job (default: runs/<script>)")
+    parser.add_argument("--resume", choices=("auto", "never", "must"), default="auto")
+    parser.add_argument("--arena", default="/dev/shm", help="RAM file system for the snapshots")
+    parser.add_argument("--preload", action="append", metavar="MODULE", help="imported before trainers are forked")
+    parser.add_argument("--max-restarts", type=int, default=3, help="within an hour, after a trainer was killed")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher puts it in front
+    parser.add_argument("script", type=Path)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    options = parser.parse_args(arguments)
+    if not options.script.is_file():
+        parser.error(f"expected a Python script; {options.script} is no file")
+    from gemini_gnn.recovery import shim
+
+    place = discover(os.environ)
+    passed_on = [f"--local_rank={options.local_rank}"] if options.local_rank is not None else []
+    payload = {
+        "script": os.fspath(options.script.absolute()),
+        "arguments": passed_on + options.arguments,
+        "store": place.local_world_size == place.world_size,
+    }
+    return shim.run(
+        place,
+        options.run_dir or Path("runs") / options.script.stem,
+        "gemini_gnn.run:run_script",
+        payload,
+        preload=options.preload or preload_of(options.script),
+        resume=options.resume,
+        terminal=True,
+        arena_root=options.arena,
+        max_restarts=options.max_restarts,
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except GeminiError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
