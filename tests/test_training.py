@@ -59,13 +59,11 @@ def plain_pyg_losses(overrides, steps):
 
 
 def copy_sage(layer, conv):
-    """Our layer's weights into PyG's SAGEConv, matched by shape and role."""
-    named = dict(layer.named_parameters())
-    conv.lin_l.weight.copy_(named["neighbor.weight"])
-    conv.lin_r.weight.copy_(named["root.weight"])
-    bias = named.get("root.bias", named.get("neighbor.bias"))
-    assert bias is not None
-    conv.lin_l.bias.copy_(bias)
+    """Our layer's weights into PyG's SAGEConv."""
+    neighbor, root = layer.weight.split(layer.in_features, dim=1)
+    conv.lin_l.weight.copy_(neighbor)
+    conv.lin_r.weight.copy_(root)
+    conv.lin_l.bias.copy_(layer.bias)
 
 
 def test_full_batch_losses_of_any_number_of_ranks_equal_a_plain_pyg_loop(small, tmp_path):
