@@ -34,9 +34,10 @@ def attach(
     here = context if context is not None else _installed()
     if every < 1:
         raise SnapshotError(f"every: expected at least 1 step; got {every}")
-    for method in ("state_dict", "load_state_dict"):
-        if extra_state is not None and not callable(getattr(extra_state, method, None)):
-            raise SnapshotError(f"extra_state: expected an object with {method}(); got {type(extra_state).__name__}")
+    if extra_state is not None and not (hasattr(extra_state, "state_dict") and hasattr(extra_state, "load_state_dict")):
+        raise SnapshotError(
+            f"extra_state: expected an object with state_dict() and load_state_dict(); got {type(extra_state).__name__}"
+        )
     ranks = connect(group, here.rank, here.world_size, timeout_s)
     state = ranks.together(lambda: collect(engine))
     shards = _plan(ranks, state, here)
@@ -151,7 +152,7 @@ def _hook(engine: Any, snapshots: Snapshots, agree: Callable[[bool], bool]) -> N
         original = engine.step
 
         @functools.wraps(original)
-        def step(*args: Any, **kwargs: Any) -> Any:
+        def engine_step(*args: Any, **kwargs: Any) -> Any:
             before = engine.global_steps
             snapshots.before_step()  # costs nothing on a step that only accumulates: there the copy is long done
             result = original(*args, **kwargs)
@@ -159,29 +160,30 @@ def _hook(engine: Any, snapshots: Snapshots, agree: Callable[[bool], bool]) -> N
                 _capture(snapshots, agree, engine.global_steps)
             return result
 
-        engine.step = step
+        engine.step = engine_step
         snapshots.on_close(lambda: engine.__dict__.pop("step", None))
         return
     optimizer, scheduler = engine[1], engine[2] if len(engine) == 3 else None
-    fence = optimizer.register_step_pre_hook(lambda *_: snapshots.before_step())
-    # The last thing to change in a step: the scheduler where there is one.
-    last = optimizer if scheduler is None else scheduler
-    inner = last.step
 
-    @functools.wraps(inner)
-    def last_step(*args: Any, **kwargs: Any) -> Any:
-        result = inner(*args, **kwargs)
+    def stepped(*_: Any) -> None:
         snapshots.steps += 1
         _capture(snapshots, agree, snapshots.steps)
-        return result
 
-    last.step = last_step
+    fence = optimizer.register_step_pre_hook(lambda *_: snapshots.before_step())
+    snapshots.on_close(fence.remove)
+    if scheduler is None:
+        snapshots.on_close(optimizer.register_step_post_hook(stepped).remove)
+        return
+    # With a scheduler that is what changes last. It has no hooks, and an attribute of the instance would become a part of
+    # its state_dict(): so it gets a class of its own.
+    kind = type(scheduler)
 
-    def unhook() -> None:
-        fence.remove()
-        last.step = inner
+    def step(self: Any, *args: Any, **kwargs: Any) -> None:
+        kind.step(self, *args, **kwargs)
+        stepped()
 
-    snapshots.on_close(unhook)
+    scheduler.__class__ = type(kind.__name__, (kind,), {"step": step, "__module__": kind.__module__})
+    snapshots.on_close(lambda: setattr(scheduler, "__class__", kind))
 
 
 def _capture(snapshots: Snapshots, agree: Callable[[bool], bool], step: int) -> None:
