@@ -22,6 +22,8 @@ from typing import Any
 from gemini_gnn.cluster import Place, discover
 from gemini_gnn.errors import GeminiError
 
+ALWAYS = ["torch", "torch.distributed"]  # the store needs them
+
 _store: Any = None  # the process groups' store, served by rank 0 for as long as it lives
 
 
@@ -55,7 +57,7 @@ def run_script(payload: dict[str, Any], place: Place, listen_fd: int | None) -> 
 def preload_of(script: Path) -> list[str]:
     """What the warm parent imports for a script: what it will need anyway, by a look at its text. Only speed depends on it."""
     text = script.read_text(errors="replace")
-    return ["torch", "torch.distributed", *(["gemini_gnn.training.engine"] if "deepspeed" in text else [])]
+    return [*ALWAYS, *(["gemini_gnn.training.engine"] if "deepspeed" in text else [])]
 
 
 def main(arguments: list[str]) -> int:
@@ -88,7 +90,7 @@ def main(arguments: list[str]) -> int:
         options.run_dir or Path("runs") / options.script.stem,
         "gemini_gnn.run:run_script",
         payload,
-        preload=options.preload or preload_of(options.script),
+        preload=[*ALWAYS, *options.preload] if options.preload else preload_of(options.script),
         resume=options.resume,
         terminal=True,
         arena_root=options.arena,

@@ -87,6 +87,7 @@ class Agent:
         self.trainers: dict[int, Trainer] = {}
         self.warm: Warm | None = None
         self.events: list[decisions.Event] = []  # seen, not yet decided
+        self.errors: list[Failure] = []  # of this generation's trainers, not yet in their logs
         self.log_file = open(run_dir / "events" / f"agent-{self.machine}.jsonl", "a")
         self.listener = messages.listen(arena / home.AGENT_SOCKET)
         self.wakeup, signalled = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -151,6 +152,7 @@ class Agent:
                 self._start_warm()
             case decisions.Fork(generation, ranks):
                 self._status("running", generation=generation)
+                self._write_errors(None)
                 self._fork(generation, sorted(ranks))
             case decisions.AskToStop(ranks):
                 for rank in ranks:
@@ -161,6 +163,7 @@ class Agent:
             case decisions.Say(text):
                 self._say(text)
             case decisions.Finish(outcome):
+                self._write_errors(outcome.failure)
                 self.outcome = outcome
 
     # --- shims and other visitors -------------------------------------------------------------------------------------
@@ -343,8 +346,9 @@ class Agent:
             elif message["kind"] == "listens":
                 self._see(decisions.Listens(rank))
             elif message["kind"] == "failed":
-                self._log("trainer_failed", rank=rank, code=message["code"], summary=message["summary"])
                 failure = Failure(rank, message["code"], message["time_s"], message["summary"], message["text"])
+                self._log("trainer_failed", rank=rank, code=failure.code, text=failure.text)
+                self.errors.append(failure)
                 self._see(decisions.Failed(failure))
         if trainer.channel.closed and trainer.channel.sock.fileno() >= 0:
             self._forget(trainer.channel)
@@ -437,6 +441,19 @@ class Agent:
         for shim in self.shims.values():
             if shim.request["place"]["local_rank"] == 0:
                 shim.channel.send({"kind": "say", "text": text})
+
+    def _write_errors(self, first: Failure | None) -> None:
+        """Each trainer's error into its log: the job's first one whole, one line of those that came of another's end."""
+        for failure in self.errors:
+            text = (
+                failure.text if failure is first else f"[gemini_gnn] ended by {failure.summary} (after another trainer)"
+            )
+            try:
+                with open(self._log_of(failure.rank), "a") as log:
+                    log.write(text.rstrip("\n") + "\n")
+            except OSError as error:  # disk full: it is in the outcome too
+                self._log("log_failed", rank=failure.rank, error=error.strerror)
+        self.errors.clear()
 
     def _log(self, kind: str, **fields: Any) -> None:
         record = {"t": time.time(), "monotonic_s": time.monotonic(), "term": self.term, "kind": kind, **fields}

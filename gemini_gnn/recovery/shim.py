@@ -48,8 +48,8 @@ def run(
 ) -> int:
     """Run ``target`` as the trainer of ``place`` under this machine's worker agent; the exit code of the job.
 
-    Every slot process of a launch calls this. The shim of local rank 0 prints what happens to the job, and with
-    ``terminal`` the output of rank 0.
+    Every slot process of a launch calls this. The shim of local rank 0 prints what happens to the job on stderr, that of
+    rank 0 also what its trainer prints, on stdout.
 
     Args:
         run_dir: identifies the job, together with nothing else.
@@ -58,6 +58,7 @@ def run(
         preload: modules the trainers are forked with; they must not start threads or touch a GPU when imported.
         resume: "auto" | "never" (removes the job's snapshots in host memory first) | "must".
         arena_root: RAM file system for the snapshots.
+        terminal: stdout is a terminal, where a progress bar may stand in the current line.
         max_restarts: how often within an hour all trainers are restarted after one was killed.
 
     Raises:
@@ -82,7 +83,7 @@ def run(
         "launch": launch_token(place, os.environ),
         "pid": os.getpid(),
     }
-    screen = Screen(speaks=place.local_rank == 0, streams=terminal and place.rank == 0)
+    screen = Screen(speaks=place.local_rank == 0, streams=place.rank == 0, terminal=terminal)
     stop = StopRequest()
     deaths, until_s = 0, time.monotonic() + ANSWER_S
     with stop.on_signals():
@@ -260,8 +261,9 @@ class StopRequest:
 class Screen:
     """What a person sees: rank 0's output as it comes, and what happens to the job. A terminal that is gone is no error."""
 
-    def __init__(self, speaks: bool, streams: bool):
-        self.speaks, self.streams = speaks, streams
+    def __init__(self, speaks: bool, streams: bool, terminal: bool):
+        self.speaks, self.streams, self.terminal = speaks, streams, terminal
+        self._within_line = False
         self._log: int | None = None
 
     def follow(self, log: Path, offset: int) -> None:
@@ -273,11 +275,14 @@ class Screen:
     def copy(self) -> None:
         while self._log is not None and (data := os.read(self._log, 1 << 16)):
             self._write(1, data)
+            self._within_line = not data.endswith(b"\n")
 
     def say(self, text: str) -> None:
         if self.speaks:
             self.copy()
-            self._write(2, f"[gemini_gnn] {text}\n".encode())
+            begin = "\n" if self.terminal and self._within_line else ""
+            self._write(2, f"{begin}[gemini_gnn] {text}\n".encode())
+            self._within_line = False
 
     def outcome(self, message: dict[str, Any]) -> int:
         """The last words; the exit code."""

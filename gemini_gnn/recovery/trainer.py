@@ -141,8 +141,9 @@ def run(task: dict[str, Any]) -> NoReturn:
     if failure is not None:
         summary, text = failure
         record = {"kind": "failed", "time_s": time.monotonic(), "code": code, "summary": summary[:2000]}
-        _agent.send({**record, "text": text[-20_000:]}, timeout_s=5.0)
-        print(text, file=sys.stderr, flush=True)
+        # The agent writes it into the log when it knows whose error was the first; the others' only name theirs.
+        if not _agent.send({**record, "text": text[-20_000:]}, timeout_s=5.0):
+            print(text, file=sys.stderr, flush=True)
     _leave(code)
 
 
