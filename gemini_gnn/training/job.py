@@ -143,6 +143,7 @@ def start_snapshots(job: Run) -> Any:
     if settings.mode == "memory":
         from gemini_gnn import snapshot
 
+        job.recoveries = snapshot.context.current().generation - 1
         return snapshot.attach(
             job.engine,
             job.state,

@@ -142,6 +142,7 @@ class Run:
     events: EventLog
     progress: Progress
     faults: list[Fault] = field(default_factory=list)
+    recoveries: int = 0  # memberships of this job before this one, within the term: faults count them
     state: RunState = field(default_factory=RunState)
     snapshots: Snapshots = field(default_factory=NoSnapshots)
 
@@ -219,7 +220,7 @@ def _one_step(run: Run, batches: Iterator[MicroBatch], status: Status, clock: An
     """One optimizer step: ``accumulation`` micro-batches, agreement, reduction, update. Returns phases and edges."""
     config, state, source, engine = run.config, run.state, run.source, run.engine
     phases, edges, mark = Phases(), 0, time.perf_counter()
-    maybe_fail(run.faults, run.groups.rank, state.step)
+    maybe_fail(run.faults, run.groups.rank, state.step, run.recoveries)
     status.loss_sum, status.unready, status.stop = 0.0, int(not run.snapshots.ready()), int(stop_requested())
     seeds = source.seeds_in_step(state.step)
     # DeepSpeed divides by ranks and by micro-batches; the loss is the mean over all seeds of the step.
