@@ -13,7 +13,9 @@ from pathlib import Path
 
 from gemini_gnn.compose import command, compose, take
 
-PURPOSE = "Download, convert and describe a data set. export=FILE.csv[.gz] also writes its edges as source,target[,weight]."
+PURPOSE = (
+    "Download, convert and describe a data set. export=FILE.csv[.gz] also writes its edges as source,target[,weight]."
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -27,9 +29,12 @@ def main(arguments: list[str]) -> int:
         print(line, file=sys.stderr, flush=True)
 
     began = time.monotonic()
-    identity = fingerprint(config)
     graph = load_dataset(config, progress, require_labels=False)
-    rows = {"graph": f"{graph.name} [{identity}]"} | summary(graph) | {"loaded in": f"{time.monotonic() - began:.2f} s"}
+    rows = (
+        {"graph": f"{graph.name} [{fingerprint(config)}]"}
+        | summary(graph)
+        | {"loaded in": f"{time.monotonic() - began:.2f} s"}
+    )
     width = max(map(len, rows))
     for name, text in rows.items():
         print(f"{name:<{width}}  {text}")

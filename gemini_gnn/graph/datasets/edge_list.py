@@ -296,9 +296,12 @@ def as_text(names: np.ndarray) -> np.ndarray:
 
 def as_integer(field: str) -> int:
     try:
-        return int(field)
+        value = int(field)
     except ValueError:
         raise ValueError(f"{field!r} is no integer") from None
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("an integer beyond 64 bits")
+    return value
 
 
 def as_number(field: str) -> float:
