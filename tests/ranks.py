@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "numpy"])
+_context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "numba"])
 
 
 def _rank_main(fn, rank, world, folder, args, pipe):

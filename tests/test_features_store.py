@@ -94,22 +94,21 @@ def gathers(rank, world):
             in_this_thread = (lambda key, store=store: store.prepare(ids_of(key)), store.complete)
             for make, finish in (in_background, in_this_thread):
                 for depth in (0, 3):
-                    with prefetch(make, range(12), depth, finish=finish) as batches:
+                    with prefetch(make, range(8), depth, finish=finish) as batches:
                         for key, rows in enumerate(batches):
                             gradient = torch.full((1000,), float(rank + key))
                             dist.all_reduce(gradient)
                             assert gradient[0] == world * key + world * (world - 1) / 2
                             assert rows.dtype == dtype and torch.equal(rows, full[ids_of(key)])
             counts = store.take_counts()
-            asked = np.concatenate([ids_of(key) for key in range(12)] * 4)
+            asked = np.concatenate([ids_of(key) for key in range(8)] * 4)
             remote = int(((asked < begin) | (asked >= end)).sum())
             assert (counts.own, counts.remote) == (len(asked) - remote, remote)
             assert counts.remote_bytes == remote * WIDTH * dtype.itemsize
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_gathered_rows_are_those_on_disk(world):
-    run_ranks(gathers, world)
+def test_gathered_rows_are_those_on_disk():
+    run_ranks(gathers, 3)
 
 
 def broken_out_early(rank, world):

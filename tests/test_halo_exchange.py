@@ -65,11 +65,6 @@ def rows_equal_the_matrix(rank, world):
     return halo.take_traffic().calls
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
-def test_rows_equal_the_matrix(world):
-    assert run_ranks(rows_equal_the_matrix, world) == [2] * world
-
-
 def empty_and_one_sided(rank, world):
     full = matrix_of()
     halo = exchange(rank, world)
@@ -103,6 +98,9 @@ def test_one_rank_needs_no_group():
     assert counts.tolist() == [2, 0, 2, 0] and column.tolist() == [5, 5, 5, 5]
     with pytest.raises(ValueError, match="ids must lie in 0..999"):
         halo.rows(np.array([NODES]), full)
+    assert torch.equal(halo.rows(np.array([3]), full), full[[3]])  # nothing broke: nobody else was waiting
+    with pytest.raises(RuntimeError, match="two threads"):
+        halo.ask(ids, lambda asked: halo.rows(asked, full), [np.int64])
     with pytest.raises(ValueError, match="process group of its own"):
         HaloExchange(None, np.array([0, 5, NODES]), 0, chunk_bytes=100, timeout_s=1)
 
@@ -135,65 +133,58 @@ def asks_equal_local_answers(rank, world):
                     assert got.dtype == wanted.dtype and np.array_equal(got, wanted)
 
 
+def both(rank, world):
+    asks_equal_local_answers(rank, world)
+    return rows_equal_the_matrix(rank, world)
+
+
 @pytest.mark.parametrize("world", [2, 3, 4])
-def test_asks_equal_local_answers(world):
-    run_ranks(asks_equal_local_answers, world)
+def test_rows_equal_the_matrix_and_asks_the_local_answers(world):
+    assert run_ranks(both, world) == [2] * world
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
 
 
-def failing_answer(rank, world):
+def failures_that_all_learn_of(rank, world):
     halo = exchange(rank, world, timeout_s=20)
+    full = matrix_of()
+    local = full[halo.begin : halo.end]
+    began = time.monotonic()
+    messages = []
+
+    with pytest.raises(ValueError if rank == 0 else ExchangeError) as caught:
+        halo.rows(np.array([NODES + 5 if rank == 0 else 1]), local)
+    messages.append(str(caught.value))
 
     def answer(ids):
         if rank == 1:
             raise KeyError("no such node in the cache")
         return neighbors(ids)
 
-    began = time.monotonic()
-    try:
+    with pytest.raises(KeyError if rank == 1 else ExchangeError) as caught:
         halo.ask(pick(rank, 0), answer, [np.int64, np.float32, np.int16])
-    except Exception as error:
-        failure = type(error).__name__, str(error), time.monotonic() - began
-    # the group is still in step: everybody learnt of the failure in the same header
-    full = matrix_of()
-    assert torch.equal(halo.rows(np.arange(9), full[halo.begin : halo.end]), full[:9])
-    return failure
+    messages.append(str(caught.value))
+    # still in step: everybody learnt of the failures in the same header
+    assert torch.equal(halo.rows(np.arange(9), local), full[:9])
 
-
-def test_an_exception_in_an_answer_is_everybodys_at_once():
-    failures = run_ranks(failing_answer, 3)
-    assert failures[1][0] == "KeyError"
-    for rank in (0, 2):
-        kind, message, seconds = failures[rank]
-        assert kind == "ExchangeError" and "rank 1 failed while preparing answers" in message and seconds < 10
-
-
-def bad_ids(rank, world):
-    halo = exchange(rank, world, timeout_s=20)
-    ids = np.array([NODES + 5]) if rank == 0 else np.array([1])
-    with pytest.raises(ValueError if rank == 0 else ExchangeError) as caught:
-        halo.rows(ids, matrix_of()[halo.begin : halo.end])
-    return str(caught.value)
-
-
-def test_bad_ids_on_one_rank_stop_all():
-    first, second = run_ranks(bad_ids, 2)
-    assert "0..999; got 1005..1005" in first and "rank 0 failed while preparing rows" in second
-
-
-def different_calls(rank, world):
-    halo = exchange(rank, world, timeout_s=20)
-    local = matrix_of(torch.bfloat16 if rank else torch.float32)[halo.begin : halo.end]
-    with pytest.raises(ExchangeError, match="rows of 48 bytes.*on every rank|rows of 24 bytes.*on every rank"):
-        halo.rows(np.arange(20), local)
+    with pytest.raises(ExchangeError, match=r"rows of \d+ bytes.*on every rank") as caught:
+        halo.rows(np.arange(20), local.to(torch.bfloat16) if rank else local)
+    messages.append(str(caught.value))
     with pytest.raises(ExchangeError, match="an earlier exchange failed"):
         halo.rows(np.arange(20), local)
+    return messages, time.monotonic() - began
 
 
-def test_ranks_that_disagree_say_so():
-    run_ranks(different_calls, 2)
+def test_a_rank_that_fails_in_time_says_so_and_one_that_makes_another_call_is_found_out():
+    results = run_ranks(failures_that_all_learn_of, 3)
+    messages = [result[0] for result in results]
+    assert all(seconds < 15 for _, seconds in results)
+    assert "0..999; got 1005..1005" in messages[0][0]
+    assert all("rank 0 failed while preparing rows" in messages[rank][0] for rank in (1, 2))
+    assert "no such node in the cache" in messages[1][1]
+    assert all("rank 1 failed while preparing answers" in messages[rank][1] for rank in (0, 2))
+    assert "expected rows of 48 bytes" in messages[0][2] and "rank 2: rows of 24 bytes" in messages[0][2]
 
 
 def failing_source(rank, world):
@@ -212,7 +203,10 @@ def failing_source(rank, world):
         halo.rows(ids, local)
     if rank == 0:
         assert caught.value.__cause__ is not None
-    return str(caught.value), time.monotonic() - began
+    seconds = time.monotonic() - began
+    with pytest.raises(ExchangeError, match="an earlier exchange failed"):
+        halo.rows(ids, full)
+    return str(caught.value), seconds
 
 
 def test_a_source_that_fails_after_the_header():

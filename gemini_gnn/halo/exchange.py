@@ -116,6 +116,7 @@ class HaloExchange:
         self._checksum = zlib.crc32(self.bounds.tobytes())
         self._busy = threading.Lock()
         self._broken: str | None = None
+        self._agreed = False  # all ranks know that the call under way has failed and ended here: still in step
         self._traffic = Traffic.none(self.world)
         self._buffers: dict[str, torch.Tensor] = {}
 
@@ -296,16 +297,16 @@ class HaloExchange:
             work.wait(datetime.timedelta(seconds=self.timeout_s))
             headers = everyone.cpu().numpy()
         self._traffic.meet_s += time.perf_counter() - began
-        broken = np.flatnonzero(headers[:, 0])
-        if len(broken) and not failed:
+        failures = np.flatnonzero(headers[:, 0])
+        self._agreed = len(failures) > 0
+        if len(failures) and not failed:
             raise ExchangeError(
-                f"rank {self.rank}: {_ranks(broken)} failed while preparing {_NAMES[operation]}; "
+                f"rank {self.rank}: {_ranks(failures)} failed while preparing {_NAMES[operation]}; "
                 "the first error is in the log of that rank"
             )
         if not failed:
             differing = np.flatnonzero((headers[:, 1:_FIELDS] != headers[self.rank, 1:_FIELDS]).any(axis=1))
             if len(differing):
-                self._broken = "the ranks were not at the same call"
                 raise ExchangeError(
                     f"rank {self.rank}: expected {_describe(headers[self.rank])} on every rank; got "
                     + "; ".join(f"rank {r}: {_describe(headers[r])}" for r in differing)
@@ -331,8 +332,13 @@ class HaloExchange:
         try:
             if self._broken is not None:
                 raise ExchangeError(f"rank {self.rank}: an earlier exchange failed ({self._broken}); restart the job")
+            self._agreed = self.world == 1
             self._traffic.calls += 1
             yield
+        except BaseException as error:
+            if not self._agreed:
+                self._broken = self._broken or f"{type(error).__name__}: {error}"[:200]
+            raise
         finally:
             self._traffic.seconds += time.perf_counter() - began
             self._busy.release()
@@ -355,7 +361,6 @@ class HaloExchange:
             yield
         except RuntimeError as error:  # torch.distributed's errors are all of this kind
             reason = str(error).splitlines()[0][:200]
-            self._broken = f"{name}: {reason}"
             peers = [r for r in range(self.world) if r != self.rank]
             raise ExchangeError(
                 f"rank {self.rank}: {name} with {_ranks(np.array(peers))} failed after "
