@@ -1,4 +1,7 @@
-"""The default data set, trained on two local ranks by the real launcher; what quickstart.sh runs after the set-up."""
+"""The default data set, trained on two local ranks by the real launcher; what quickstart.sh runs after the set-up.
+
+Half-way it kills every trainer with SIGKILL: the job goes on from its snapshots in memory, and the loss curve shows no seam.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,16 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from gemini_gnn.compose import command, compose
+from gemini_gnn.observe import curve
+from gemini_gnn.observe.run_dir import read_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 PURPOSE = "Train the default data set on two local ranks and compare with baselines. Any setting of launch/train.py."
@@ -32,11 +39,16 @@ def main(arguments: list[str]) -> int:
     baselines = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("baselines.py")), *overrides], stdout=subprocess.PIPE, text=True
     )
+    training = subprocess.Popen(line, cwd=ROOT, env=environment)
     try:
-        code = subprocess.call(line, cwd=ROOT, env=environment)
+        killed = kill_half_way(training, run_dir) if config.snapshot.mode == "memory" else None
+        code = training.wait()
         said, _ = baselines.communicate(timeout=300)
     finally:
         baselines.kill()
+        if training.poll() is None:
+            training.send_signal(signal.SIGINT)
+            training.wait()
     if code != 0:
         print(f"error: training ended with exit code {code}; see {run_dir}/logs and {run_dir}/errors", file=sys.stderr)
         return code
@@ -45,7 +57,19 @@ def main(arguments: list[str]) -> int:
     print(f"  {config.model.name} on {ranks} ranks      {result['test_accuracy']:.4f}")
     for name, value in json.loads(said or "{}").items():
         print(f"  {name:<19} {value:.4f}")
-    print(f"\nresults in {run_dir}: result.json losses.csv metrics.jsonl model.safetensors")
+    losses = read_losses(run_dir / "losses.csv")
+    curve.draw_losses(losses, run_dir / "losses.png", killed[0] if killed else None)
+    print(f"\nloss {losses[0][2]:.3f} {curve.spark([row[2] for row in losses])} {losses[-1][2]:.3f}")
+    if [row[0] for row in losses] != list(range(1, result["steps"] + 1)):
+        print("error: losses.csv does not hold every step once", file=sys.stderr)
+        return 1
+    if killed:
+        step, when = killed
+        print(
+            f"every trainer was killed with SIGKILL after step {step}; the first new step was done "
+            f"{first_step_after(run_dir, when, step):.2f} s later; each of the {len(losses)} steps is there once"
+        )
+    print(f"\nresults in {run_dir}: result.json losses.csv losses.png metrics.jsonl model.safetensors")
     print(f"finished in {time.time() - started:.1f} s; next:")
     print(f"  python launch/evaluate.py run_dir={config.run_dir}")
     print(f"  tensorboard --logdir {config.run_dir}/tensorboard")
@@ -55,6 +79,44 @@ def main(arguments: list[str]) -> int:
         "dataset.labels=labels.csv run_dir=runs/mine"
     )
     return 0
+
+
+def kill_half_way(training: subprocess.Popen[bytes], run_dir: Path) -> tuple[int, float] | None:
+    """SIGKILL to every trainer when half of the steps are done. Returns (last step seen, time), None if it ended before."""
+    while training.poll() is None:
+        time.sleep(0.01)
+        try:
+            status = json.loads((run_dir / "status.json").read_text())
+            losses = read_losses(run_dir / "losses.csv")
+        except (OSError, ValueError):
+            continue
+        if status["state"] != "running" or len(losses) < status["total_steps"] / 2:
+            continue
+        pids = [trainer_of(run_dir, rank) for rank in range(status["world_size"])]
+        print(f"\n>>> kill -9 {' '.join(map(str, pids))}   (every trainer, after step {losses[-1][0]})\n", flush=True)
+        when = time.time()
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:  # the agent was faster: it ends the others when one is gone
+                continue
+        return losses[-1][0], when
+    return None
+
+
+def events_of(run_dir: Path, rank: int) -> list[dict[str, Any]]:
+    text = (run_dir / "events" / f"rank-{rank}.jsonl").read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def trainer_of(run_dir: Path, rank: int) -> int:
+    return [event["pid"] for event in events_of(run_dir, rank) if event["kind"] == "start"][-1]
+
+
+def first_step_after(run_dir: Path, when: float, step: int) -> float:
+    """Seconds from ``when`` to the end of the first step beyond ``step`` that was done after it."""
+    done = [e["t"] for e in events_of(run_dir, 0) if e["kind"] == "step" and e["t"] > when and e["step"] > step]
+    return min(done) - when
 
 
 def gpus() -> int:
