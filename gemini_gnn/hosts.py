@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,25 +111,24 @@ def ask(hosts: Sequence[tuple[str, int]], folder: Path, deadline_s: float = 20.0
     Args:
         folder: a folder all machines should share: the one the job is started in.
     """
-    begin = time.monotonic()
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".gemini-gnn-probe-") as probe:
-        asked = []
-        for host, _ in hosts:
-            question = [sys.executable, "-c", QUESTIONS, hosts[0][0], probe.name]
-            remote = f"cd {shlex.quote(str(folder))} && {shlex.join(question)}"
+    with (
+        tempfile.NamedTemporaryFile(dir=folder, prefix=".gemini-gnn-probe-") as probe,
+        ThreadPoolExecutor(max_workers=len(hosts)) as pool,
+    ):
+        question = [sys.executable, "-c", QUESTIONS, hosts[0][0], probe.name]
+        remote = f"cd {shlex.quote(str(folder))} && {shlex.join(question)}"
+
+        def one(host: str, slots: int) -> Answer:
             command = ["ssh", "-n", "-o", "BatchMode=yes", *shlex.split(KEEPALIVE), host, remote]
-            asked.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-        answers = []
-        for (host, slots), process in zip(hosts, asked, strict=True):
-            code: int | None = None
+            begin, code = time.monotonic(), None
             try:
-                said, _ = process.communicate(timeout=max(0.0, begin + deadline_s - time.monotonic()))
-                code = process.returncode
+                done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=deadline_s)
+                code, said = done.returncode, done.stderr + done.stdout
             except subprocess.TimeoutExpired:
-                process.kill()
-                said, _ = process.communicate()
-            answers.append(interpret(host, slots, time.monotonic() - begin, code, said, str(folder)))
-    return answers
+                said = ""
+            return interpret(host, slots, time.monotonic() - begin, code, said, str(folder))
+
+        return list(pool.map(one, *zip(*hosts, strict=True)))
 
 
 def disagreements(answers: Sequence[Answer]) -> list[str]:

@@ -82,9 +82,9 @@ def test_own_name_network_memory_and_processes(lab):
     Path("/dev/shm/of-the-machine").write_text("")
     try:
         for name in ("h0", "h3"):
-            script = "hostname; hostname -I; ls /dev/shm; cat /proc/1/comm; getent hosts h1"
+            script = "hostname; ls /dev/shm; cat /proc/1/comm; hostname -I"
             said = lab.run(name, ["sh", "-c", script]).stdout.split()
-            assert said == [name, lab.address(name), lab.address6(name).replace(":0:", ":"), "sshd", *said[4:]]
+            assert said[:3] == [name, "sshd", lab.address(name)]
     finally:
         os.unlink("/dev/shm/of-the-machine")
     lab.run("h0", ["touch", "/dev/shm/mine"])
@@ -97,7 +97,8 @@ def test_ssh_and_pdsh_between_hosts(lab):
     done = lab.run("h0", ["pdsh", "-S", "-R", "ssh", "-w", "h[0-3]", "hostname"])
     assert done.returncode == 0
     assert sorted(done.stdout.split("\n")[:-1]) == [f"h{i}: h{i}" for i in range(4)]
-    assert lab.run("h0", ["ssh", "h1-v6", "hostname"]).stdout == "h1\n"
+    if lab.has_ipv6("h0"):
+        assert lab.run("h0", ["ssh", "h1-v6", "hostname"]).stdout == "h1\n"
     assert lab.run("h0", ["pdsh", "-S", "-R", "ssh", "-w", "h[0-3]", "exit %n"]).returncode == 3
 
 
@@ -307,7 +308,8 @@ def test_command_line():
 def test_interfaces_of_a_machine_with_several(lab):
     """What the address and interface selection of the training sees on a host, over IPv4 and IPv6."""
     ask = "from gemini_gnn.cluster import interface_to as i; import sys; print(*[i(a) for a in sys.argv[1:]])"
-    targets = ["h0", lab.address("h0"), lab.address6("h0"), "h1", "127.0.0.1"]
-    assert lab.run("h0", [PYTHON, "-c", ask, *targets]).stdout.split() == ["eth0", "eth0", "eth0", "eth0", "lo"]
+    targets = ["h0", lab.address("h0"), "h1", *([lab.address6("h0"), "h1-v6"] if lab.has_ipv6("h0") else [])]
+    found = lab.run("h0", [PYTHON, "-c", ask, *targets, "127.0.0.1"]).stdout.split()
+    assert found == ["eth0"] * len(targets) + ["lo"]
     lost = lab.run("h0", [PYTHON, "-c", ask, "192.0.2.1"])
     assert "h0 finds no way to the first machine, 192.0.2.1" in lost.stdout

@@ -182,6 +182,10 @@ class Lab:
     def address6(self, name: str, nic: int = 0) -> str:
         return f"fd00:{self.subnet:x}:{nic:x}::{self._host(name).number + 1:x}"
 
+    def has_ipv6(self, name: str) -> bool:
+        table = Path(f"/proc/{self._host(name).pid}/net/if_inet6")
+        return table.exists() and "fd00" in table.read_text()
+
     def command(self, name: str, command: Sequence[str]) -> list[str]:
         """``command`` as it must be run from outside to run on that host, in the caller's working directory."""
         host = self._host(name)
@@ -418,10 +422,12 @@ class Lab:
             commands += [
                 f"link set eth{nic} address 02:00:{self.subnet:02x}:{nic:02x}:00:{last:02x}",
                 f"addr add 10.{self.subnet}.{nic}.{last}/24 dev eth{nic}",
-                f"addr add fd00:{self.subnet:x}:{nic:x}::{last:x}/64 dev eth{nic} nodad",
                 f"link set eth{nic} up",
             ]
         _ip(host.pid, commands)
+        # Some containers have no IPv6: a lab without it is better than none.
+        sixth = [f"addr add fd00:{self.subnet:x}:{nic:x}::{last:x}/64 dev eth{nic} nodad" for nic in range(self.nics)]
+        _ip(host.pid, sixth, force=True)
         self._wire(host)
         assert process.stdin is not None
         process.stdin.write(b"go\n")

@@ -1,0 +1,174 @@
+"""What a user types on a cluster, on the lab's hosts: the real launcher, ssh, pdsh, and machines that fail."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gemini_gnn.observe.logs import first_error
+from gemini_gnn.observe.run_dir import read_losses
+from tests.lab.lab import kill_group
+from tests.trainers import trained
+
+ROOT = Path(__file__).parents[1]
+PYTHON = sys.executable
+DEEPSPEED = str(Path(PYTHON).with_name("deepspeed"))
+KEEPALIVE = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=2 -o ServerAliveCountMax=2"}
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory):
+    """Settings of a small training: Cora where it is, else a synthetic graph."""
+    cache = f"dataset.cache={tmp_path_factory.mktemp('cache')}"
+    root = os.environ.get("GEMINI_GNN_DATA")
+    if root and (Path(root) / "planetoid").is_dir():
+        return ["dataset=cora", f"dataset.root={root}", cache]
+    return ["dataset.nodes=2000", cache]
+
+
+def train(lab, host, launcher, *settings, run_dir, environ=None):
+    """Start a training from ``host``; its output goes to a file beside the run directory."""
+    command = [*launcher, "launch/train.py", f"run_dir={run_dir}", "snapshot=none", "training.threads=1", *settings]
+    output = open(f"{run_dir}-terminal.txt", "w")
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", **KEEPALIVE, **(environ or {})}
+    with output:
+        return lab.popen(host, command, stdout=output, stderr=output, cwd=ROOT, env=environment)
+
+
+def terminal(run_dir):
+    return Path(f"{run_dir}-terminal.txt").read_text()
+
+
+def ended(process, run_dir, timeout_s):
+    """Exit code of the launcher, which must come within ``timeout_s``."""
+    try:
+        return process.wait(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"the launcher hangs:\n{terminal(run_dir)[-6000:]}") from None
+    finally:
+        kill_group(process)
+        process.wait(20)
+
+
+def losses(run_dir):
+    path = run_dir / "losses.csv"
+    return [row[2] for row in read_losses(path)] if path.exists() else []
+
+
+def wait_until(condition, run_dir, timeout_s=120.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain:\n{terminal(run_dir)[-6000:]}"
+        time.sleep(0.05)
+
+
+def nobody_trains(lab):
+    return not any("launch/train.py" in line for name in lab.hosts for line in lab.processes(name))
+
+
+# --- the same losses --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def losses_here(graph, tmp_path_factory):
+    """Losses of four ranks on localhost."""
+    return trained(4, tmp_path_factory.mktemp("here") / "run", *graph, "training.epochs=8")[0]
+
+
+@pytest.mark.parametrize(("hosts", "slots"), [(4, 1), (2, 2)])
+def test_hosts_give_the_losses_of_one_machine_bit_for_bit(lab, graph, losses_here, tmp_path, hosts, slots):
+    run_dir = tmp_path / "run"
+    launcher = [DEEPSPEED, "--hostfile", str(lab.hostfile([f"h{i}" for i in range(hosts)], slots))]
+    if slots == 2 and lab.has_ipv6("h0"):
+        launcher += ["--master_addr", lab.address6("h0")]
+    process = train(lab, "h0", launcher, *graph, "training.epochs=8", run_dir=run_dir)
+    assert ended(process, run_dir, 180) == 0, terminal(run_dir)[-6000:]
+    assert losses(run_dir) == losses_here
+    for rank in range(4):
+        assert f"--- rank {rank} on h{rank // slots}," in (run_dir / "logs" / f"rank-{rank}.log").read_text()
+    assert terminal(run_dir).count("done: test accuracy") == 1, "rank 0 speaks, and only rank 0"
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_error_of_one_rank_ends_the_job_everywhere(lab, graph, tmp_path):
+    """Started by launch/hosts.py, which also carries the order to fail to the other host."""
+    run_dir = tmp_path / "run"
+    launcher = [PYTHON, "launch/hosts.py", "run", str(lab.hostfile(["h2", "h3"]))]
+    fault = {"GEMINI_GNN_FAULT": "raise:rank=1:step=5"}
+    process = train(lab, "h0", launcher, *graph, "training.epochs=100000", run_dir=run_dir, environ=fault)
+    wait_until(lambda: first_error(run_dir) is not None or process.poll() is not None, run_dir)
+    assert ended(process, run_dir, 20) != 0, "the job ends everywhere within seconds"
+    assert first_error(run_dir) == "rank 1 on h3: InjectedFault: injected fault on rank 1 before step 5"
+    said = terminal(run_dir)
+    assert "h3: error: rank 1 on h3: InjectedFault: injected fault on rank 1 before step 5" in said
+    assert "h2: error: rank 0 on h2: stopped, because rank 1 on h3 failed: InjectedFault" in said
+    assert "Connection closed by peer" not in said, "what the survivors see is in their logs"
+    assert nobody_trains(lab)
+
+
+def test_a_machine_that_loses_power_is_named_and_the_launcher_ends(lab, graph, tmp_path):
+    """And, while it still runs, the same run directory is refused to a second job."""
+    run_dir = tmp_path / "run"
+    launcher = [DEEPSPEED, "--hostfile", str(lab.hostfile(["h0", "h1", "h2"]))]
+    settings = [*graph, "training.epochs=100000", "distributed.timeout_s=10"]
+    process = train(lab, "h0", launcher, *settings, run_dir=run_dir)
+    wait_until(lambda: len(losses(run_dir)) > 5 or process.poll() is not None, run_dir)
+    assert process.poll() is None, terminal(run_dir)[-6000:]
+
+    second = lab.run("h3", [PYTHON, "launch/train.py", *settings, f"run_dir={run_dir}", "snapshot=none"], 60, cwd=ROOT)
+    assert second.returncode == 2 and "is in use by" in second.stdout and "on h0" in second.stdout
+
+    lab.power_off("h2")
+    # 10 s until the collective gives up, 3 s for last words, up to 6 s until ssh gives the dead host up; the rest is load
+    assert ended(process, run_dir, 60) != 0
+    said = terminal(run_dir)
+    assert "lost rank 2 on h2: no answer and no last words" in said and "ssh h2 true" in said, said[-6000:]
+    assert nobody_trains(lab)
+
+
+def test_a_machine_that_does_not_come_is_named(lab, graph, tmp_path):
+    """h3 is dead from the beginning: only that DeepSpeed does not notice."""
+    run_dir = tmp_path / "run"
+    lab.power_off("h3")
+    launcher = [DEEPSPEED, "--hostfile", str(lab.hostfile(["h0", "h3"]))]
+    process = train(lab, "h0", launcher, *graph, "distributed.start_timeout_s=3", run_dir=run_dir)
+    assert ended(process, run_dir, 90) != 0
+    assert "ranks [1] of 2 did not come within 3 s" in terminal(run_dir)
+    checked = lab.run("h0", [PYTHON, "launch/hosts.py", "check", str(lab.hostfile(["h0", "h3"]))], 60, cwd=ROOT)
+    assert checked.returncode == 2 and "1 of 2 hosts cannot take part: h3" in checked.stdout
+    assert "ssh -v h3 true" in checked.stdout
+
+
+def test_the_job_outlives_the_machine_that_launched_it(lab, graph, tmp_path):
+    run_dir = tmp_path / "run"
+    launcher = [DEEPSPEED, "--hostfile", str(lab.hostfile(["h1", "h2"]))]
+    process = train(lab, "h0", launcher, *graph, "training.epochs=150", "evaluation.every=25", run_dir=run_dir)
+    wait_until(lambda: len(losses(run_dir)) > 5 or process.poll() is not None, run_dir)
+    assert process.poll() is None, terminal(run_dir)[-6000:]
+    lab.power_off("h0")
+    assert not (run_dir / "result.json").exists()
+    wait_until(lambda: (run_dir / "result.json").exists(), run_dir)
+    wait_until(lambda: nobody_trains(lab), run_dir)
+    ended(process, run_dir, 20)
+
+
+def test_a_name_that_means_loopback_on_its_own_machine(lab, graph, tmp_path):
+    """As Debian writes it into /etc/hosts: found out before anything waits."""
+    run_dir = tmp_path / "run"
+    environ = {
+        **{"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "CROSS_SIZE": "2"},
+        **{"MASTER_ADDR": "localhost.localdomain", "MASTER_PORT": "29511"},
+    }
+    lab.run("h1", ["sh", "-c", "cp /etc/hosts /run/hosts; echo 127.0.1.1 localhost.localdomain >> /run/hosts; "
+                   "mount --bind /run/hosts /etc/hosts"])  # fmt: skip
+    process = train(lab, "h1", [PYTHON], *graph, run_dir=run_dir, environ=environ)
+    assert ended(process, run_dir, 60) == 2
+    assert "MASTER_ADDR=localhost.localdomain, which is loopback (127.0.1.1) on h1" in terminal(run_dir)
+    lab.power_off("h1")  # the changed file goes with it
