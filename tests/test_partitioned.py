@@ -301,6 +301,40 @@ def test_the_second_maker_waits_for_the_first(tmp_path):
         child.join(10)
 
 
+def hang_in_child(cache, pipe):
+    config = Config()
+    config.dataset.cache = cache
+    real = partitioned.write_array
+
+    def write_array(place, name, *rest):
+        if name == "x":
+            pipe.send(name)
+            pipe.recv()
+        return real(place, name, *rest)
+
+    partitioned.write_array = write_array
+    open_or_make(config, 2, lambda: two_cliques(6), "f00d")
+
+
+def test_a_maker_killed_while_it_writes_leaves_no_folder_and_no_lock(tmp_path):
+    config = config_for(tmp_path, method="metis")
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=hang_in_child, args=(config.dataset.cache, theirs), daemon=True)
+    child.start()
+    try:
+        assert ours.poll(60) and ours.recv() == "x"
+    finally:
+        child.kill()
+        child.join(10)
+    parent = tmp_path / "cache" / "partitions"
+    kinds = sorted(p.name.rpartition(".")[2] for p in parent.iterdir())
+    assert kinds == ["lock", "tmp"]
+    pg = open_or_make(config, 2, lambda: two_cliques(6), "f00d")
+    check_partitioned(pg, two_cliques(6))
+    assert sorted(p.name for p in parent.iterdir()) == [f".{pg.folder.name}.lock", pg.folder.name]
+
+
 def test_what_a_killed_maker_left_is_removed(tmp_path):
     left = tmp_path / ".p.0123abcd.tmp"
     other = tmp_path / ".p.q.0123abcd.tmp"

@@ -1,5 +1,8 @@
 """Assignments: every node has a part, seeds are even, METIS is deterministic, bad input is named."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -143,6 +146,32 @@ def test_adjacency_counts_directed_edges_and_drops_self_loops():
     assert adjacency.neighbors.tolist() == [1, 2, 0, 0]
     assert adjacency.weight is not None and adjacency.weight.tolist() == [3, 1, 3, 1]
     assert metis.symmetrise(*from_edges(np.array([0, 1]), np.array([1, 0]), 2)[:2]).weight is None
+
+
+def test_what_happens_to_the_child_is_told():
+    assert metis.in_child(lambda: -3) == -3
+    assert metis.in_child(lambda: os.kill(os.getpid(), signal.SIGKILL)) == -signal.SIGKILL
+    assert metis.in_child(lambda: 1 // 0) == 0  # an exception there is no success (1) here
+    with pytest.raises(ChildProcessError):  # none is left
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_ctrl_c_ends_a_long_cut():
+    def interrupted():
+        os.kill(os.getppid(), signal.SIGINT)
+        signal.pause()
+
+    with pytest.raises(KeyboardInterrupt):
+        metis.in_child(interrupted)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_a_cut_that_fails_says_what_to_do(monkeypatch):
+    adjacency = metis.symmetrise(*from_edges(np.array([0, 1, 2]), np.array([1, 2, 3]), 4)[:2])
+    monkeypatch.setattr(metis, "in_child", lambda call: -3)
+    with pytest.raises(PartitionError, match=r"4 nodes into 2 parts \(not enough memory\); use fewer parts"):
+        metis.part_graph(adjacency, 2)
 
 
 def test_an_empty_part_gets_a_node_that_is_no_seed():

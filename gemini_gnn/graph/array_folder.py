@@ -105,7 +105,8 @@ def read_json(folder: Path, name: str, what: str, version: int) -> dict[str, Any
         value = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PartitionError(
-            f"expected {what} in {folder}; there is no {name}; make it with launch/partition.py, or correct the path"
+            f"expected {what} in {folder}; there is no {name}; correct the path, or name a new folder for "
+            "launch/partition.py to make"
         ) from None
     except (OSError, ValueError) as error:
         raise PartitionError(f"{folder / name} cannot be read ({error}); delete the folder and make it again") from None

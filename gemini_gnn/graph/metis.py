@@ -1,23 +1,33 @@
-"""METIS through the shared library that pymetis ships.
+"""METIS through the shared library that pymetis ships, in a child process.
 
 pymetis' Python call takes one weight per vertex. METIS balances several at once (nodes, seeds, edges), and the C entry
 point for it, ``METIS_PartGraphKway`` (Karypis & Kumar, "Multilevel algorithms for multi-constraint graph partitioning",
-SC 1998), is exported by pymetis' extension module. So both cases take the same road here: ctypes on that library. The
-call releases the GIL. METIS does not check its input and crashes on an asymmetric one, so nothing but
-:class:`Adjacency` made by :func:`symmetrise` goes in.
+SC 1998), is exported by pymetis' extension module. So both cases take the same road here: ctypes on that library.
+
+METIS does not check its input and crashes on an asymmetric one, so nothing but what :func:`symmetrise` made goes in.
+It also catches SIGTERM, cannot be interrupted for minutes, writes to stdout and uses the process' random numbers. Hence
+the child: forked after everything is prepared, it shares the graph copy-on-write, makes that one C call and leaves
+with its status; the parts come back through a shared mapping. Ctrl-C kills it, so does the death of its parent,
+its memory goes back at once, and its crash is an error message.
 """
 
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from gemini_gnn.errors import PartitionError
 
 _OK, _OUT_OF_MEMORY = 1, -3
+_STATUS_OFFSET = 100  # exit codes are not negative
+_PR_SET_PDEATHSIG = 1
 _NUM_OPTIONS = 40  # METIS_NOPTIONS
 
 
@@ -118,38 +128,79 @@ def part_graph(
         ) from None
     entry.restype = ctypes.c_int
 
-    def integers(values) -> np.ndarray:
-        return np.ascontiguousarray(values, dtype=kind)
-
     options = np.full(_NUM_OPTIONS, -1, dtype=kind)
     options[int(library.options_indices.SEED)] = seed % 2**31
     options[int(library.options_indices.UFACTOR)] = round(1000 * imbalance)
     options[int(library.options_indices.NUMBERING)] = 0
-    weights = None if vertex_weights is None else integers(vertex_weights)
-    constraints = 1 if weights is None or weights.ndim == 1 else weights.shape[1]
+    weights = None if vertex_weights is None else np.ascontiguousarray(vertex_weights, dtype=kind)
+    part = np.frombuffer(mmap.mmap(-1, n * kind.itemsize), dtype=kind)  # shared with the child
     arrays = {
-        "nvtxs": integers([n]),
-        "ncon": integers([constraints]),
+        "nvtxs": np.array([n], dtype=kind),
+        "ncon": np.array([1 if weights is None or weights.ndim == 1 else weights.shape[1]], dtype=kind),
         "xadj": adjacency.pointers,
         "adjncy": adjacency.neighbors,
         "vwgt": weights,
         "vsize": None,
         "adjwgt": adjacency.weight,
-        "nparts": integers([parts]),
+        "nparts": np.array([parts], dtype=kind),
         "tpwgts": None,  # equal shares
         "ubvec": None,  # the UFACTOR option for every constraint: no need to know the width of METIS' floats
         "options": options,
-        "edgecut": integers([0]),
-        "part": np.zeros(n, dtype=kind),
+        "edgecut": np.zeros(1, dtype=kind),
+        "part": part,
     }
     for name, array in arrays.items():
         assert array is None or (array.dtype == kind and array.flags.c_contiguous), name
-    status = entry(*(None if a is None else ctypes.c_void_p(a.ctypes.data) for a in arrays.values()))
+    pointers = [None if array is None else ctypes.c_void_p(array.ctypes.data) for array in arrays.values()]
+    status = in_child(lambda: entry(*pointers))
     if status != _OK:
-        why = "not enough memory" if status == _OUT_OF_MEMORY else f"status {status}"
+        why = {_OUT_OF_MEMORY: "not enough memory", -signal.SIGKILL: "killed, perhaps for lack of memory"}
         raise PartitionError(
-            f"METIS could not cut {n} nodes into {parts} parts ({why}); use fewer parts or partition.method=hash"
+            f"METIS could not cut {n} nodes into {parts} parts ({why.get(status, f'status {status}')}); "
+            "use fewer parts or partition.method=hash"
         )
-    part = arrays["part"]
-    assert part is not None
     return part.astype(np.int32)
+
+
+def in_child(call: Callable[[], int]) -> int:
+    """The small integer that ``call`` returns in a forked child, or minus the signal that ended the child.
+
+    Nothing else comes back but what ``call`` writes to shared memory; stdout goes nowhere. It must not need a lock that
+    another thread of this process may hold.
+
+    Raises:
+        PartitionError: no child could be made.
+    """
+    prctl = ctypes.CDLL(None).prctl
+    parent = os.getpid()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the child is known to the handler below
+    child = -1
+    try:
+        child = os.fork()
+        if child == 0:
+            _be_child(call, prctl, parent, nowhere)
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        _, how = os.waitpid(child, 0)  # as long as METIS takes; signals such as Ctrl-C get through
+    except OSError as error:
+        raise PartitionError(f"METIS needs a process of its own: {error.strerror}; free some memory") from error
+    except BaseException:
+        if child > 0:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+        os.close(nowhere)
+    code = os.waitstatus_to_exitcode(how)
+    return code if code < 0 else code - _STATUS_OFFSET
+
+
+def _be_child(call: Callable[[], int], prctl: Any, parent: int, nowhere: int) -> NoReturn:
+    try:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.dup2(nowhere, 1)
+        if os.getppid() == parent:
+            os._exit(call() + _STATUS_OFFSET)
+    finally:
+        os._exit(_STATUS_OFFSET)

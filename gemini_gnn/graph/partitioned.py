@@ -266,6 +266,8 @@ class PartitionedGraph:
                     f"{folder / name}.npy: expected shape {list(shape)} as meta.json says; got {list(array.shape)}; "
                     "delete the folder and partition again"
                 )
+        if int(arrays["colptr"][-1]) != m:  # type: ignore[index]
+            raise PartitionError(f"{folder}/colptr.npy does not cover {m} edges; delete the folder and partition again")
         return cls(
             folder=folder,
             meta=meta,
@@ -491,6 +493,9 @@ def _parse_meta(folder: Path, value: dict[str, Any]) -> Meta:
         meta = Meta(**{**value, "quality": Quality(**value["quality"])})
         sound = (
             len(meta.bounds) == len(meta.halo_ptr) == meta.parts + 1
+            and all(
+                isinstance(number, int) for number in (*meta.bounds, *meta.halo_ptr, meta.num_nodes, meta.num_edges)
+            )
             and meta.bounds[0] == 0
             and meta.bounds[-1] == meta.num_nodes
             and meta.bounds == sorted(meta.bounds)

@@ -10,6 +10,7 @@ import numpy as np
 
 from gemini_gnn.errors import PartitionError
 from gemini_gnn.graph import metis
+from gemini_gnn.graph.quality import chunks
 from gemini_gnn.graph.topology import Graph
 
 METHODS = ("metis", "hash")
@@ -158,11 +159,15 @@ def even_seeds(adjacency: metis.Adjacency, assignment: np.ndarray, train_mask: n
 
 def edges_into_parts(adjacency: metis.Adjacency, nodes: np.ndarray, assignment: np.ndarray, parts: int) -> np.ndarray:
     """How many directed edges connect each of ``nodes`` with each part: float64 ``[len(nodes), parts]``."""
-    begin, degree = adjacency.pointers[nodes], adjacency.pointers[nodes + 1] - adjacency.pointers[nodes]
-    at = ranges(begin, degree)
-    cell = np.repeat(np.arange(len(nodes)) * parts, degree) + assignment[adjacency.neighbors[at]]
-    weight = None if adjacency.weight is None else adjacency.weight[at]
-    return np.bincount(cell, weights=weight, minlength=len(nodes) * parts).reshape(len(nodes), parts).astype(np.float64)
+    result = np.empty((len(nodes), parts))
+    degree = adjacency.pointers[nodes + 1] - adjacency.pointers[nodes]
+    for first, last in chunks(np.concatenate([[0], np.cumsum(degree)]), 0, len(nodes)):
+        some, lengths = nodes[first:last], degree[first:last]
+        at = ranges(adjacency.pointers[some], lengths)
+        cell = np.repeat(np.arange(last - first) * parts, lengths) + assignment[adjacency.neighbors[at]]
+        weight = None if adjacency.weight is None else adjacency.weight[at]
+        result[first:last] = np.bincount(cell, weight, (last - first) * parts).reshape(last - first, parts)
+    return result
 
 
 def cut_share(adjacency: metis.Adjacency, assignment: np.ndarray) -> float:
