@@ -13,6 +13,7 @@ from pathlib import Path
 from gemini_gnn import cluster
 from gemini_gnn.compose import command, compose
 from gemini_gnn.config import to_mapping
+from gemini_gnn.observe.run_dir import RunDir
 
 PURPOSE = "Train a GNN on a partitioned graph. Start it with deepspeed, srun, or python (one rank)."
 
@@ -21,6 +22,8 @@ def main(arguments: list[str]) -> int:
     config = compose(arguments)
     config.run_dir = str(Path(config.run_dir).absolute())
     place = cluster.discover(os.environ)
+    if place.rank == 0:
+        RunDir.check_earlier_run(Path(config.run_dir), config)  # again under the lock, later; here it costs no imports
     os.environ["GEMINI_GNN_TTY"] = "1" if sys.stdout.isatty() else "0"
     if config.snapshot.mode == "memory":
         from gemini_gnn.recovery import shim

@@ -165,10 +165,19 @@ def test_a_rank_that_raises_is_the_error_the_user_reads(small, tmp_path):
     assert "InjectedFault" in str(first_error(run_dir))
 
 
-def test_world_size_and_parts_must_match(small, tmp_path):
-    codes = train_ranks(2, tmp_path / "run", *small, "partition.parts=3")
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("partition.parts=3", "3 parts, the job has 2 ranks"),
+        ("model._target_=nowhere.Model", "nowhere"),
+        ("dataset.split=random:0.5,0.6,0.1", "split"),
+    ],
+)
+def test_bad_input_is_one_clear_error_on_every_rank(small, tmp_path, setting, said):
+    codes = train_ranks(2, tmp_path / "run", *small, setting)
     assert codes == [2, 2]
-    assert "3 parts, the job has 2 ranks" in logs(tmp_path / "run", 2)
+    text = logs(tmp_path / "run", 2)
+    assert said in text and "Traceback" not in text
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path):

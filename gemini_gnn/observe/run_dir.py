@@ -90,7 +90,7 @@ class RunDir:
                 "or give another run_dir=..."
             ) from None
         try:
-            cls._check_earlier_run(path, config)
+            cls.check_earlier_run(path, config)
         except RunDirError:
             lock.close()
             raise
@@ -104,7 +104,12 @@ class RunDir:
         return run
 
     @staticmethod
-    def _check_earlier_run(path: Path, config: Config) -> None:
+    def check_earlier_run(path: Path, config: Config) -> None:
+        """Whether this run may go on in ``path``, as far as can be told without the lock. Changes nothing.
+
+        Raises:
+            RunDirError: it holds a finished run, or one with other settings.
+        """
         if (path / "result.json").exists():
             raise RunDirError(
                 f"run_dir {path} holds a finished run (result.json); give another run_dir=..., "
