@@ -62,7 +62,11 @@ def compose(arguments: Sequence[str]) -> Config:
         while (cause := causes[-1].__cause__) is not None and len(causes) < 5:
             causes.append(cause)
         lines = [line.strip() for e in causes for line in str(e).splitlines()]
-        kept = [line for line in dict.fromkeys(lines) if line and not line.startswith(("object_type", "full_key"))]
+        kept = [
+            line
+            for line in dict.fromkeys(lines)
+            if line and not line.startswith(("object_type", "full_key", "3. To sweep"))
+        ]
         raise ConfigError(" | ".join(kept[:4])) from None
 
 

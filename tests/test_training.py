@@ -170,7 +170,7 @@ def test_a_rank_that_raises_is_the_error_the_user_reads(small, tmp_path):
     [
         ("partition.parts=3", "3 parts, the job has 2 ranks"),
         ("model._target_=nowhere.Model", "nowhere"),
-        ("dataset.split=random:0.5,0.6,0.1", "split"),
+        ("dataset.split='random:0.5,0.6,0.1'", "split"),
     ],
 )
 def test_bad_input_is_one_clear_error_on_every_rank(small, tmp_path, setting, said):
