@@ -99,4 +99,4 @@ def gat(
     widths = [in_features] + [hidden] * (layers - 1)
     convs = [GATConv(widths[i], hidden, heads, True, dropout, init) for i in range(layers - 1)]
     convs.append(GATConv(widths[-1], num_classes, heads, False, dropout, init))
-    return Network(convs, F.elu, dropout, layer_norm)
+    return Network(convs, F.elu_, dropout, layer_norm)

@@ -61,4 +61,4 @@ def gcn(
 ) -> Network:
     """GCN with ReLU: ``layers`` convolutions, ``hidden`` wide, the last ``num_classes`` wide."""
     widths = [in_features] + [hidden] * (layers - 1) + [num_classes]
-    return Network([GCNConv(widths[i], widths[i + 1], init) for i in range(layers)], F.relu, dropout, layer_norm)
+    return Network([GCNConv(widths[i], widths[i + 1], init) for i in range(layers)], torch.relu_, dropout, layer_norm)

@@ -19,7 +19,8 @@ class Network(nn.Module):
 
     Args:
         layers: convolutions, called as ``conv(block, h_src) -> h_dst``; each tells its width as ``out_features``.
-        activation: after every layer but the last.
+        activation: after every layer but the last. May work in place (fresh rows of 100 MB cost more in page faults than
+            in arithmetic).
         dropout: probability, after the activation.
         layer_norm: normalise each hidden row before the activation (Ba et al. 2016).
     """

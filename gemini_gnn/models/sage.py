@@ -71,4 +71,4 @@ def sage(
     """GraphSAGE with ReLU: ``layers`` convolutions, ``hidden`` wide, the last ``num_classes`` wide."""
     widths = [in_features] + [hidden] * (layers - 1) + [num_classes]
     convs = [SAGEConv(widths[i], widths[i + 1], aggregator, init) for i in range(layers)]
-    return Network(convs, F.relu, dropout, layer_norm)
+    return Network(convs, torch.relu_, dropout, layer_norm)
