@@ -89,16 +89,17 @@ def in_degrees(colptr, nodes, out):
 
 
 @_compiled
-def draw_uniform(indptr, firsts, degrees, keys, positions, bitmap):
+def draw_uniform(indptr, firsts, degrees, keys, positions, picks, bitmap):
     """Draw ``min(fanout, degree)`` in-edges of each node without replacement, each subset equally likely.
 
     Floyd's algorithm (Bentley, Floyd: A sample of brilliance, CACM 1987): for j = degree-k .. degree-1 pick t in 0..j;
-    take t, or j when t is already taken. Two ways to remember what is taken, same result: a bitmap, which also yields
-    the draws in ascending order, or the sorted draws themselves where the bitmap would be long (hubs).
+    take t, or j when t is already taken. Three ways to remember what is taken, same result: a word of bits, which also
+    yields the draws in ascending order; several words; or the sorted draws themselves where those would be many (hubs).
 
     Args:
         indptr, firsts, degrees, keys: from :func:`look_up`.
         positions: int64 ``[edges]``, filled with edge positions, ascending per node.
+        picks: int64, at least as long as the largest draw (the hashes in a loop of their own are done by vector units).
         bitmap: uint64, all zero and left so; at least ``bitmap_words(fanout, ...)`` long.
     """
     for i in range(len(firsts)):
@@ -108,11 +109,23 @@ def draw_uniform(indptr, firsts, degrees, keys, positions, bitmap):
             for j in range(k):
                 positions[begin + j] = first + j
             continue
+        for step in range(k):
+            picks[step] = _below(key, step, degree - k + step + 1)
         words = (degree + 63) >> 6
-        if words * 8 <= k * k:
+        if words == 1:
+            taken = _ZERO
+            for step in range(k):
+                bit = _ONE << np.uint64(picks[step])
+                taken |= (_ONE << np.uint64(degree - k + step)) if taken & bit else bit
+            e = begin
+            while taken != _ZERO:
+                positions[e] = first + np.int64(_trailing_zeros(taken))
+                taken &= taken - _ONE
+                e += 1
+        elif words * 8 <= k * k:
             for step in range(k):
                 j = degree - k + step
-                t = _below(key, step, j + 1)
+                t = picks[step]
                 word, bit = t >> 6, _ONE << (np.uint64(t) & _LOW6)
                 if bitmap[word] & bit:
                     word, bit = j >> 6, _ONE << (np.uint64(j) & _LOW6)
@@ -128,7 +141,7 @@ def draw_uniform(indptr, firsts, degrees, keys, positions, bitmap):
         else:
             for step in range(k):
                 j = degree - k + step
-                t = first + _below(key, step, j + 1)
+                t = first + picks[step]
                 low, high = begin, begin + step  # binary search: k may be hundreds here
                 while low < high:
                     middle = (low + high) >> 1
@@ -282,7 +295,7 @@ def warm_up(weighted: bool = False) -> None:
     base, keys, words, heap = np.uint64(0), np.empty(0, np.uint64), np.zeros(1, np.uint64), np.empty(0)
     look_up(colptr, row, none, base, 1, indptr, none, none, keys)
     in_degrees(colptr, none, none)
-    draw_uniform(indptr, none, none, keys, none, words)
+    draw_uniform(indptr, none, none, keys, none, none, words)
     take(row, none, none)
     take(row32, none, none)
     if weighted:

@@ -94,13 +94,15 @@ class ReplicatedTopology:
         key = scratch.array("key", len(nodes), np.uint64)
         kernels.look_up(self.colptr, self.original, nodes, base, fanout, indptr, first, degree, key)
         positions = scratch.array("positions", int(indptr[-1]), np.int64)
+        most = min(max(fanout, 0), len(self.row))  # a longer draw takes all, without drawing
         if by_weight and fanout >= 0:
             assert self.edge_weight is not None
-            heap = scratch.array("heap", min(fanout, len(self.row)), np.float64)
+            heap = scratch.array("heap", most, np.float64)
             kernels.draw_weighted(indptr, first, degree, key, self.edge_weight, positions, heap)
         else:
             bitmap = scratch.array("bitmap", kernels.bitmap_words(fanout, len(self.row)), np.uint64)
-            kernels.draw_uniform(indptr, first, degree, key, positions, bitmap)
+            picks = scratch.array("picks", most, np.int64)
+            kernels.draw_uniform(indptr, first, degree, key, positions, picks, bitmap)
         return indptr, positions
 
     def draw(self, nodes: np.ndarray, base: np.uint64, fanout: int, by_weight: bool, scratch: Scratch) -> Drawn:
