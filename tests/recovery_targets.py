@@ -6,6 +6,7 @@ python -m tests.recovery_targets slot RUN_DIR TARGET PAYLOAD             one of 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -70,6 +71,12 @@ def fail(payload: dict, place: Place, listen_fd: int | None) -> int:
 def train(payload: dict, place: Place, listen_fd: int | None) -> int:
     """Works until the file `finish` appears; keeps one "snapshot" in the arena; ends in order when asked."""
     folder = Path(os.environ["NOTES"]).parent
+    alone = os.open(folder / f"alive-{place.rank}", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with this process
+    except BlockingIOError:
+        note("overlap")
+        return 3
     arena = context.current().arena
     (arena / f"shard-{place.rank}-slot-0").write_bytes(b"s" * 4096)
     if payload.get("listens", True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -186,8 +187,8 @@ def test_an_error_for_users_has_no_traceback(job):
 
 def test_any_exit_code_comes_through(job):
     run = job()
-    code, _, err = run.end(run.launch(1, "report", code=17))
-    assert code == 17 and "exit code 17" in err
+    code, out, _ = run.end(run.launch(1, "report", code=17))
+    assert code == 17 and "rank 0 ended with exit code 17" in out
 
 
 def test_a_module_that_cannot_be_imported_is_named(job):
@@ -457,6 +458,39 @@ def test_retyping_at_once_waits_for_the_end_of_the_last_start(job):
     run.training(2, term=2)
     run.finish()
     assert run.end(launch)[0] == 0
+
+
+def test_any_process_may_be_killed_at_any_moment(job):
+    """Restarts while restarting, agents that die while they start, a warm parent that dies while it forks."""
+    run, draw = job(), random.Random(7)
+    launch = run.launch(3, "train", max_restarts=1000)
+    run.training(3)
+    kills = ["agent"] * 3 + ["warm"] * 6 + ["trainer"] * 11  # a fourth dead agent in a row would be one too many
+    draw.shuffle(kills)
+    for role in kills:
+        time.sleep(draw.random() * 0.1)  # not for an event: to be at another point of the restart each time
+        pids = [pid for pid, kind in run.processes().items() if kind == ("agent" if role == "agent" else "warm")]
+        parents = {pid for pid in pids if (psutil.pid_exists(pid) and _parent(pid) not in pids)}
+        victims = sorted(set(pids) - parents if role == "trainer" else parents)
+        if victims:
+            with_no_error(os.kill, draw.choice(victims), signal.SIGKILL)
+    wait_for(lambda: len(run.processes()) == 4 + 2 + 3, "a whole job")
+    newest = max((e["term"], e["generation"]) for e in run.notes("training"))
+    assert newest > (1, 3)
+    run.finish()
+    code, _, err = run.end(launch)
+    assert code == 0, err
+    assert run.notes("overlap") == []
+    finished = run.notes("finished")
+    assert len(finished) == 3 and len({(note["term"], note["generation"]) for note in finished}) == 1
+    run.assert_nothing_left()
+
+
+def _parent(pid: int) -> int:
+    try:
+        return psutil.Process(pid).ppid()
+    except psutil.NoSuchProcess:
+        return -1
 
 
 def test_the_agent_is_out_of_the_launchers_reach(job):

@@ -54,8 +54,8 @@ def listening(local: int = 2) -> State:
     return play(running(local), *(Listens(r) for r in range(local)))[0]
 
 
-def failure(rank: int, time_s: float, code: int = 1) -> Failed:
-    return Failed(Failure(rank, code, time_s, f"error of {rank}", f"traceback of {rank}"))
+def failure(rank: int, time_s: float, code: int = 1, consequence: bool = False) -> Failed:
+    return Failed(Failure(rank, code, time_s, f"error of {rank}", f"traceback of {rank}", consequence))
 
 
 def finished(actions):
@@ -86,6 +86,19 @@ def test_the_earliest_exception_is_the_jobs_error_whoever_exits_first():
     assert actions == [Kill(frozenset({0}))]
     outcome = finished(play(state, Exited(0, -9))[1])
     assert (outcome.kind, outcome.code, outcome.failure.rank, outcome.keep) == ("failed", 2, 2, True)
+
+
+def test_an_error_that_a_peer_is_gone_waits_for_the_peers_own_and_is_not_the_first():
+    state, _ = play(running(3), failure(0, 1.0, consequence=True), Exited(0, 1), now=1.0)
+    assert decide(state, Tick(), 1.0 + state.limits.settle_s)[1] == []
+    state, _ = play(state, failure(2, 1.5, code=2), Exited(2, 2), now=2.0)
+    _, actions = decide(state, Tick(), 2.0 + state.limits.settle_s)
+    assert actions == [Kill(frozenset({1}))]
+    alone, _ = play(running(2), failure(0, 1.0, consequence=True), Exited(0, 1), now=1.0)
+    _, actions = decide(alone, Tick(), 1.0 + alone.limits.cause_s)
+    assert actions == [Kill(frozenset({1}))]
+    outcome = finished(play(state, failure(1, 1.2, consequence=True), Exited(1, 1))[1])
+    assert outcome.failure.rank == 2
 
 
 def test_all_failed_ends_without_waiting():

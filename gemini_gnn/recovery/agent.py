@@ -26,7 +26,7 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +347,7 @@ class Agent:
                 self._see(decisions.Listens(rank))
             elif message["kind"] == "failed":
                 failure = Failure(rank, message["code"], message["time_s"], message["summary"], message["text"])
+                failure = replace(failure, consequence=message["consequence"])
                 self._log("trainer_failed", rank=rank, code=failure.code, text=failure.text)
                 self.errors.append(failure)
                 self._see(decisions.Failed(failure))
@@ -444,6 +445,8 @@ class Agent:
 
     def _write_errors(self, first: Failure | None) -> None:
         """Each trainer's error into its log: the job's first one whole, one line of those that came of another's end."""
+        if first is not None and first.rank >= 0 and first not in self.errors:
+            self.errors.append(first)  # it ended without a record of its own
         for failure in self.errors:
             text = (
                 failure.text if failure is first else f"[gemini_gnn] ended by {failure.summary} (after another trainer)"

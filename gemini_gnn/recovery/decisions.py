@@ -9,10 +9,10 @@ agent carries those out. The phases of a job on one machine:
     CLOSING     they are being killed; when all are reaped the next generation begins, or the job ends with `outcome`
     ENDED       nothing lives any more
 
-Why a trainer's exception waits `settle_s` before it is believed: when a trainer is killed, the others' collectives
-raise ("Connection closed by peer") and may be seen to exit first. A death by a signal within that time is the cause, and
-a cause the job can go on from. Of several exceptions the earliest is the job's first error: a trainer writes its
-record before its connections close, so what others raise because of it comes later on the same clock.
+Why a trainer's exception waits before it is believed: when a trainer is killed, the others' collectives raise
+("Connection closed by peer") and may be seen to exit first. A death by a signal within `settle_s` is the cause, and a
+cause the job can go on from. An exception that only says that a peer is gone waits `cause_s`, for the peer's own. Of
+several the job's first error is the earliest that is no such consequence: on one machine they share a clock.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class Failure:
         time_s: on this machine's monotonic clock.
         summary: one line.
         text: what to show the user: the message of an error meant for users, else the traceback.
+        consequence: it only says that another rank, or the way to it, is gone.
     """
 
     rank: int
@@ -50,6 +51,7 @@ class Failure:
     time_s: float
     summary: str
     text: str
+    consequence: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Limits:
         start_s: for every local shim to come and for the warm parent's imports.
         stop_s: for trainers that were asked to stop; below the 30 s DeepSpeed's launcher gives its slot processes.
         reap_s: for killed trainers to be gone; after it they are stuck in the kernel.
-        settle_s: see the module docstring.
+        settle_s, cause_s: see the module docstring.
         max_restarts: at most so many within `restart_window_s`.
     """
 
@@ -85,6 +87,7 @@ class Limits:
     stop_s: float = 15.0
     reap_s: float = 10.0
     settle_s: float = 0.5
+    cause_s: float = 3.0
     max_restarts: int = 3
     restart_window_s: float = 3600.0
 
@@ -250,7 +253,7 @@ def decide(state: State, event: Event, now: float) -> Step:
 
 
 def first_error(failures: tuple[Failure, ...]) -> Failure | None:
-    return min(failures, key=lambda failure: failure.time_s, default=None)
+    return min(failures, key=lambda failure: (failure.consequence, failure.time_s), default=None)
 
 
 def may_restart(state: State, now: float) -> str | None:
@@ -305,8 +308,10 @@ def _exited(state: State, rank: int, code: int, now: float) -> Step:
         state = replace(state, failures=(*state.failures, Failure(rank, code, now, summary, summary)))
     if not state.alive:
         return _ended_by_itself(state, now)
-    if code != 0 and state.deadline is None:
-        state = replace(state, deadline=now + state.limits.settle_s)
+    if code != 0:
+        caused = any(not failure.consequence for failure in state.failures)
+        deadline = now + (state.limits.settle_s if caused else state.limits.cause_s)
+        state = replace(state, deadline=deadline if state.deadline is None else min(deadline, state.deadline))
     return state, []
 
 

@@ -55,7 +55,8 @@ def run(
         run_dir: identifies the job, together with nothing else.
         target: "package.module:function", called in the trainer as ``function(payload, place, listen_fd) -> int``.
         payload: JSON.
-        preload: modules the trainers are forked with; they must not start threads or touch a GPU when imported.
+        preload: modules the trainers are forked with, besides the target's; importing them must start no thread and
+            touch no GPU.
         resume: "auto" | "never" (removes the job's snapshots in host memory first) | "must".
         arena_root: RAM file system for the snapshots.
         terminal: stdout is a terminal, where a progress bar may stand in the current line.
@@ -73,7 +74,7 @@ def run(
         "place": asdict(place),
         "target": target,
         "payload": payload,
-        "preload": preload,
+        "preload": [*preload, target.partition(":")[0]],
         "resume": resume,
         "max_restarts": max_restarts,
         "environment": dict(os.environ),
@@ -305,8 +306,8 @@ class Screen:
 def _last_words(message: dict[str, Any], shown: bool) -> str:
     """Why the job ended, and what to do. ``shown``: the error has been seen already."""
     who = f"rank {message['rank']}: " if message["rank"] not in (None, -1) else ""
-    text = message["reason"] if shown or not message["text"] else message["text"].rstrip()
-    words = f"{message['outcome']}: {who}{text}"
+    text = f"{who}{(message['text'] or message['reason']).rstrip()}"
+    words = f"{message['outcome']}: {'the error above' if shown else text}"
     if message["kept_files"]:
         words += "\nthe same command goes on from the snapshot in host memory"
     return words

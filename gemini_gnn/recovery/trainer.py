@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 
 from gemini_gnn.cluster import Place
 from gemini_gnn.errors import GeminiError, RecoveryError
+from gemini_gnn.observe.logs import is_consequence
 from gemini_gnn.recovery import home, messages
 from gemini_gnn.recovery.decisions import STOPPED
 from gemini_gnn.snapshot import context
@@ -125,7 +126,7 @@ def run(task: dict[str, Any]) -> NoReturn:
     place = Place(**task["place"])
     descriptors: list[int] = task["descriptors"]
     listen_fd = descriptors[1] if len(descriptors) > 1 else None
-    code, failure = 1, None
+    code, failure, failed_s, consequence = 1, None, time.monotonic(), False
     try:
         function = _resolve(task["target"])
         _agent.send({"kind": "started", "time_s": time.monotonic()}, timeout_s=1.0)
@@ -133,14 +134,17 @@ def run(task: dict[str, Any]) -> NoReturn:
         if not isinstance(code, int) or not 0 <= code < 128:
             raise TypeError(f"{task['target']} must return an exit code of 0..127 or None, not {code!r}")
     except SystemExit as ending:
+        failed_s = time.monotonic()
         code, failure = _exit_code(ending)
-    except GeminiError as error:
-        code, failure = 2, (f"{type(error).__name__}: {error}", str(error))
     except BaseException as error:
-        code, failure = 1, (f"{type(error).__name__}: {error}", traceback.format_exc())
+        failed_s, consequence = time.monotonic(), is_consequence(error)
+        for_users = isinstance(error, GeminiError)
+        code = 2 if for_users else 1
+        failure = f"{type(error).__name__}: {error}", str(error) if for_users else traceback.format_exc()
     if failure is not None:
         summary, text = failure
-        record = {"kind": "failed", "time_s": time.monotonic(), "code": code, "summary": summary[:2000]}
+        record = {"kind": "failed", "time_s": failed_s, "code": code, "summary": summary[:2000]}
+        record["consequence"] = consequence
         # The agent writes it into the log when it knows whose error was the first; the others' only name theirs.
         if not _agent.send({**record, "text": text[-20_000:]}, timeout_s=5.0):
             print(text, file=sys.stderr, flush=True)
