@@ -14,7 +14,7 @@ import pytest
 from tests.lab import Lab, LabError, missing
 from tests.lab import lab as lab_module
 from tests.lab.__main__ import state_folder
-from tests.lab.lab import _bits_per_s
+from tests.lab.lab import bits_per_s
 
 PYTHON = sys.executable
 ROOT = Path(__file__).parents[1]
@@ -44,10 +44,10 @@ def wait_until(condition, timeout_s=20.0):
 
 
 def test_rates():
-    assert _bits_per_s("1gbit") == 1e9 and _bits_per_s("2.5Mbit") == 2.5e6
+    assert bits_per_s("1gbit") == 1e9 and bits_per_s("2.5Mbit") == 2.5e6
     for wrong in ("fast", "1gb", "gbit", "1 000"):
         with pytest.raises(LabError, match="expected a rate"):
-            _bits_per_s(wrong)
+            bits_per_s(wrong)
 
 
 def test_names_cannot_leave_their_folder():

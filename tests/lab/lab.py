@@ -274,7 +274,7 @@ class Lab:
             host = self._host(name)
             host.rate = "" if rate == "unlimited" else rate
             if host.rate:
-                _bits_per_s(rate)
+                bits_per_s(rate)
             if host.pid:
                 self._wire(host)
             self._save()
@@ -450,7 +450,7 @@ class Lab:
                 tc = ["nsenter", "-t", str(pid), "-n", "tc", "qdisc"]
                 if host.rate:
                     # 4 ms of traffic may pass at once: less than a timer tick's worth would cost throughput.
-                    burst = max(128 << 10, int(_bits_per_s(host.rate) / 8 * 0.004))
+                    burst = max(128 << 10, int(bits_per_s(host.rate) / 8 * 0.004))
                     limit = ["tbf", "rate", host.rate, "burst", str(burst), "latency", "50ms"]
                     _call([*tc, "replace", "dev", device, "root", *limit])
                 else:
@@ -509,7 +509,7 @@ def kill_group(process: subprocess.Popen) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _bits_per_s(rate: str) -> float:
+def bits_per_s(rate: str) -> float:
     units = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
     number, unit = rate[:-4], rate[-4:].lower()
     try:
