@@ -235,13 +235,16 @@ class Snapshots:
         """Call it when the optimizer has finished step number ``step`` (steps completed).
 
         Args:
-            capture: the minimum of ``ready()`` over all ranks. What it says must be the same on all of them.
+            capture: the minimum of ``ready()`` over all ranks, asked after the backward pass: a capture that had forward
+                and backward to hide behind is committed by then. Steps that are not wanted are passed over.
 
         Raises:
             SnapshotError: the background failed; the state changed shape; a value in the state cannot be kept.
         """
         begin = time.perf_counter()
         self._raise()
+        if not self.wants(step):
+            return
         if not capture:
             self.stats.skipped += 1
             return

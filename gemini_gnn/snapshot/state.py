@@ -244,24 +244,29 @@ def _derive_zero3(wrapper: Any) -> None:
                 low.copy_(high)
 
 
+def padding_of(wrapper: Any) -> list[list[slice]]:
+    """Per flat tensor of ZeRO-3 the ranges that belong to no parameter; they are excluded from any comparison."""
+    ranges = []
+    for group in wrapper.fp16_groups:
+        offset, found = 0, []
+        for p in group:
+            part = p.partition_numel()
+            rank = torch.distributed.get_rank(p.ds_process_group)
+            real = min(max(p.ds_numel - rank * part, 0), part)
+            found.append(slice(offset + real, offset + part))
+            offset += part
+        ranges.append(found)
+    return ranges
+
+
 def _zero_padding(wrapper: Any) -> None:
     """ZeRO-3 pads partitions inside its flat tensors with uninitialised memory: make it defined."""
+    flats = zip(wrapper.fp16_partitioned_groups_flat, wrapper.fp32_partitioned_groups_flat, strict=True)
     with torch.no_grad():
-        for group, low, high in zip(
-            wrapper.fp16_groups,
-            wrapper.fp16_partitioned_groups_flat,
-            wrapper.fp32_partitioned_groups_flat,
-            strict=True,
-        ):
-            offset = 0
-            for p in group:
-                part = p.partition_numel()
-                rank = torch.distributed.get_rank(p.ds_process_group)
-                real = min(max(p.ds_numel - rank * part, 0), part)
-                for tensor in (low, high):
-                    if tensor is not None:
-                        tensor[offset + real : offset + part].zero_()
-                offset += part
+        for ranges, pair in zip(padding_of(wrapper), flats, strict=True):
+            for tensor in pair:
+                for where in ranges:
+                    tensor[where].zero_()
 
 
 def _stored(parameter: torch.Tensor) -> torch.Tensor:
