@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from gemini_gnn.config import Config
-from gemini_gnn.errors import PartitionError
+from gemini_gnn.errors import DataError, PartitionError
 from gemini_gnn.features.store import FeatureStore, Prepared
 from gemini_gnn.graph.partitioned import PartitionedGraph
 from gemini_gnn.halo.exchange import HaloExchange
@@ -75,6 +75,7 @@ class BatchSource:
 
     Raises:
         PartitionError: the graph has not one part per rank.
+        DataError: it has no labels to train on.
     """
 
     def __init__(self, graph: PartitionedGraph, config: Config, groups: Groups):
@@ -82,6 +83,11 @@ class BatchSource:
             raise PartitionError(
                 f"the graph in {graph.folder} has {graph.parts} parts, the job has {groups.world_size} ranks: expected "
                 f"one part per rank; start {graph.parts} ranks or make one with partition.parts={groups.world_size}"
+            )
+        if graph.num_classes == 0 or not sum(graph.meta.train):
+            raise DataError(
+                f"the graph in {graph.folder} has no labelled training nodes: expected labels and a training split; "
+                "give dataset.labels=FILE (and dataset.splits=FILE), or another data set"
             )
         self.graph, self.rank, self.device = graph, groups.rank, groups.device
         self.remote_bytes = 0  # received by the halo exchange so far; written by the thread that makes batches

@@ -1,0 +1,77 @@
+"""Several ranks on this machine without a launcher: for notebooks, tests and benchmarks.
+
+Trainers are forked from a server process that has imported everything once, so a rank starts in milliseconds. Rank 0
+gets a listening socket for the store, so there is no port to pick. No process outlives the call, whatever happens.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from collections.abc import Mapping
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from gemini_gnn.cluster import Place
+from gemini_gnn.config import Config, to_mapping
+from gemini_gnn.errors import ClusterError
+
+_context = multiprocessing.get_context("forkserver")
+
+
+def _trainer(
+    payload: dict[str, Any], place: Place, listener: socket.socket | None, log: str, environ: Mapping[str, str]
+) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.update(environ)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    from gemini_gnn.training import job
+
+    sys.exit(job.without_agent(payload, place, listener.detach() if listener else None))
+
+
+def train_local(
+    config: Config, ranks: int, *, environ: Mapping[str, str] | None = None, timeout_s: float = 24 * 3600.0
+) -> list[int]:
+    """Train with ``ranks`` processes here and return their exit codes. Output goes to ``<run_dir>-rank<r>.log``.
+
+    Args:
+        environ: set in the trainers.
+        timeout_s: of the whole run.
+
+    Raises:
+        ClusterError: a rank is still running after ``timeout_s``; all are killed then.
+    """
+    _context.set_forkserver_preload(["gemini_gnn.training.preload"])
+    Path(config.run_dir).parent.mkdir(parents=True, exist_ok=True)
+    processes: list[BaseProcess] = []
+    deadline = time.monotonic() + timeout_s
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        try:
+            for rank in range(ranks):
+                place = Place(rank, ranks, rank, ranks, socket.gethostname(), "127.0.0.1", port, "plain")
+                given = listener if rank == 0 else None
+                arguments = (to_mapping(config), place, given, f"{config.run_dir}-rank{rank}.log", dict(environ or {}))
+                process = _context.Process(target=_trainer, args=arguments, daemon=True)
+                process.start()
+                processes.append(process)
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+            codes = [process.exitcode for process in processes]
+            if None in codes:
+                raise ClusterError(
+                    f"ranks {[r for r, c in enumerate(codes) if c is None]} still ran after {timeout_s} s"
+                )
+            return [int(code) for code in codes if code is not None]
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join(10)
