@@ -14,7 +14,7 @@ USAGE = "usage: python launch/stop.py run_dir=RUN_DIR [keep=true] [snapshot.aren
 
 
 def main(arguments: list[str]) -> int:
-    settings = dict(argument.partition("=")[::2] for argument in arguments)
+    settings = dict(["keep", "true"] if a == "--keep" else a.partition("=")[::2] for a in arguments)
     if "run_dir" not in settings or not settings.keys() <= {"run_dir", "keep", "snapshot.arena"}:
         print(USAGE, file=sys.stderr)
         return 2

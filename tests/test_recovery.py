@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -285,7 +286,7 @@ def test_the_stop_command_can_keep_and_later_drop(job):
     launch = run.launch(1, "train")
     run.training(1)
     command = [sys.executable, "launch/stop.py", f"run_dir={run.run_dir}"]
-    kept = subprocess.run([*command, "keep=true"], capture_output=True, text=True, timeout=PATIENCE_S)
+    kept = subprocess.run([*command, "--keep"], capture_output=True, text=True, timeout=PATIENCE_S)
     assert kept.returncode == 0 and "goes on from the snapshot" in kept.stdout
     run.end(launch)
     wait_for(lambda: not run.processes(), "the end of all processes", 10.0)
@@ -333,6 +334,20 @@ def test_the_same_command_while_it_runs_is_told_so(job):
     run.finish()
     assert run.end(launch)[0] == 0
     assert len(run.notes("training")) == 2
+
+
+def test_a_removed_run_directory_is_a_new_run(job):
+    run = job()
+    launch = run.launch(1, "train")
+    run.training(1)
+    stop(run.run_dir, keep=True)
+    run.end(launch)
+    (run.arena / "old").touch()
+    shutil.rmtree(run.run_dir)
+    launch = run.launch(1, "train")
+    assert "old" not in run.training(1, term=1)[0]["found"]
+    run.finish()
+    assert run.end(launch)[0] == 0
 
 
 def test_resume_never_drops_the_snapshots_before_the_start_but_a_restart_goes_on(job):

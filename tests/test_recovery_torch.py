@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from gemini_gnn.run import preload_of
 from tests.test_recovery import PATIENCE_S, job
 
 __all__ = ["job"]  # the fixture
+
+LAUNCHER = os.path.join(os.path.dirname(sys.executable), "deepspeed")
 
 SCRIPT = """
 import os, sys
@@ -106,6 +109,55 @@ def test_a_missing_script_is_an_error_of_use():
         [sys.executable, "-m", "gemini_gnn.run", "no_such.py"], capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert ended.returncode == 2 and "no_such.py is no file" in ended.stderr
+
+
+ZERO = """
+import os
+import deepspeed, torch
+from gemini_gnn.snapshot import attach, context
+
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+torch.manual_seed(0)
+model = torch.nn.Linear(64, 8)
+engine, *_ = deepspeed.initialize(
+    model=model,
+    optimizer=torch.optim.AdamW(model.parameters()),
+    config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}, "steps_per_print": 10**9},
+)
+snapshots = attach(engine)
+for step in range(engine.global_steps, 6):
+    loss = engine(torch.full((1, 64), step + 1.0)).square().sum()
+    engine.backward(loss)
+    engine.step()
+    if os.environ["RANK"] == "0":
+        with open(os.environ["LOSSES"], "a") as file:
+            file.write(f"{context.current().generation} {step} {float(loss.detach())!r}\\n")
+    if os.environ["RANK"] == "1" and step == 3 and context.current().generation == 1 and "KILL" in os.environ:
+        os.kill(os.getpid(), 9)
+snapshots.close()
+"""
+
+
+@pytest.mark.skipif(not shutil.which(LAUNCHER), reason="DeepSpeed's launcher is not installed beside this Python")
+def test_deepspeed_script_goes_on_after_a_kill_under_its_launcher(tmp_path):
+    """ZeRO-1, a rank killed after step 3: the second generation goes on from memory, with the losses of a quiet run."""
+    script = tmp_path / "train.py"
+    script.write_text(ZERO)
+    losses = {}
+    for name, extra in (("quiet", {}), ("killed", {"KILL": "1"})):
+        command = [LAUNCHER, "--num_gpus", "2", "--module", "gemini_gnn.run", "--run-dir", os.fspath(tmp_path / name)]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu", "LOSSES": os.fspath(tmp_path / f"{name}.txt"), **extra}
+        ended = subprocess.run(
+            [*command, os.fspath(script)], env=environment, capture_output=True, text=True, timeout=2 * PATIENCE_S
+        )
+        assert ended.returncode == 0, ended.stderr
+        rows = [line.split() for line in (tmp_path / f"{name}.txt").read_text().splitlines()]
+        losses[name] = {int(step): loss for _, step, loss in rows}
+        assert not home.arena_of(tmp_path / name).exists()
+    assert losses["killed"] == losses["quiet"] and len(losses["quiet"]) == 6
+    assert next(int(step) for generation, step, _ in rows if generation == "2") in (3, 4)  # not from the beginning
+    assert "restarting all 2 trainers as generation 2" in ended.stderr
 
 
 def test_preload_follows_the_script(tmp_path):

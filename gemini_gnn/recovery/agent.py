@@ -18,8 +18,6 @@ peer's uid. The shims' messages: register, stop; ours: accepted, refused, ending
 from __future__ import annotations
 
 import argparse
-import ctypes
-import json
 import os
 import selectors
 import signal
@@ -31,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from gemini_gnn.errors import GeminiError
-from gemini_gnn.recovery import decisions, home, messages
+from gemini_gnn.recovery import decisions, home, messages, processes
 from gemini_gnn.recovery.decisions import Failure, Limits, Outcome
+from gemini_gnn.recovery.journal import Journal
 
-PR_SET_CHILD_SUBREAPER = 36
 NOBODY_S = 30.0  # an agent without a job ends after it
 REAP_ORPHANS_S = 5.0  # for killed children to be gone
 
@@ -87,8 +85,7 @@ class Agent:
         self.trainers: dict[int, Trainer] = {}
         self.warm: Warm | None = None
         self.events: list[decisions.Event] = []  # seen, not yet decided
-        self.errors: list[Failure] = []  # of this generation's trainers, not yet in their logs
-        self.log_file = open(run_dir / "events" / f"agent-{self.machine}.jsonl", "a")
+        self.journal = Journal(run_dir, self.machine)
         self.listener = messages.listen(arena / home.AGENT_SOCKET)
         self.wakeup, signalled = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(signalled, warn_on_full_buffer=False)
@@ -141,7 +138,9 @@ class Agent:
                 before = self.state
                 self.state, actions = decisions.decide(before, self.events[0], time.monotonic())
                 if self.state.phase is not before.phase:
-                    self._log("phase", phase=self.state.phase, generation=self.state.generation, cause=self.state.cause)
+                    self.journal.log(
+                        "phase", phase=self.state.phase, generation=self.state.generation, cause=self.state.cause
+                    )
                 for action in actions:
                     self._act(action)
             self.events.pop(0)
@@ -151,8 +150,8 @@ class Agent:
             case decisions.StartWarm():
                 self._start_warm()
             case decisions.Fork(generation, ranks):
-                self._status("running", generation=generation)
-                self._write_errors(None)
+                self.journal.status("running", generation=generation)
+                self.journal.write_errors(None)
                 self._fork(generation, sorted(ranks))
             case decisions.AskToStop(ranks):
                 for rank in ranks:
@@ -163,7 +162,7 @@ class Agent:
             case decisions.Say(text):
                 self._say(text)
             case decisions.Finish(outcome):
-                self._write_errors(outcome.failure)
+                self.journal.write_errors(outcome.failure)
                 self.outcome = outcome
 
     # --- shims and other visitors -------------------------------------------------------------------------------------
@@ -175,7 +174,7 @@ class Agent:
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:  # out of descriptors: the visitor waits in the backlog
-                self._log("accept_failed", error=error.strerror)
+                self.journal.log("accept_failed", error=error.strerror)
                 return
             if messages.peer(sock)[1] != os.getuid():
                 sock.close()
@@ -207,12 +206,12 @@ class Agent:
             if shim.channel.closed:
                 del self.shims[rank]
                 self._forget(shim.channel)
-                self._log("shim_lost", rank=rank)
+                self.journal.log("shim_lost", rank=rank)
                 self._see(decisions.StopAsked(f"the slot process of rank {rank} is gone", 128 + signal.SIGKILL))
 
     def _stop_asked(self, channel: messages.Channel, message: dict[str, Any]) -> None:
         asked = decisions.StopAsked(message["reason"], message["code"], keep=message["keep"], force=message["force"])
-        self._log("stop_asked", pid=messages.peer(channel.sock)[0], reason=asked.reason, force=asked.force)
+        self.journal.log("stop_asked", pid=messages.peer(channel.sock)[0], reason=asked.reason, force=asked.force)
         self._see(asked)
 
     def _register(self, channel: messages.Channel, request: dict[str, Any]) -> None:
@@ -238,9 +237,9 @@ class Agent:
             return
         self.visitors.remove(channel)
         self.shims[rank] = Shim(channel, request)
-        log = self._log_of(rank)
+        log = self.journal.log_of(rank)
         channel.send({"kind": "accepted", "term": self.term, "log": os.fspath(log), "offset": _size_bytes(log)})
-        self._log("registered", rank=rank, pid=request["pid"])
+        self.journal.log("registered", rank=rank, pid=request["pid"])
         self._see(decisions.Registered(rank))
 
     def _begin(self, request: dict[str, Any]) -> None:
@@ -254,9 +253,12 @@ class Agent:
         self.term = home.claim_term(self.run_dir, claim)
         self.request = request
         place = request["place"]
+        self.journal.term, self.journal.speaks_for_job = self.term, place["rank"] == place["local_rank"]
         limits = Limits(max_restarts=request["max_restarts"])
         self.state = decisions.State(place["local_world_size"], place["world_size"], limits)
-        self._log("started", term=self.term, pid=os.getpid(), arena=os.fspath(self.arena), command=request["command"])
+        self.journal.log(
+            "started", term=self.term, pid=os.getpid(), arena=os.fspath(self.arena), command=request["command"]
+        )
         if (pid := self._earlier_trainer(limits.reap_s)) is not None:
             text = (
                 f"process {pid}, a trainer of this job's last term, is still there after SIGKILL: it is stuck in the "
@@ -264,17 +266,20 @@ class Agent:
             )
             self._see(decisions.WarmRefused(Failure(-1, 1, time.monotonic(), text, text)))
             return
-        if request["resume"] == "never":
-            files, size_bytes = home.remove_snapshots(self.arena)
-            self._log("snapshots_removed", files=files, bytes=size_bytes, reason="resume=never")
-        self._status("starting")
+        reason = "resume=never" if request["resume"] == "never" else ""
+        if self.term == 1 and request["resume"] == "auto":
+            reason = "they are of a run directory that was removed"  # its first start must not go on in the middle
+        if reason and home.snapshot_files(self.arena):
+            _, size_bytes = home.remove_snapshots(self.arena)
+            self.journal.log("snapshots_removed", bytes=size_bytes, reason=reason)
+        self.journal.status("starting")
         self._start_warm()
 
     def _earlier_trainer(self, patience_s: float) -> int | None:
         """Invariant 5 across the death of an agent: wait until nothing of the last term runs; who still does."""
         deadline = time.monotonic() + patience_s
         while (pid := home.living_trainer(self.arena)) is not None and time.monotonic() < deadline:
-            _kill_if_ours(pid, self.job)
+            processes.kill_if_ours(pid, self.job)
             time.sleep(0.005)
         return pid
 
@@ -292,7 +297,7 @@ class Agent:
         channel = messages.Channel(ours)
         self.warm = Warm(pid, channel)
         self.selector.register(channel, selectors.EVENT_READ)
-        self._log("warm_started", pid=pid)
+        self.journal.log("warm_started", pid=pid)
         channel.send(
             {"kind": "preload", "modules": self.request["preload"], "path": self.request["path"]}, timeout_s=5.0
         )
@@ -317,7 +322,7 @@ class Agent:
                 "kind": "fork",
                 "place": place,
                 "environment": {**request["environment"], **_launcher_variables(place)},
-                "log": os.fspath(self._log_of(rank)),
+                "log": os.fspath(self.journal.log_of(rank)),
                 "job": self.job,
                 "arena": os.fspath(self.arena),
                 "term": self.term,
@@ -342,14 +347,14 @@ class Agent:
         trainer = self.trainers[rank]
         for message in trainer.channel.receive():
             if message["kind"] == "started":
-                self._log("trainer_started", rank=rank, fork_to_start_s=message["time_s"] - trainer.forked_s)
+                self.journal.log("trainer_started", rank=rank, fork_to_start_s=message["time_s"] - trainer.forked_s)
             elif message["kind"] == "listens":
                 self._see(decisions.Listens(rank))
             elif message["kind"] == "failed":
                 failure = Failure(rank, message["code"], message["time_s"], message["summary"], message["text"])
                 failure = replace(failure, consequence=message["consequence"])
-                self._log("trainer_failed", rank=rank, code=failure.code, text=failure.text)
-                self.errors.append(failure)
+                self.journal.log("trainer_failed", rank=rank, code=failure.code, text=failure.text)
+                self.journal.errors.append(failure)
                 self._see(decisions.Failed(failure))
         if trainer.channel.closed and trainer.channel.sock.fileno() >= 0:
             self._forget(trainer.channel)
@@ -359,7 +364,7 @@ class Agent:
         trainer = self.trainers.pop(rank)
         if trainer.channel.sock.fileno() >= 0:
             self._forget(trainer.channel)
-        self._log("trainer_exited", rank=rank, pid=trainer.pid, code=code)
+        self.journal.log("trainer_exited", rank=rank, pid=trainer.pid, code=code)
         self._see(decisions.Exited(rank, code))
 
     def _read_warm(self) -> None:
@@ -371,10 +376,10 @@ class Agent:
     def _hear(self, warm: Warm) -> None:
         for message in warm.channel.receive():
             if message["kind"] == "ready":
-                self._log("warm_ready", seconds=message["seconds"])
+                self.journal.log("warm_ready", seconds=message["seconds"])
                 self._see(decisions.WarmReady())
             elif message["kind"] == "refused":
-                self._log("warm_refused", text=message["text"])
+                self.journal.log("warm_refused", text=message["text"])
                 text = message["text"]
                 summary = text.strip().splitlines()[-1]
                 self._see(decisions.WarmRefused(Failure(-1, 1, time.monotonic(), summary, text)))
@@ -382,13 +387,13 @@ class Agent:
                     self._exited(message["rank"], 1)
             elif message["kind"] == "forked":
                 self.trainers[message["rank"]].pid = message["pid"]
-                self._log("trainer_forked", rank=message["rank"], pid=message["pid"])
+                self.journal.log("trainer_forked", rank=message["rank"], pid=message["pid"])
             elif message["kind"] == "exited":
                 self._exited(message["rank"], message["code"])
 
     def _reap(self) -> None:
         """The warm parent's end, and whatever was orphaned below us."""
-        while (ended := _wait_for_child()) is not None:
+        while (ended := processes.wait_for_child()) is not None:
             pid, code = ended
             if self.warm is None or pid != self.warm.pid:
                 continue  # a grandchild that outlived its trainer
@@ -396,8 +401,8 @@ class Agent:
             self._hear(warm)  # what it could still report
             self._forget(warm.channel)
             reason = decisions.signal_name(-code) if code < 0 else f"exit code {code}"
-            self._log("warm_died", pid=pid, reason=reason)
-            orphans = _kill_and_reap_children(REAP_ORPHANS_S)
+            self.journal.log("warm_died", pid=pid, reason=reason)
+            orphans = processes.kill_and_reap_children(REAP_ORPHANS_S)
             self._see(decisions.WarmDied(reason))
             if orphans is not None:  # every descendant is reaped, so these trainers are
                 for rank, trainer in list(self.trainers.items()):
@@ -410,8 +415,8 @@ class Agent:
         outcome = self.outcome or Outcome("stopped", 1, "nobody came")
         if self.warm is not None:
             os.kill(self.warm.pid, signal.SIGKILL)
-        if _kill_and_reap_children(REAP_ORPHANS_S) is None:
-            self._log("children_left", reason="not reaped in time")
+        if processes.kill_and_reap_children(REAP_ORPHANS_S) is None:
+            self.journal.log("children_left", reason="not reaped in time")
         self.listener.close()
         dropped = (0, 0)
         if not outcome.keep:
@@ -419,8 +424,10 @@ class Agent:
         kept = len(home.snapshot_files(self.arena))
         failure = outcome.failure
         state = "failed" if outcome.kind == "lost" else outcome.kind
-        self._log("ended", outcome=outcome.kind, code=outcome.code, reason=outcome.reason, dropped_bytes=dropped[1])
-        self._status(state, reason=outcome.reason, exit_code=outcome.code)
+        self.journal.log(
+            "ended", outcome=outcome.kind, code=outcome.code, reason=outcome.reason, dropped_bytes=dropped[1]
+        )
+        self.journal.status(state, reason=outcome.reason, exit_code=outcome.code)
         home.leave_arena(self.arena)  # from here on the arena is somebody else's
         message = {
             "kind": "outcome",
@@ -438,93 +445,10 @@ class Agent:
     # --- saying what happens ------------------------------------------------------------------------------------------
 
     def _say(self, text: str) -> None:
-        self._log("say", text=text)
+        self.journal.log("say", text=text)
         for shim in self.shims.values():
             if shim.request["place"]["local_rank"] == 0:
                 shim.channel.send({"kind": "say", "text": text})
-
-    def _write_errors(self, first: Failure | None) -> None:
-        """Each trainer's error into its log: the job's first one whole, one line of those that came of another's end."""
-        if first is not None and first.rank >= 0 and first not in self.errors:
-            self.errors.append(first)  # it ended without a record of its own
-        for failure in self.errors:
-            text = (
-                failure.text if failure is first else f"[gemini_gnn] ended by {failure.summary} (after another trainer)"
-            )
-            try:
-                with open(self._log_of(failure.rank), "a") as log:
-                    log.write(text.rstrip("\n") + "\n")
-            except OSError as error:  # disk full: it is in the outcome too
-                self._log("log_failed", rank=failure.rank, error=error.strerror)
-        self.errors.clear()
-
-    def _log(self, kind: str, **fields: Any) -> None:
-        record = {"t": time.time(), "monotonic_s": time.monotonic(), "term": self.term, "kind": kind, **fields}
-        try:
-            self.log_file.write(json.dumps(record) + "\n")
-            self.log_file.flush()
-        except OSError as error:  # disk full: the job goes on without this line
-            print(f"cannot write {self.log_file.name}: {error.strerror}: {record}", file=sys.stderr, flush=True)
-
-    def _status(self, state: str, **fields: Any) -> None:
-        """``status.json``, on rank 0's machine while no trainer lives: they write it themselves while they do."""
-        if not self.request or self.request["place"]["rank"] != self.request["place"]["local_rank"]:
-            return
-        record = {"state": state, "time": time.time(), "pid": os.getpid(), "machine": self.machine, "term": self.term}
-        try:
-            if state == "done" and home.read_status(self.run_dir).get("state") == "done":
-                return  # the trainer said so itself, and more
-            home.write_status(self.run_dir, {**record, **fields})
-        except OSError as error:
-            self._log("status_failed", error=error.strerror)
-
-    def _log_of(self, rank: int) -> Path:
-        return self.run_dir / "logs" / f"rank-{rank}.log"
-
-
-# --- processes --------------------------------------------------------------------------------------------------------
-
-
-def _wait_for_child() -> tuple[int, int] | None:
-    """(pid, code) of a child that has ended, reaped now; code is negative for a signal."""
-    try:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-    except ChildProcessError:
-        return None
-    return (pid, os.waitstatus_to_exitcode(status)) if pid else None
-
-
-def _kill_and_reap_children(patience_s: float) -> dict[int, int] | None:
-    """SIGKILL all children, and the orphans that become ours thereby; their codes, or None if some stay."""
-    codes: dict[int, int] = {}
-    deadline = time.monotonic() + patience_s
-    while True:
-        while (ended := _wait_for_child()) is not None:
-            codes[ended[0]] = ended[1]
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        if not children:
-            return codes
-        if time.monotonic() > deadline:
-            return None
-        for pid in map(int, children):
-            os.kill(pid, signal.SIGKILL)  # our child, not reaped: the number is its own
-        time.sleep(0.001)
-
-
-def _kill_if_ours(pid: int, job: str) -> None:
-    """SIGKILL to a leftover of this job. Its pidfd is opened before its command line is read: no number is reused."""
-    try:
-        handle = os.pidfd_open(pid)
-    except OSError:
-        return  # gone
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if b"gemini_gnn.recovery.warm" in words and job.encode() in words:
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-    except OSError:
-        return  # gone
-    finally:
-        os.close(handle)
 
 
 def _launcher_variables(place: dict[str, Any]) -> dict[str, str]:
@@ -560,9 +484,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGCHLD):
         signal.signal(number, lambda *_: None)  # seen through the wakeup descriptor
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+    processes.adopt_orphans()
     Agent(options.run_dir, options.arena).run()
 
 

@@ -10,7 +10,6 @@ decides when the job ends, so that the trainers can agree on the last step.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import faulthandler
 import importlib
 import os
@@ -27,16 +26,14 @@ from typing import Any, NoReturn
 from gemini_gnn.cluster import Place
 from gemini_gnn.errors import GeminiError, RecoveryError
 from gemini_gnn.observe.logs import is_consequence
-from gemini_gnn.recovery import home, messages
+from gemini_gnn.recovery import home, messages, processes
 from gemini_gnn.recovery.decisions import STOPPED
 from gemini_gnn.snapshot import context
 
 __all__ = ["STOPPED", "stop_requested"]
 
-PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 OOM_SCORE_ADJ = 300  # out of memory: a trainer goes before the agent and before what others run here
 
-_libc = ctypes.CDLL(None, use_errno=True)
 _agent: messages.Channel | None = None
 _listening = False
 _stop = False
@@ -58,24 +55,6 @@ def stop_requested() -> bool:
     return _stop
 
 
-def die_with_parent(parent: int) -> None:
-    """The kernel sends SIGKILL when the thread that forked this process ends. Exits if that has happened already."""
-    if _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise RecoveryError(f"prctl(PR_SET_PDEATHSIG): {os.strerror(ctypes.get_errno())}")
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def close_descriptors(keep: set[int]) -> None:
-    """Close all but ``keep``: inherited descriptors hold locks, sockets and other processes' ends of pipes."""
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in keep:
-            try:
-                os.close(int(name))
-            except OSError:
-                continue  # the one that listed the folder
-
-
 def become(task: dict[str, Any], parent: int) -> None:
     """Turn a fresh fork of the warm parent into the trainer of ``task``; see the module docstring.
 
@@ -83,7 +62,7 @@ def become(task: dict[str, Any], parent: int) -> None:
     """
     global _agent
     os.setsid()  # a process group of its own: what it starts can be killed with it
-    die_with_parent(parent)
+    processes.die_with_parent(parent)
     descriptors: list[int] = task["descriptors"]
     arena = Path(task["arena"])
     home.hold_trainers_lock(arena)  # before anything is written: see living_trainer
@@ -93,7 +72,7 @@ def become(task: dict[str, Any], parent: int) -> None:
     _redirect(Path(task["log"]))
     _agent = messages.Channel(socket.socket(fileno=descriptors[0]))
     place = Place(**task["place"])
-    _libc.prctl(PR_SET_NAME, f"gnn-rank-{place.rank}".encode(), 0, 0, 0)
+    processes.name_this(f"gnn-rank-{place.rank}")
     try:
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
     except OSError as error:  # some containers forbid it; then the kernel chooses as it likes

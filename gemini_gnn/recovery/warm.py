@@ -26,7 +26,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from gemini_gnn.recovery import home, messages, trainer
+from gemini_gnn.recovery import home, messages, processes, trainer
 
 
 def threads() -> int:
@@ -113,7 +113,7 @@ def serve(agent: messages.Channel) -> dict[str, Any]:
                 if pid == 0:
                     signal.set_wakeup_fd(-1)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    trainer.close_descriptors({0, 1, 2, *task["descriptors"]})
+                    processes.close_descriptors({0, 1, 2, *task["descriptors"]})
                     trainer.become(task, own_pid)
                     return task
                 for descriptor in task["descriptors"]:
@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--agent", type=int, required=True, help="pid of the agent")
     parser.add_argument("--channel", type=int, required=True, help="descriptor of the socket to it")
     options = parser.parse_args()
-    trainer.die_with_parent(options.agent)
+    processes.die_with_parent(options.agent)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # the agent decides
     lock = home.hold_trainers_lock(options.arena)

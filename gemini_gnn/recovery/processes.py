@@ -1,0 +1,106 @@
+"""What Linux offers for processes that must not outlive each other, and for knowing that they are gone."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from pathlib import Path
+
+from gemini_gnn.errors import RecoveryError
+
+PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _prctl(option: int, value: int | bytes) -> None:
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        raise RecoveryError(f"prctl({option}) failed: {os.strerror(ctypes.get_errno())}; expected Linux 3.4 or newer")
+
+
+def die_with_parent(parent: int) -> None:
+    """The kernel sends SIGKILL when the thread that forked this process ends. Exits if that has happened already."""
+    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def close_descriptors(keep: set[int]) -> None:
+    """Close all but ``keep``: inherited descriptors hold locks, sockets and other processes' ends of pipes."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in keep:
+            try:
+                os.close(int(name))
+            except OSError:
+                continue  # the one that listed the folder
+
+
+def adopt_orphans() -> None:
+    """Orphans below this process become its children, not init's, so that it can reap them."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def name_this(name: str) -> None:
+    """What ``ps -o comm`` and ``top`` show for this process."""
+    _prctl(PR_SET_NAME, name.encode())
+
+
+def wait_for_child() -> tuple[int, int] | None:
+    """(pid, code) of a child that has ended, reaped now; code is negative for a signal."""
+    try:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+    except ChildProcessError:
+        return None
+    return (pid, os.waitstatus_to_exitcode(status)) if pid else None
+
+
+def kill_and_reap_children(patience_s: float) -> dict[int, int] | None:
+    """SIGKILL all children, and the orphans that become ours thereby; their codes, or None if some stay."""
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + patience_s
+    while True:
+        while (ended := wait_for_child()) is not None:
+            codes[ended[0]] = ended[1]
+        children = _children()
+        if not children:
+            return codes
+        if time.monotonic() > deadline:
+            return None
+        for pid in children:
+            with contextlib.suppress(PermissionError):  # a program of another user that a trainer started
+                os.kill(pid, signal.SIGKILL)  # our child, not reaped: the number is its own
+        time.sleep(0.001)
+
+
+def _children() -> list[int]:
+    try:
+        return list(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+    except FileNotFoundError:  # a kernel without CONFIG_PROC_CHILDREN
+        stats = [path for path in Path("/proc").glob("[0-9]*/stat")]
+    found = []
+    for path in stats:
+        try:
+            if int(path.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue  # gone
+    return found
+
+
+def kill_if_ours(pid: int, job: str) -> None:
+    """SIGKILL to a leftover of this job. Its pidfd is opened before its command line is read: no number is reused."""
+    try:
+        handle = os.pidfd_open(pid)
+    except OSError:
+        return  # gone
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if b"gemini_gnn.recovery.warm" in words and job.encode() in words:
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+    except OSError:
+        return  # gone
+    finally:
+        os.close(handle)
