@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gemini_gnn.observe.logs import first_error
+from gemini_gnn.observe.logs import first_error, read_errors
 from gemini_gnn.observe.run_dir import read_losses
 from tests.lab.lab import kill_group
 from tests.trainers import trained
@@ -104,7 +104,7 @@ def test_the_error_of_one_rank_ends_the_job_everywhere(lab, graph, tmp_path):
     fault = {"GEMINI_GNN_FAULT": "raise:rank=1:step=5"}
     process = train(lab, "h0", launcher, *graph, "training.epochs=100000", run_dir=run_dir, environ=fault)
     wait_until(lambda: first_error(run_dir) is not None or process.poll() is not None, run_dir)
-    assert ended(process, run_dir, 20) != 0, "the job ends everywhere within seconds"
+    assert ended(process, run_dir, 30) != 0, "the job ends everywhere within seconds"
     assert first_error(run_dir) == "rank 1 on h3: InjectedFault: injected fault on rank 1 before step 5"
     said = terminal(run_dir)
     assert "h3: error: rank 1 on h3: InjectedFault: injected fault on rank 1 before step 5" in said
@@ -116,20 +116,26 @@ def test_the_error_of_one_rank_ends_the_job_everywhere(lab, graph, tmp_path):
 def test_a_machine_that_loses_power_is_named_and_the_launcher_ends(lab, graph, tmp_path):
     """And, while it still runs, the same run directory is refused to a second job."""
     run_dir = tmp_path / "run"
-    launcher = [DEEPSPEED, "--hostfile", str(lab.hostfile(["h0", "h1", "h2"]))]
+    launcher = [DEEPSPEED, "--hostfile", str(lab.hostfile(["h0", "h1"], slots=2))]
     settings = [*graph, "training.epochs=100000", "distributed.timeout_s=10"]
     process = train(lab, "h0", launcher, *settings, run_dir=run_dir)
     wait_until(lambda: len(losses(run_dir)) > 5 or process.poll() is not None, run_dir)
     assert process.poll() is None, terminal(run_dir)[-6000:]
 
-    second = lab.run("h3", [PYTHON, "launch/train.py", *settings, f"run_dir={run_dir}", "snapshot=none"], 60, cwd=ROOT)
+    again = [*settings, f"run_dir={run_dir}", "snapshot=none", "training.threads=1"]
+    second = lab.run("h3", [PYTHON, "launch/train.py", *again], 60, cwd=ROOT)
     assert second.returncode == 2 and "is in use by" in second.stdout and "on h0" in second.stdout
 
-    lab.power_off("h2")
+    off = time.time()
+    lab.power_off("h1")
     # 10 s until the collective gives up, 3 s for last words, up to 6 s until ssh gives the dead host up; the rest is load
     assert ended(process, run_dir, 60) != 0
+    noticed_s = min(record["time"] for record in read_errors(run_dir)) - off
+    assert noticed_s < 10 + 10, "within distributed.timeout_s, and what a busy machine needs"
     said = terminal(run_dir)
-    assert "lost rank 2 on h2: no answer and no last words" in said and "ssh h2 true" in said, said[-6000:]
+    assert "lost rank 2 on h1, rank 3 on h1: no answer and no last words" in said and "ssh h1 true" in said, said[
+        -6000:
+    ]
     assert nobody_trains(lab)
 
 

@@ -234,6 +234,8 @@ def test_the_machine_itself_stays_as_it_is(tmp_path):
             lab.address("h1"),
             lab.address("h1", 1),
         ]
+        ask = "from gemini_gnn.cluster import interface_to as i; print(i('h1'), i('h1-eth1'))"
+        assert lab.run("h0", [PYTHON, "-c", ask]).stdout == "eth0 eth1\n"
         with pytest.raises(LabError, match="already runs"):
             Lab.up(tmp_path / "a", hosts=2)
         with pytest.raises(LabError, match="no host h7; this lab has h0, h1"):

@@ -75,8 +75,12 @@ def test_one_rank_explains():
 
 def test_silent_ranks_are_named_by_the_lowest_that_speaks():
     records = [record(1, True), record(3, True)]
-    said = verdict(records, 1, 4, {0: "h0", 1: "h1", 2: "h0", 3: "h1"})
+    said = verdict(records, 1, 4, {0: "h0", 1: "h1", 2: "h0", 3: "h3"})
     assert said.startswith("lost rank 0 on h0, rank 2 on h0: no answer") and "Try: ssh h0 true." in said
+    slow = verdict(records, 1, 4, {0: "h0", 1: "h1", 2: "h3", 3: "h3"})
+    assert slow.startswith("lost rank 0 on h0: no answer"), "rank 2's machine speaks"
+    killed = verdict([record(1, True)], 1, 2, {0: "h1", 1: "h1"})
+    assert killed.startswith("rank 0 on h1 ended without a word") and "logs/rank-0.log" in killed
     assert verdict(records, 3, 4, {}) is None
     assert "is the network cut?" in verdict([record(0, True), record(1, True)], 0, 2, {})
     assert "rank 0 on an unknown machine" in verdict([record(1, True)], 1, 2, {})

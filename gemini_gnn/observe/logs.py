@@ -273,12 +273,19 @@ def verdict(records: list[dict[str, Any]], rank: int, world_size: int, machines:
     silent = [r for r in range(world_size) if r not in {record["rank"] for record in records}]
     if not silent:
         return f"{own['message']}\nevery rank lost its peers and none names another cause: is the network cut?"
-    names = ", ".join(f"rank {r} on {machines.get(r, 'an unknown machine')}" for r in silent)
-    tries = "; ".join(f"ssh {name} true" for name in dict.fromkeys(machines[r] for r in silent if r in machines))
+    speaking = {record["machine"] for record in records}
+    lost = [r for r in silent if machines.get(r) not in speaking]
+    saw = f"What rank {rank} saw: {own['message'].splitlines()[0] if own['message'] else own['type']}"
+    names = ", ".join(f"rank {r} on {machines.get(r, 'an unknown machine')}" for r in lost or silent)
+    if not lost:
+        return (
+            f"{names} ended without a word, or hangs; other ranks of the machine are well. Killed, out of memory "
+            f"(`dmesg`)? See logs/rank-{silent[0]}.log. {saw}"
+        )
+    tries = "; ".join(f"ssh {name} true" for name in dict.fromkeys(machines[r] for r in lost if r in machines))
     return (
         f"lost {names}: no answer and no last words. The machine has no power or no network, or the process was killed "
-        f"(out of memory?). Try: {tries or 'the hostfile, with `python launch/hosts.py check hostfile`'}. "
-        f"What rank {rank} saw: {own['message'].splitlines()[0] if own['message'] else own['type']}"
+        f"(out of memory?). Try: {tries or 'the hostfile, with `python launch/hosts.py check hostfile`'}. {saw}"
     )
 
 
@@ -292,6 +299,9 @@ def last_words(run_dir: Path, rank: int, world_size: int, error: BaseException, 
     if _terminal is None:
         print(f"error: {error}" if isinstance(error, GeminiError) else trace, file=sys.stderr, flush=True)
         return
+    if threading.current_thread() is threading.main_thread():
+        # DeepSpeed's launcher sends SIGTERM to all its ranks when one has ended, and gives them 30 s.
+        signal.signal(signal.SIGTERM, lambda *_: None)
     deadline = time.monotonic() + settle_s
     records = read_errors(run_dir)
     while all(r["consequence"] for r in records) and len(records) < world_size and time.monotonic() < deadline:
