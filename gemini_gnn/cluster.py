@@ -149,6 +149,11 @@ def _check(place: Place) -> None:
         )
     if place.world_size % place.local_world_size:
         raise ClusterError(_unequal(f"{place.local_world_size} of {place.world_size} ranks on {place.machine}"))
+    if place.rank % place.local_world_size != place.local_rank:
+        raise ClusterError(
+            f"expected consecutive ranks on each machine; got rank {place.rank} as number {place.local_rank} of "
+            f"{place.local_world_size} on {place.machine}. Start with srun --distribution=block"
+        )
     if place.machines > 1 and _is_loopback(place.master_addr):
         raise ClusterError(_loopback(place, place.master_addr))
 

@@ -29,7 +29,7 @@ DEEPSPEED = {
     "MASTER_PORT": "29500",
 }
 
-# What srun -N 3 --ntasks-per-node=2 gives task 5.
+# What srun -N 3 --ntasks-per-node=2 of SLURM 22.05 gives task 5.
 SLURM = {
     "SLURM_JOB_ID": "4711",
     "SLURM_STEP_ID": "0",
@@ -37,6 +37,8 @@ SLURM = {
     "SLURM_LOCALID": "1",
     "SLURM_NODEID": "2",
     "SLURM_NTASKS": "6",
+    "SLURM_NODELIST": "h[0-2]",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.55.0.1",
     "SLURM_STEP_NUM_TASKS": "6",
     "SLURM_STEP_NODELIST": "h[0-2]",
     "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
@@ -111,6 +113,7 @@ def test_an_environment_that_contradicts_itself(change, expected):
         ({"SLURM_STEP_NODELIST": "h[0-1]"}, "names 2 machines"),
         ({"SLURM_STEP_NODELIST": "h[0-"}, "expected names like"),
         ({"SLURM_LOCALID": None}, "SLURM_LOCALID is not set"),
+        ({"SLURM_PROCID": "2"}, "consecutive ranks.*--distribution=block"),
     ],
 )
 def test_a_slurm_step_that_contradicts_itself(change, expected):
