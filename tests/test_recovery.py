@@ -86,7 +86,7 @@ class Job:
                     continue
                 mine = {os.fsencode(self.run_dir), home.job_id(self.run_dir).encode()} & set(words)
                 if mine and state != "Z":
-                    found[int(folder.name)] = next(role for word, role in names.items() if word in words)
+                    found[int(folder.name)] = next((role for word, role in names.items() if word in words), "launch")
         return found
 
     def pid_of(self, role: str) -> int:

@@ -79,6 +79,10 @@ def take_lock(arena: Path) -> int | None:
             lock = os.open(arena / AGENT_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except FileNotFoundError:
             continue  # removed between making and opening
+        except OSError as error:
+            raise RecoveryError(
+                f"cannot make {arena / AGENT_LOCK}: {error.strerror}; is {arena.parent.parent} full?"
+            ) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ours, there = os.fstat(lock), os.stat(arena / AGENT_LOCK)
