@@ -236,11 +236,14 @@ class SlotFile:
         return os.fstat(self._fd).st_blocks * 512
 
     def reserve(self, nbytes: int) -> None:
-        """Allocate the first ``nbytes`` of the file.
+        """Allocate the first ``nbytes`` of the file. Costs nothing where that was done before.
 
         Raises:
             SnapshotError: there is no room.
         """
+        info = os.fstat(self._fd)
+        if info.st_size >= nbytes and info.st_blocks * 512 >= info.st_size:
+            return
         try:
             os.posix_fallocate(self._fd, 0, nbytes)
         except OSError as error:
@@ -249,9 +252,9 @@ class SlotFile:
             raise SnapshotError(f"cannot reserve {_size(nbytes)} in {self.path}: {error.strerror}") from error
 
     def map(self, nbytes: int) -> mmap.mmap:
-        """The first ``nbytes`` (all reserved), mapped and touched, so that the first capture pays no page faults."""
+        """The first ``nbytes`` of the file, all of them reserved."""
         if self._map is None or len(self._map) < nbytes:
-            self._map = mmap.mmap(self._fd, nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            self._map = mmap.mmap(self._fd, nbytes)
         return self._map
 
     def header(self) -> Header | None:
@@ -313,7 +316,7 @@ class SlotFile:
         return SlotView(self.shard, self.slot, h.state, h.identity)
 
     def manifest(self, header: Header) -> tuple[Manifest, memoryview]:
-        """Manifest and bytes (the whole file) of a committed slot, every checksum verified. Hold a lock.
+        """Manifest and bytes (up to the tail) of a committed slot, every checksum verified. Hold a lock.
 
         Raises:
             SnapshotError: the bytes are not those that were committed.
@@ -321,8 +324,8 @@ class SlotFile:
         end = header.tail_offset + header.tail_bytes
         if not PAGE <= header.tail_offset <= end <= os.fstat(self._fd).st_size:
             raise SnapshotError(f"{self.path}: expected {end} bytes; the file is shorter: it was cut")
-        raw = memoryview(self.map(end))
-        tail = raw[header.tail_offset : end]
+        raw = memoryview(self.map(header.tail_offset))
+        tail = memoryview(os.pread(self._fd, header.tail_bytes, header.tail_offset))
         if checksum([tail]) != header.tail_checksum:
             raise SnapshotError(f"{self.path}: the manifest of {header.identity} does not fit its checksum")
         manifest = decode_tail(tail, header.tail_offset)

@@ -138,7 +138,7 @@ def load_latest(engine: Any, extra_state: Any, folder: Path, ranks: Ranks) -> in
     step = max(common)
     state = ranks.together(lambda: collect(engine))
     numbers = ranks.together(lambda: _read(folder / tag_of(step) / f"{shard_of(ranks.rank)}.state", state))
-    with _reading_safely(engine):
+    with reading_safely(engine):
         loaded, _ = engine.load_checkpoint(str(folder), tag=tag_of(step))
     if loaded is None:
         raise SnapshotError(f"DeepSpeed could not load {folder / tag_of(step)}; remove it to go on from the one before")
@@ -170,7 +170,7 @@ def _read(path: Path, state: State) -> dict[str, Any]:
 
 
 @contextmanager
-def _reading_safely(engine: Any) -> Iterator[None]:
+def reading_safely(engine: Any) -> Iterator[None]:
     """Let the engine read tensors, containers and three known classes, and no code."""
     safe = [getattr(importlib.import_module(module), name) for module, name in _SAFE]
     reader = engine.checkpoint_engine

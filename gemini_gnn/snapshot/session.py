@@ -58,6 +58,7 @@ def attach(
     except BaseException:
         snapshots.close()
         raise
+    snapshots.warm()
     if hook:
         _hook(engine, snapshots, agree or ranks.all_true)
     return snapshots
