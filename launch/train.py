@@ -41,7 +41,10 @@ def main(arguments: list[str]) -> int:
     from gemini_gnn.training import job
 
     logs.redirect(Path(config.run_dir), place.rank, terminal=place.rank == 0)
-    return job.without_agent(to_mapping(config), place)
+    code = job.without_agent(to_mapping(config), place)
+    if code not in (0, job.STOPPED):
+        logs.leave(code)
+    return code
 
 
 if __name__ == "__main__":

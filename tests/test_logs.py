@@ -228,6 +228,16 @@ def test_the_terminal_reads_the_cause_and_the_logs_keep_the_rest(tmp_path):
     assert "Connection closed by peer" in log_of(tmp_path, 0) and "Connection closed by peer" in log_of(tmp_path, 1)
 
 
+def test_leaving_waits_for_no_thread(tmp_path):
+    script = (
+        "import threading; threading.Thread(target=threading.Event().wait).start()\n"
+        "print('last'); logs.last_words(folder, 0, 1, ValueError('y')); logs.leave(1)"
+    )
+    process = start(tmp_path, script)
+    out, err = finish(process)
+    assert (process.returncode, out) == (1, "last\n") and "ValueError: y" in err
+
+
 def test_a_crash_in_c_is_in_the_log(tmp_path):
     process = start(tmp_path, "import ctypes; print('before'); ctypes.string_at(0)")
     finish(process)

@@ -32,7 +32,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gemini_gnn.errors import GeminiError
 
@@ -315,6 +315,19 @@ def last_words(run_dir: Path, rank: int, world_size: int, error: BaseException, 
     if said is not None:
         place = f"rank {rank} on {socket.gethostname()}: " if world_size > 1 else ""
         _terminal.say(f"error: {place}{said}\n", terminal=True)
+
+
+def leave(code: int) -> NoReturn:
+    """Exit at once after :func:`last_words`, with what is written shown.
+
+    The interpreter's own way out waits for threads and process groups, which wait for ranks that are gone: another
+    ``distributed.timeout_s``, during which nobody knows whether the job has ended.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    if _terminal is not None:
+        _terminal.close()
+    os._exit(code)
 
 
 def _machines(run_dir: Path, world_size: int) -> dict[int, str]:
