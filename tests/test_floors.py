@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "gemini_gnn"
 
 FLOORS = [
-    {"config", "cluster", "errors", "hashing"},
+    {"config", "cluster", "errors", "hashing", "memory"},
     {"faults", "observe", "hosts"},
     {"graph"},
     {"halo", "features", "sampling", "models"},

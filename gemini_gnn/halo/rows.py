@@ -11,6 +11,8 @@ import numba
 import numpy as np
 import torch
 
+from gemini_gnn import memory
+
 _WORDS = ((8, np.int64), (4, np.int32), (2, np.int16), (1, np.uint8))
 
 
@@ -39,13 +41,12 @@ def copy_rows(source: torch.Tensor, source_index: np.ndarray, target: torch.Tens
 def empty_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialised ``[rows, width]``.
 
-    On the CPU from numpy, which asks for huge pages where torch does not: the page faults of a new 36 MB tensor took
-    three times as long as gathering rows into it.
+    On the CPU in memory that earlier batches used: the page faults of a new tensor took several times as long as
+    gathering rows into it.
     """
     if device.type != "cpu":
         return torch.empty((rows, width), dtype=dtype, device=device)
-    memory = torch.from_numpy(np.empty(rows * width * dtype.itemsize, dtype=np.uint8))
-    return memory.view(rows, width * dtype.itemsize).view(dtype)
+    return memory.empty((rows, width), dtype)
 
 
 def _words(rows: torch.Tensor) -> np.ndarray:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gemini_gnn import memory
 from gemini_gnn.models.tensors import BlockTensors
 
 _SPLIT_EDGES = 20_000  # fewer edges than this are not worth waking a thread for
@@ -135,7 +136,7 @@ class _Product(torch.autograd.Function):
     def forward(ctx, x, block, row_scale, col_scale, values, root_scale, root):
         ctx.block, ctx.constants, ctx.root = block, (row_scale, col_scale, values, root_scale), root
         width = x.shape[1]
-        sums = torch.empty(block.num_dst, width * (2 if root == "beside" else 1), dtype=_wide(x.dtype), device=x.device)
+        sums = _empty(block.num_dst, width * (2 if root == "beside" else 1), x)
         _product(
             block.indptr,
             block.indices,
@@ -161,7 +162,7 @@ class _Product(torch.autograd.Function):
         block, root = ctx.block, ctx.root
         row_scale, col_scale, values, root_scale = ctx.constants
         width = grad.shape[1] // (2 if root == "beside" else 1)
-        out = torch.empty(block.num_src, width, dtype=_wide(grad.dtype), device=grad.device)
+        out = _empty(block.num_src, width, grad)
         _product(
             block.indptr_t,
             block.indices_t,
@@ -184,7 +185,7 @@ class _Maximum(torch.autograd.Function):
         rows = x.to(_wide(x.dtype))
         if _compiled(x):
             rows = rows.contiguous()
-            top = rows.new_empty(block.num_dst, x.shape[1])
+            top = _empty(block.num_dst, x.shape[1], rows)
             _by_rows("maximum", block.indptr, block.indices, rows, top)
         else:
             top = _segment(rows.index_select(0, block.indices), block.indptr, "max")
@@ -201,7 +202,7 @@ class _Maximum(torch.autograd.Function):
         (rows, top), block = ctx.saved_tensors, ctx.block
         wide = grad.to(rows.dtype).contiguous()
         if _compiled(rows):
-            share, out = torch.empty_like(top), torch.empty_like(rows)
+            share, out = torch.empty_like(top), _empty(rows.shape[0], rows.shape[1], rows)
             _by_rows("maximum_share", block.indptr, block.indices, rows, top, wide, share)
             _by_rows("maximum_back", block.indptr_t, block.indices_t, rows, top, share, out)
         else:
@@ -277,6 +278,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+def _empty(rows: int, width: int, like: Tensor) -> Tensor:
+    if like.device.type == "cpu":
+        return memory.empty((rows, width), _wide(like.dtype))
+    return torch.empty(rows, width, dtype=_wide(like.dtype), device=like.device)
+
+
 def _compiled(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
@@ -336,7 +343,7 @@ def _heads_product(indptr, indices, edge, weight, x) -> Tensor:
     weight = weight.to(x.dtype)
     rows, heads = len(indptr) - 1, weight.shape[1]
     if _compiled(x):
-        out = x.new_empty(rows, x.shape[1])
+        out = _empty(rows, x.shape[1], x)
         _by_rows("heads_product", indptr, indices, edge, weight.contiguous(), x.contiguous(), out)
         return out
     weight = weight if edge is None else weight.index_select(0, edge)

@@ -1,0 +1,338 @@
+"""Training steps beside the loop a PyG user writes, and from one rank to several.
+
+    python benchmarks/training.py                    # both parts
+    python benchmarks/training.py --part steps       # one process, one thread, one core
+    python benchmarks/training.py --part ranks       # deepspeed, every rank with all its threads on a core of its own
+
+Steps. GraphSAGE (mean) 3 x 256 on 128 features, 47 classes, fanouts 15, 10, 5, 1024 random seeds, Adam, no dropout, on a skewed
+graph of 1 M nodes and 20 M edges (see sampling.py). A step is everything: sampling, gathering features, forward, backward,
+update. Contenders get the same seeds, take turns, and report the median; each lives in a process of its own, since the
+memory that one frees and the holes it leaves are not the other's doing.
+
+    gemini_gnn   NeighborSampler, rows copied as FeatureStore does, blocks, build_model
+    PyG          the loop of PyG's examples: a loader's batch, SAGEConv layers over the whole sampled subgraph
+    PyG trimmed  the same with trim_to_layer
+
+PyG's batches come from NeighborLoader where pyg-lib or torch-sparse is installed, else from NodeLoader over this project's
+PyGSampler, which draws the same subgraphs faster (the output says which). Our blocks hold more edges than PyG's subgraph:
+every known node draws at each hop, not only the new ones.
+
+Ranks. The real launcher on a community graph partitioned by METIS, the same global batch on 1, 2, 4 ranks as far as there are
+cores; seconds per epoch and the share of exposed communication as result.json tells them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import in_turns, machine, median, write
+from sampling import FANOUTS, SEEDS, pyg_neighbor_loader, skewed_graph
+
+ROOT = Path(__file__).resolve().parent.parent
+FEATURES, HIDDEN, CLASSES, LAYERS = 128, 256, 47, 3
+
+
+def our_step(colptr, row, x, y, seeds, clock):
+    """``f(i) -> {edges, inputs, phases_s, loss}``: step i of this project."""
+    from gemini_gnn.config import ModelConfig
+    from gemini_gnn.halo.rows import copy_rows, empty_rows
+    from gemini_gnn.models.build import build_model
+    from gemini_gnn.models.tensors import to_tensors
+    from gemini_gnn.sampling.sampler import NeighborSampler
+    from gemini_gnn.sampling.topology import ReplicatedTopology
+
+    sampler = NeighborSampler(ReplicatedTopology(colptr, row, np.arange(len(colptr) - 1)), FANOUTS, seed=0)
+    model = build_model(ModelConfig(name="sage", hidden=HIDDEN, layers=LAYERS, dropout=0.0), FEATURES, CLASSES, seed=0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def step(i: int) -> dict:
+        marks = [clock()]
+        batch = sampler.sample(seeds[i], 0, i)
+        marks.append(clock())
+        rows = empty_rows(len(batch.input_nodes), FEATURES, x.dtype, x.device)
+        copy_rows(x, batch.input_nodes, rows, np.arange(len(rows)))
+        marks.append(clock())
+        loss = F.cross_entropy(model(rows, [to_tensors(block) for block in batch.blocks]), y[batch.seeds])
+        marks.append(clock())
+        optimizer.zero_grad()
+        loss.backward()
+        marks.append(clock())
+        optimizer.step()
+        marks.append(clock())
+        phases = zip(("sample", "gather", "forward", "backward", "update"), np.diff(marks).tolist(), strict=True)
+        return {"edges": batch.num_edges, "inputs": len(rows), "phases_s": dict(phases), "loss": float(loss.detach())}
+
+    return step
+
+
+def pyg_step(colptr, row, x, y, seeds, clock, trim: bool):
+    """``f(i) -> {edges, inputs, phases_s, loss}``: step i of the loop a PyG user writes."""
+    from torch_geometric.data import Data
+    from torch_geometric.loader import NodeLoader
+    from torch_geometric.nn import SAGEConv
+    from torch_geometric.utils import trim_to_layer
+
+    from gemini_gnn.sampling.pyg import PyGSampler
+
+    target = np.repeat(np.arange(len(colptr) - 1), np.diff(colptr))
+    edge_index = torch.from_numpy(np.stack([row.astype(np.int64), target]))
+    data = Data(x=x, y=y, edge_index=edge_index, num_nodes=len(x))
+    loader, missing = pyg_neighbor_loader(data)
+    origin = "NeighborLoader"
+    if loader is None:
+        loader = NodeLoader(data, PyGSampler(data, FANOUTS, seed=0), batch_size=SEEDS)
+        origin = f"NodeLoader over PyGSampler (no NeighborLoader: {missing})"
+
+    class SAGE(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            widths = [FEATURES] + [HIDDEN] * (LAYERS - 1) + [CLASSES]
+            self.convs = torch.nn.ModuleList(SAGEConv(widths[i], widths[i + 1]) for i in range(LAYERS))
+
+        def forward(self, batch):
+            h, edges = batch.x, batch.edge_index
+            for i, conv in enumerate(self.convs):
+                if trim:
+                    h, edges, _ = trim_to_layer(i, batch.num_sampled_nodes, batch.num_sampled_edges, h, edges)
+                h = conv(h, edges)
+                if i < LAYERS - 1:
+                    h = h.relu()
+            return h[: batch.batch_size]
+
+    model = SAGE()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def step(i: int) -> dict:
+        marks = [clock()]
+        batch = loader(torch.from_numpy(seeds[i]))
+        marks.append(clock())
+        loss = F.cross_entropy(model(batch), batch.y[: batch.batch_size])
+        marks.append(clock())
+        optimizer.zero_grad()
+        loss.backward()
+        marks.append(clock())
+        optimizer.step()
+        marks.append(clock())
+        phases = zip(("sample and gather", "forward", "backward", "update"), np.diff(marks).tolist(), strict=True)
+        return {
+            "edges": batch.edge_index.shape[1],
+            "inputs": len(batch.x),
+            "phases_s": dict(phases),
+            "loss": float(loss.detach()),
+            "batches_from": origin,
+        }
+
+    return step
+
+
+@contextlib.contextmanager
+def in_processes(makers: Mapping[str, Callable[[], Callable[[int], dict]]], timeout_s: float):
+    """``{name: f(i)}`` where each f was made in, and runs in, a forked process; ``step_s`` is measured there."""
+    context = multiprocessing.get_context("fork")
+    processes, calls = [], {}
+
+    def serve(make, pipe):
+        step = make()
+        while (order := pipe.recv()) is not None:
+            i, clock = order
+            began = clock()
+            result = step(i)
+            pipe.send(result | {"step_s": clock() - began})
+
+    def call(pipe, name, clock, i):
+        pipe.send((i, clock))
+        if not pipe.poll(timeout_s):
+            raise SystemExit(f"{name}: no answer within {timeout_s} s")
+        return pipe.recv()
+
+    try:
+        for name, make in makers.items():
+            ours, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(make, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            processes.append((process, ours))
+            calls[name] = functools.partial(call, ours, name)
+        yield calls
+    finally:
+        for process, pipe in processes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+            process.join(10)
+            process.kill()
+
+
+def steps_section(arguments) -> dict:
+    torch.set_num_threads(1)
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(allowed)})
+    clock = {"wall": time.perf_counter, "cpu": time.process_time}[arguments.clock]
+    colptr, row = skewed_graph(arguments.nodes, arguments.edges)
+    nodes = len(colptr) - 1
+    print(f"steps: {nodes:,} nodes, {len(row):,} edges, one thread, {arguments.clock} time")
+    # numpy only: a process that has computed with torch must not fork.
+    rng = np.random.default_rng(1)
+    x, y = rng.standard_normal((nodes, FEATURES), dtype=np.float32), rng.integers(CLASSES, size=nodes)
+    seeds = [rng.choice(nodes, SEEDS, replace=False) for _ in range(arguments.steps)]
+
+    def maker(function, *extra):
+        return lambda: function(colptr, row, torch.from_numpy(x), torch.from_numpy(y), seeds, clock, *extra)
+
+    makers = {"gemini_gnn": maker(our_step), "PyG": maker(pyg_step, False), "PyG trimmed": maker(pyg_step, True)}
+    with in_processes(makers, arguments.timeout_s) as steps:
+        for step in steps.values():
+            step(clock, 0)  # compiles, loads, allocates
+        taken = in_turns({name: functools.partial(step, clock) for name, step in steps.items()}, arguments.steps)
+    origin = taken["PyG"][0][1]["batches_from"]
+    print(f"  PyG's batches come from {origin}")
+    results = {}
+    for name, runs in taken.items():
+        seconds = [r["step_s"] for _, r in runs]
+        phases = {p: median(r["phases_s"][p] for _, r in runs) for p in runs[0][1]["phases_s"]}
+        results[name] = {
+            "step_s": median(seconds),
+            "step_s_min_max": [min(seconds), max(seconds)],
+            "phases_s": phases,
+            "edges": median(r["edges"] for _, r in runs),
+            "inputs": median(r["inputs"] for _, r in runs),
+            "losses": [r["loss"] for _, r in runs],
+        }
+        shares = ", ".join(f"{p} {s * 1e3:.0f}" for p, s in phases.items())
+        print(
+            f"  {name:12s} {median(seconds) * 1e3:8.0f} ms/step ({shares}); "
+            f"{results[name]['edges']:,.0f} edges, {results[name]['inputs']:,.0f} input nodes"
+        )
+    ratios = {
+        f"{name} / gemini_gnn": results[name]["step_s"] / results["gemini_gnn"]["step_s"]
+        for name in results
+        if name != "gemini_gnn"
+    }
+    for pair, ratio in ratios.items():
+        print(f"  {pair}: {ratio:.1f}x the time")
+    os.sched_setaffinity(0, allowed)
+    return {
+        "clock": arguments.clock,
+        "nodes": nodes,
+        "edges": len(row),
+        "pyg_batches_from": origin,
+        "contenders": results,
+        "ratios": ratios,
+    }
+
+
+def ranks_section(arguments) -> dict:
+    """Seconds per epoch on 1, 2, 4 ranks, one core each, same global batch, through ``deepspeed launch/train.py``."""
+    cores = len(os.sched_getaffinity(0))
+    worlds = [world for world in (1, 2, 4) if world <= cores]
+    print(f"ranks: {worlds} of one core each; this machine has {cores}" + ("" if cores >= 4 else ": no run with 4"))
+    runs: dict[int, list[dict]] = {world: [] for world in worlds}
+    with tempfile.TemporaryDirectory(prefix="training-benchmark-") as folder:
+        for turn in range(arguments.rounds):
+            for world in worlds:
+                runs[world].append(launch(world, Path(folder) / f"run-{world}-{turn}", Path(folder), arguments))
+    results, ratios = {}, {}
+    for world, told in runs.items():
+        results[str(world)] = {
+            "epoch_s": median(r["epoch_s"] for r in told),
+            "edges_per_s": median(r["edges_per_s"] for r in told),
+            "communication_fraction": median(r["communication_fraction"] for r in told),
+            "remote_bytes": told[0]["remote_bytes"],
+            "phases_s": told[0]["phases_s"],
+            "edge_cut": told[0]["edge_cut"],
+            "test_accuracy": [r["test_accuracy"] for r in told],
+        }
+        ratios[f"1 / {world} ranks"] = results["1"]["epoch_s"] / results[str(world)]["epoch_s"]
+        r = results[str(world)]
+        print(
+            f"  {world} ranks: {r['epoch_s']:.3f} s/epoch, {ratios[f'1 / {world} ranks']:.2f}x, "
+            f"communication {r['communication_fraction']:.1%}, edge cut {r['edge_cut']:.3f}"
+        )
+    return {
+        "nodes": arguments.ranks_nodes,
+        "global_batch": SEEDS,
+        "cores": cores,
+        "worlds": results,
+        "ratios": ratios,
+        "missing": [] if cores >= 4 else ["4 ranks: fewer than 4 cores"],
+    }
+
+
+def launch(world: int, run_dir: Path, cache: Path, arguments) -> dict:
+    """result.json of a training run, with the edge cut of its partition."""
+    command = ["deepspeed", "--num_accelerators", str(world), "benchmarks/pinned.py", "launch/train.py"]
+    command += [
+        "dataset=blocks",
+        f"dataset.nodes={arguments.ranks_nodes}",
+        "dataset.degree=20",
+        f"dataset.feature_dim={FEATURES}",
+        f"dataset.cache={cache}",
+        "dataset.split='random:0.2,0.01,0.01'",
+        f"sampling.fanouts={FANOUTS}".replace(" ", ""),
+        f"sampling.batch_size={SEEDS // world}",
+        f"model.layers={LAYERS}",
+        f"model.hidden={HIDDEN}",
+        "model.dropout=0",
+        f"training.epochs={arguments.epochs}",
+        "training.threads=1",
+        "evaluation.every=0",
+        "snapshot=none",
+        "logger=quiet",
+        "resume=never",
+        f"run_dir={run_dir}",
+    ]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=arguments.timeout_s
+    )
+    if done.returncode:
+        raise SystemExit(
+            f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+        )
+    result = json.loads((run_dir / "result.json").read_text())
+    metas = [json.loads(meta.read_text()) for meta in cache.glob("**/meta.json")]
+    cuts = [meta["quality"]["edge_cut"] for meta in metas if len(meta.get("bounds", [])) == world + 1]
+    return result | {"edge_cut": cuts[0] if cuts else float("nan")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=["steps", "ranks", "both"], default="both")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="of the steps; cpu: on a busy machine")
+    parser.add_argument("--nodes", type=int, default=1_000_000)
+    parser.add_argument("--edges", type=int, default=20_000_000)
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--ranks-nodes", type=int, default=1_000_000)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3, help="runs per number of ranks")
+    parser.add_argument("--timeout-s", type=float, default=1800, help="of one such run, its partitioning included")
+    parser.add_argument("--output", default="results/training.json")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", category=UserWarning)  # PyG says on import which extensions are missing
+    head = machine()
+    print(f"{head['cpu']}, {head['cores']} cores, load {head['load_1min']:.1f}, {head['versions']}")
+    results = {"machine": head, "fanouts": FANOUTS, "seeds": SEEDS}
+    if arguments.part in ("steps", "both"):
+        results["steps"] = steps_section(arguments)
+    if arguments.part in ("ranks", "both"):
+        results["ranks"] = ranks_section(arguments)
+    write(arguments.output, results)
+
+
+if __name__ == "__main__":
+    main()
