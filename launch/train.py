@@ -22,10 +22,14 @@ def main(arguments: list[str]) -> int:
     config = compose(arguments)
     config.run_dir = str(Path(config.run_dir).absolute())
     place = cluster.discover(os.environ)
-    if place.rank == 0:
-        RunDir.check_earlier_run(Path(config.run_dir), config)  # again under the lock, later; here it costs no imports
+    in_memory = config.snapshot.mode == "memory"
+    if place.rank == 0:  # again under the lock, later; here it costs no imports
+        if in_memory:  # a living job answers for itself: its worker agent is asked below
+            RunDir.check_earlier_run(Path(config.run_dir), config)
+        else:
+            RunDir.check(config)
     os.environ["GEMINI_GNN_TTY"] = "1" if sys.stdout.isatty() else "0"
-    if config.snapshot.mode == "memory":
+    if in_memory:
         from gemini_gnn.recovery import shim
 
         return shim.run(

@@ -80,15 +80,10 @@ class RunDir:
         except OSError as error:
             raise RunDirError(f"run_dir {path} is not writable ({error.strerror}); give another run_dir=...") from None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
+            cls._lock_or_say_who(lock, path)
+        except RunDirError:
             lock.close()
-            raise RunDirError(
-                f"run_dir {path} is in use by {owner}; stop it with `python launch/stop.py run_dir={path}` "
-                "or give another run_dir=..."
-            ) from None
+            raise
         try:
             cls.check_earlier_run(path, config)
         except RunDirError:
@@ -103,9 +98,34 @@ class RunDir:
             (path / folder).mkdir(exist_ok=True)
         return run
 
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """What :meth:`claim` would say, without claiming; so that a refused start leaves no trace in a living job's logs.
+
+        Raises:
+            RunDirError: as :meth:`claim`, but for a folder that cannot be written.
+        """
+        path = Path(config.run_dir).absolute()
+        if (path / ".lock").exists():
+            with open(path / ".lock") as lock:
+                cls._lock_or_say_who(lock, path)
+        cls.check_earlier_run(path, config)
+
+    @staticmethod
+    def _lock_or_say_who(lock: TextIO, path: Path) -> None:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            owner = lock.read().strip() or "another process"
+            raise RunDirError(
+                f"run_dir {path} is in use by {owner}; stop it with `python launch/stop.py run_dir={path}` "
+                "or give another run_dir=..."
+            ) from None
+
     @staticmethod
     def check_earlier_run(path: Path, config: Config) -> None:
-        """Whether this run may go on in ``path``, as far as can be told without the lock. Changes nothing.
+        """Whether this run may go on in ``path``; says nothing of a job that may be living there. Changes nothing.
 
         Raises:
             RunDirError: it holds a finished run, or one with other settings.

@@ -10,6 +10,7 @@ import importlib
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,9 @@ from deepspeed import DeepSpeedEngine as Engine
 # init_distributed would compile a shared-memory op with ninja in every process start (30 s, not reliably cached, and it
 # leaves buffers in /dev/shm after a SIGKILL). An empty table of ops says it is not there.
 deepspeed.ops.__dict__["__compatible_ops__"] = {}
+
+# DeepSpeed calls functions that torch has renamed, and torch says so at every call.
+warnings.filterwarnings("ignore", message=r".*is deprecated. Please use `torch\.distributed", category=FutureWarning)
 
 # deepspeed.initialize imports these on first use, 1.0-1.5 s; imported here, a forked trainer has them already.
 for _name in (

@@ -152,6 +152,18 @@ def start_snapshots(job: Run) -> Any:
             hook=False,
             timeout_s=job.config.distributed.timeout_s,
         )
+    if settings.mode == "nfs":
+        from gemini_gnn.snapshot import nfs
+
+        return nfs.attach(
+            job.engine,
+            job.state,
+            settings.folder or str(Path(job.config.run_dir) / "checkpoints"),
+            every=settings.nfs_every,
+            resume=job.config.resume,
+            group=job.groups.control,
+            timeout_s=job.config.distributed.timeout_s,
+        )
     if job.config.resume == "must":
         raise SnapshotError(
             "resume=must: snapshot=none keeps nothing to go on from; use snapshot=memory or snapshot=nfs"

@@ -186,7 +186,13 @@ def train(run: Run) -> RunState:
     """Train from ``run.state`` to the end, to an early stop, or to an agreed stop (``state.step`` says which)."""
     config, state, source, engine = run.config, run.state, run.source, run.engine
     status = Status(run.groups.control)
-    deepspeed_engine.on_reduce(engine, status.agree)
+
+    def agree() -> None:
+        # Asked as late as may be: the copy of the step before has had this step's forward and backward to finish.
+        status.unready = int(not run.snapshots.ready())
+        status.agree()
+
+    deepspeed_engine.on_reduce(engine, agree)
     clock = deepspeed_engine.CollectiveClock()
     depth = config.sampling.prefetch
     keys = itertools.chain.from_iterable(map(source.step_keys, range(state.step, run.total_steps)))
@@ -221,7 +227,7 @@ def _one_step(run: Run, batches: Iterator[MicroBatch], status: Status, clock: An
     config, state, source, engine = run.config, run.state, run.source, run.engine
     phases, edges, mark = Phases(), 0, time.perf_counter()
     maybe_fail(run.faults, run.groups.rank, state.step, run.recoveries)
-    status.loss_sum, status.unready, status.stop = 0.0, int(not run.snapshots.ready()), int(stop_requested())
+    status.loss_sum, status.stop = 0.0, int(stop_requested())
     seeds = source.seeds_in_step(state.step)
     # DeepSpeed divides by ranks and by micro-batches; the loss is the mean over all seeds of the step.
     scale = run.groups.world_size * config.training.accumulation / seeds
