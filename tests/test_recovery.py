@@ -608,8 +608,39 @@ def test_channel_does_not_wait_for_who_does_not_read():
     begin = time.monotonic()
     while a.send({"kind": "say", "text": "x" * 100_000}):
         assert time.monotonic() - begin < 10.0
-    assert a.closed
+    assert a.closed and a.fileno() >= 0  # its owner's selector still has it
+    a.close()
     b.close()
+
+
+def test_last_words_are_heard_by_who_was_speaking_too():
+    a, b = (messages.Channel(sock) for sock in socket.socketpair())
+    b.send({"kind": "failed"})
+    b.close()
+    assert not a.send({"kind": "stop"}) and not a.closed
+    assert a.receive() == [{"kind": "failed"}] and a.closed
+    a.close()
+
+
+def test_an_agent_forgets_who_vanished_while_it_spoke(job):
+    """Stop requests to dead trainers and messages to dead shims: their descriptors are given out again soon."""
+    run = job()
+    launch = run.launch(3, "train", listens=False)
+    run.training(3)
+    agent = run.pid_of("agent")
+    for generation in range(1, 4):
+        visitor = messages.connect(run.arena / home.AGENT_SOCKET)
+        assert visitor is not None
+        visitor.close()
+        victims = [n["pid"] for n in run.training(3, generation=generation)][:2]
+        for pid in victims:
+            with_no_error(os.kill, pid, signal.SIGKILL)
+        run.training(3, generation=generation + 1)
+    assert run.pid_of("agent") == agent
+    run.finish()
+    code, _, err = run.end(launch)
+    assert code == 0 and "worker agent died" not in err
+    assert (run.run_dir / "logs" / f"agent-{os.uname().nodename}.log").read_text() == ""
 
 
 def test_launch_token_is_one_per_launch():

@@ -129,6 +129,13 @@ def test_a_kill_seen_after_the_exceptions_it_caused_is_the_cause():
     assert play(state, Exited(2, -9))[1] == [Fork(2, frozenset({0, 1, 2}))]
 
 
+def test_a_kill_seen_when_all_the_others_have_exited_names_the_right_generation():
+    state, _ = play(running(2), failure(0, 1.0, consequence=True), Exited(0, 1), now=1.0)
+    _, actions = decide(state, Exited(1, -9), 1.1)
+    assert actions[1:] == [Fork(2, frozenset({0, 1}))]
+    assert "as generation 2" in actions[0].text
+
+
 def test_restarts_are_limited_within_the_window():
     state = running(1, max_restarts=2, restart_window_s=100.0)
     for at in (0.0, 1.0):

@@ -335,8 +335,8 @@ def _restart(state: State, cause: str, code: int, now: float) -> Step:
         failure = Failure(-1, code, now, f"{cause}; not restarted here: {reason}", f"{cause}; not restarted: {reason}")
         return _close(state, Outcome("failed", code, failure.summary, failure=failure), now)
     state = replace(state, restarts=(*state.restarts, now), cause=cause)
-    state, actions = _close(state, None, now)
     text = f"{cause}; restarting all {state.local} trainers as generation {state.generation + 1}"
+    state, actions = _close(state, None, now)
     return state, [Say(text), *actions]
 
 

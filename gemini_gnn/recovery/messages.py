@@ -22,7 +22,10 @@ MAX_MESSAGE_BYTES = 16 << 20
 
 
 class Channel:
-    """One end of a stream socket. ``closed`` becomes true when the peer is gone or spoke nonsense."""
+    """One end of a stream socket. ``closed`` becomes true when the peer is gone or spoke nonsense.
+
+    The socket itself stays open until :meth:`close`: a selector may know it, and its number must not be given to another.
+    """
 
     def __init__(self, sock: socket.socket):
         sock.setblocking(False)
@@ -50,12 +53,11 @@ class Channel:
             except (BlockingIOError, InterruptedError):
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    self.close()
+                    self.closed = True
                     return False
                 select.select([], [self.sock], [], left)
             except OSError:
-                self.close()
-                return False
+                return False  # gone; what it said before is still to be received, and then the end of the stream
         return True
 
     def receive(self) -> list[dict[str, Any]]:
