@@ -85,7 +85,9 @@ def _with_groups(config: Config, place: Place, groups: process_groups.Groups, ru
         if run_dir is not None:
             run_dir.status("starting", world_size=place.world_size)
         graph = partitioned_graph(config, groups)
+        events.emit("graph_open")
         job = prepare(config, graph, groups, report, events, terminal=os.environ.get("GEMINI_GNN_TTY") == "1")
+        events.emit("engine_built")
         return _train(job, run_dir)
     finally:
         report.close()
@@ -105,12 +107,14 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
             f"{groups.world_size} ranks on {groups.backend}, {job.source.steps_per_epoch} steps per epoch"
         )
     job.snapshots = start_snapshots(job)
+    job.events.emit("restored" if job.state.step else "first_snapshot", step=job.state.step)
     if run_dir is not None:
         run_dir.status("running", step=job.state.step, total_steps=job.total_steps, world_size=groups.world_size)
         if job.state.step:
             say(f"going on after step {job.state.step} of {job.total_steps}")
     begin = time.perf_counter()
     job.report.begin(job.state)
+    job.events.emit("training")
     state = train(job)
     train_s = time.perf_counter() - begin
     complete = state.stopped or state.step >= job.total_steps

@@ -62,16 +62,16 @@ def train_local(
                 process = _context.Process(target=_trainer, args=arguments, daemon=True)
                 process.start()
                 processes.append(process)
-            for process in processes:
-                process.join(max(0.0, deadline - time.monotonic()))
-            codes = [process.exitcode for process in processes]
+            for child in processes:
+                child.join(max(0.0, deadline - time.monotonic()))
+            codes = [child.exitcode for child in processes]
             if None in codes:
                 raise ClusterError(
                     f"ranks {[r for r, c in enumerate(codes) if c is None]} still ran after {timeout_s} s"
                 )
             return [int(code) for code in codes if code is not None]
         finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                process.join(10)
+            for child in processes:
+                if child.is_alive():
+                    child.kill()
+                child.join(10)

@@ -1,9 +1,39 @@
-"""Everything a trainer imports, imported: the warm parent loads this once and forks trainers that have it already.
+"""Everything a trainer imports and compiles, ready: the warm parent loads this once and forks trainers that have it.
 
-Imports only. One multi-threaded torch operation here would leave a thread pool that the forked child waits for for ever.
+Compiled kernels are loaded here too (0.5 s each trainer would spend before its first step) by one pass over a graph of two
+nodes. No operation here may start a thread: a forked child would wait for it for ever. Kernels are single-threaded, tensors
+have a few elements, nothing runs backward; the warm parent checks before each fork that it still has one thread.
 """
 
+from __future__ import annotations
+
+import numpy as np
 import safetensors.torch  # noqa: F401
+import torch
 import torch.utils.tensorboard  # noqa: F401
 
 import gemini_gnn.training.job  # noqa: F401
+from gemini_gnn import snapshot  # noqa: F401
+from gemini_gnn.config import ModelConfig
+from gemini_gnn.halo.rows import copy_rows
+from gemini_gnn.models.build import build_model
+from gemini_gnn.models.tensors import to_tensors
+from gemini_gnn.sampling.sampler import NeighborSampler
+from gemini_gnn.sampling.topology import ReplicatedTopology
+
+
+def _warm_up() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    topology = ReplicatedTopology(np.array([0, 1, 2]), np.array([1, 0], dtype=np.int32), np.arange(2))
+    batch = NeighborSampler(topology, [1, 1], seed=0).sample(np.array([0]), 0, 0)
+    x = torch.zeros(2, 2)
+    index = np.zeros(1, dtype=np.int64)
+    copy_rows(x, index, torch.zeros(2, 2), index)
+    model = build_model(ModelConfig(hidden=2, layers=2), 2, 2, seed=0).eval()
+    with torch.no_grad():
+        model(x[: batch.blocks[0].num_src], [to_tensors(block, "cpu") for block in batch.blocks])
+    torch.set_num_threads(threads)
+
+
+_warm_up()
