@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gemini_gnn.compose import command, compose
+from gemini_gnn.compose import command, compose, take
 from gemini_gnn.observe import curve
 from gemini_gnn.observe.run_dir import read_losses
 
@@ -26,11 +26,12 @@ PURPOSE = "Train the default data set on two local ranks and compare with baseli
 
 def main(arguments: list[str]) -> int:
     started = time.time()
+    named = take(arguments, "run_dir")[1].get("run_dir")
     overrides = list(arguments)
-    if not any(a.startswith("run_dir=") for a in overrides):
-        overrides.insert(0, f"run_dir=runs/quickstart-{time.strftime('%Y%m%d-%H%M%S')}")
-    config = compose(overrides)
-    run_dir = Path(config.run_dir).absolute()
+    if named is None:
+        named = f"runs/quickstart-{time.strftime('%Y%m%d-%H%M%S')}"
+        overrides.insert(0, f"run_dir={named}")
+    run_dir = (ROOT / named).absolute()
     ranks = gpus() or 2
     line = ["deepspeed", "--num_accelerators", str(ranks), "launch/train.py", *overrides]
     print(f"$ {shlex.join(line)}\n", flush=True)
@@ -41,7 +42,10 @@ def main(arguments: list[str]) -> int:
     )
     training = subprocess.Popen(line, cwd=ROOT, env=environment)
     try:
+        config = compose(overrides)
         killed = kill_half_way(training, run_dir) if config.snapshot.mode == "memory" else None
+        from matplotlib import pyplot  # noqa: F401  # half a second that the last epochs hide
+
         code = training.wait()
         said, _ = baselines.communicate(timeout=300)
     finally:

@@ -40,6 +40,7 @@ def main(arguments: list[str]) -> int:
             preload=["gemini_gnn.training.preload"],
             resume=config.resume,
             terminal=sys.stdout.isatty(),
+            arena_root=config.snapshot.arena,
         )
     from gemini_gnn.observe import logs
     from gemini_gnn.training import job

@@ -294,14 +294,29 @@ def last_words(run_dir: Path, rank: int, world_size: int, error: BaseException, 
 
     Without :func:`redirect` (a worker agent has its own, a notebook has none) it goes to stderr as it is.
     """
-    record_error(run_dir, rank, error)
     trace = "".join(traceback.format_exception(error))
     if _terminal is None:
+        record_error(run_dir, rank, error)
         print(f"error: {error}" if isinstance(error, GeminiError) else trace, file=sys.stderr, flush=True)
         return
     if threading.current_thread() is threading.main_thread():
         # DeepSpeed's launcher sends SIGTERM to all its ranks when one has ended, and gives them 30 s.
         signal.signal(signal.SIGTERM, lambda *_: None)
+    said = understood(run_dir, rank, world_size, error, settle_s)
+    sys.stderr.flush()
+    _terminal.say(trace, terminal=False)
+    if said is not None:
+        _terminal.say(f"error: {said}\n", terminal=True)
+
+
+def understood(
+    run_dir: Path, rank: int, world_size: int, error: BaseException, settle_s: float = SETTLE_S
+) -> str | None:
+    """Record ``error``; what rank ``rank`` should say of it, or None when another rank says it.
+
+    Where it only says that others are gone, this waits up to ``settle_s`` for one of them to have written down the cause.
+    """
+    record_error(run_dir, rank, error)
     deadline = time.monotonic() + settle_s
     records = read_errors(run_dir)
     while all(r["consequence"] for r in records) and len(records) < world_size and time.monotonic() < deadline:
@@ -309,12 +324,9 @@ def last_words(run_dir: Path, rank: int, world_size: int, error: BaseException, 
         records = read_errors(run_dir)
     if all(r["rank"] != rank for r in records):  # the run directory cannot be written
         records.append(_record(rank, error))
-    sys.stderr.flush()
-    _terminal.say(trace, terminal=False)
     said = verdict(records, rank, world_size, _machines(run_dir, world_size))
-    if said is not None:
-        place = f"rank {rank} on {socket.gethostname()}: " if world_size > 1 else ""
-        _terminal.say(f"error: {place}{said}\n", terminal=True)
+    place = f"rank {rank} on {socket.gethostname()}: " if world_size > 1 else ""
+    return None if said is None else place + said
 
 
 def leave(code: int) -> NoReturn:

@@ -30,7 +30,15 @@ from gemini_gnn.config import Config, from_mapping, to_mapping
 from gemini_gnn.errors import RunDirError
 
 # Settings that may change between two starts of one run without making it another run.
-FREE_SETTINGS: tuple[str, ...] = ("run_dir", "resume", "logger", "distributed", "snapshot", "partition.timeout_s", "partition.plot")
+FREE_SETTINGS: tuple[str, ...] = (
+    "run_dir",
+    "resume",
+    "logger",
+    "distributed",
+    "snapshot",
+    "partition.timeout_s",
+    "partition.plot",
+)
 FREE_SETTINGS += ("dataset.root", "dataset.cache", "sampling.prefetch", "sampling.chunk_bytes", "features.in_ram")
 
 

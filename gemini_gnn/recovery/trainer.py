@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from gemini_gnn.cluster import Place
 from gemini_gnn.errors import GeminiError, RecoveryError
+from gemini_gnn.observe import logs
 from gemini_gnn.observe.logs import is_consequence
 from gemini_gnn.recovery import home, messages, processes
 from gemini_gnn.recovery.decisions import STOPPED
@@ -72,6 +73,8 @@ def become(task: dict[str, Any], parent: int) -> None:
     _redirect(Path(task["log"]))
     _agent = messages.Channel(socket.socket(fileno=descriptors[0]))
     place = Place(**task["place"])
+    begin = logs.header(place.rank, place.machine, os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
+    print(begin, end="", flush=True)  # other ranks read there which machine this one is on
     processes.name_this(f"gnn-rank-{place.rank}")
     try:
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import os
@@ -39,6 +40,7 @@ def attach(
             f"extra_state: expected an object with state_dict() and load_state_dict(); got {type(extra_state).__name__}"
         )
     ranks = connect(group, here.rank, here.world_size, timeout_s)
+    here = _one_term(ranks, here)
     state = ranks.together(lambda: collect(engine))
     shards = _plan(ranks, state, here)
     _open(ranks, shards, here)
@@ -62,6 +64,16 @@ def attach(
     if hook:
         _hook(engine, snapshots, agree or ranks.all_true)
     return snapshots
+
+
+def _one_term(ranks: Ranks, here: context.Context) -> context.Context:
+    """The newest (term, generation) of any machine, for all: shards are combined only under one identity.
+
+    Each machine's agent claims terms of its own; until there is one root agent the ranks agree here. Agreed values never
+    go back: each rank's own are at most the maximum.
+    """
+    term, generation = max(tuple(said) for said in ranks.exchange([here.term, here.generation]))
+    return dataclasses.replace(here, term=term, generation=generation)
 
 
 def _installed() -> context.Context:

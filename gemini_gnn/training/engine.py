@@ -34,15 +34,21 @@ deepspeed.ops.__dict__["__compatible_ops__"] = {}
 # DeepSpeed calls functions that torch has renamed, and torch says so at every call.
 warnings.filterwarnings("ignore", message=r".*is deprecated. Please use `torch\.distributed", category=FutureWarning)
 
-# deepspeed.initialize imports these on first use, 1.0-1.5 s; imported here, a forked trainer has them already.
-for _name in (
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "deepspeed.runtime.zero.stage_1_and_2",
-    "deepspeed.runtime.zero.stage3",
-    "deepspeed.runtime.bf16_optimizer",
-    "torch._dynamo",
-):
-    importlib.import_module(_name)
+# deepspeed.initialize and the first optimizer import these, 1.5 s; imported here, a forked trainer has them already.
+# The Muon optimizer, which nobody here uses, would be compiled: that alone loads all of torch._inductor, 0.7 s.
+_compile = torch.compile
+torch.compile = lambda model=None, **_: (lambda function: function) if model is None else model  # type: ignore[assignment]
+try:
+    for _name in (
+        "deepspeed.runtime.zero.muon.muon_optimizer",
+        "deepspeed.runtime.zero.stage_1_and_2",
+        "deepspeed.runtime.zero.stage3",
+        "deepspeed.runtime.bf16_optimizer",
+        "torch._dynamo",
+    ):
+        importlib.import_module(_name)
+finally:
+    torch.compile = _compile
 
 
 def build_optimizer(parameters: Any, config: Config) -> torch.optim.Optimizer:

@@ -16,12 +16,12 @@ import torch
 
 from gemini_gnn.cluster import Place
 from gemini_gnn.config import Config, from_mapping
-from gemini_gnn.errors import ConfigError, GeminiError, RunDirError, SnapshotError
+from gemini_gnn.errors import ClusterError, ConfigError, GeminiError, RunDirError, SnapshotError
 from gemini_gnn.faults import from_environ
 from gemini_gnn.graph.datasets import fingerprint, load_dataset
 from gemini_gnn.graph.partitioned import PartitionedGraph, open_or_make
 from gemini_gnn.observe.events import EventLog
-from gemini_gnn.observe.logs import forget_errors, last_words, record_error
+from gemini_gnn.observe.logs import forget_errors, is_consequence, last_words, record_error, understood
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_dir import RunDir, write_atomically
 from gemini_gnn.recovery.decisions import STOPPED
@@ -41,8 +41,13 @@ def main(payload: dict[str, Any], place: Place, listen_fd: int | None = None) ->
     except RunDirError:  # the folder is not ours: nothing is written there
         raise
     except Exception as error:
-        record_error(Path(payload["run_dir"]), place.rank, error)
-        raise
+        run_dir = Path(payload["run_dir"])
+        if place.world_size == place.local_world_size or not is_consequence(error):
+            record_error(run_dir, place.rank, error)
+            raise
+        # The agent tells causes from consequences on its own machine; what happened on another stands in the run directory.
+        said = understood(run_dir, place.rank, place.world_size, error)
+        raise ClusterError(said or f"stopped, because another rank failed: {error}") from error
 
 
 def without_agent(payload: dict[str, Any], place: Place, listen_fd: int | None = None) -> int:

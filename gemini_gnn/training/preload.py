@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import safetensors.torch  # noqa: F401
 import torch
-import torch.utils.tensorboard  # noqa: F401
+import torch.utils.tensorboard
 
 import gemini_gnn.training.job  # noqa: F401
 from gemini_gnn import snapshot  # noqa: F401
