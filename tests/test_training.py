@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from gemini_gnn.models.build import build_model
 
 from gemini_gnn.compose import compose
 from gemini_gnn.graph.datasets import load_dataset
+from gemini_gnn.models.build import build_model
 from tests.trainers import logs, train_ranks, trained
 
 SMALL = ["dataset.nodes=600", "dataset.feature_dim=16", "model.hidden=16", "dataset.cache={cache}"]
@@ -148,6 +148,27 @@ def test_bf16_and_every_model_train(small, tmp_path, model):
     )
     assert losses[-1] < losses[0]
     assert 0 < result["communication_fraction"] < 1
+
+
+def test_multi_label_graphs_train_and_predict(tmp_path):
+    """Two labels that the features give away, on two ranks, from Python data."""
+    import gemini_gnn
+    from gemini_gnn.graph.topology import Graph, from_edges
+
+    rng = np.random.default_rng(0)
+    n = 400
+    x = rng.normal(size=(n, 8)).astype(np.float32)
+    colptr, row, _ = from_edges(rng.integers(0, n, 1200), rng.integers(0, n, 1200), n)
+    y = (x[:, :3] > 0).astype(np.uint8)
+    masks = [np.arange(n) % 4 == i for i in (0, 2, 3)]
+    graph = Graph("labels", colptr, row, x, y, 3, *masks)
+    gemini_gnn.partition(graph, tmp_path / "parts", parts=2)
+    settings = ["dataset=partitioned", f"partition.folder={tmp_path / 'parts'}", "training.epochs=40"]
+    settings += ["training.metric=macro_f1", "model.hidden=32", "model.dropout=0.1", "optimizer.weight_decay=0"]
+    _, result = trained(2, tmp_path / "run", *settings)
+    assert result["macro_f1"] > 0.85
+    found = gemini_gnn.predict(tmp_path / "run", graph)
+    assert found["predictions"].shape == y.shape and set(np.unique(found["predictions"])) <= {0, 1}
 
 
 def test_sampled_evaluation(small, tmp_path):

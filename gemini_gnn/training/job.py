@@ -6,6 +6,7 @@ payload (plain settings) -> Config -> run directory -> process groups -> partiti
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -65,6 +66,7 @@ def without_agent(payload: dict[str, Any], place: Place, listen_fd: int | None =
 def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
     torch.set_num_threads(config.training.threads or max(1, (os.cpu_count() or 1) // place.local_world_size))
     torch.manual_seed(config.seed)
+    _speak(place.rank)
     run_dir = RunDir.claim(config) if place.rank == 0 else None
     try:
         if run_dir is not None:
@@ -80,6 +82,16 @@ def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
     # which are its consequences, come later.
     process_groups.leave()
     return code
+
+
+def _speak(rank: int) -> None:
+    """The library logs; this is where a program lets it be heard: news of rank 0, warnings of all."""
+    logger = logging.getLogger("gemini_gnn")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
 def _with_groups(config: Config, place: Place, groups: process_groups.Groups, run_dir: RunDir | None) -> int:
