@@ -245,9 +245,12 @@ def ranks_section(arguments) -> dict:
         for turn in range(arguments.rounds):
             for world in worlds:
                 runs[world].append(launch(world, Path(folder) / f"run-{world}-{turn}", Path(folder), arguments))
-    results, ratios = {}, {}
+    results, ratios, work = {}, {}, {}
     for world, told in runs.items():
+        # Two ranks of half the seeds sample more than one rank of all: neighborhoods that overlap are sampled twice. So
+        # the ratio cannot reach the number of ranks; what it could reach is in `work_ratios`.
         results[str(world)] = {
+            "edges_per_step_and_rank": told[0]["edges_per_step"] / world,
             "epoch_s": median(r["epoch_s"] for r in told),
             "edges_per_s": median(r["edges_per_s"] for r in told),
             "communication_fraction": median(r["communication_fraction"] for r in told),
@@ -258,22 +261,26 @@ def ranks_section(arguments) -> dict:
         }
         ratios[f"1 / {world} ranks"] = results["1"]["epoch_s"] / results[str(world)]["epoch_s"]
         r = results[str(world)]
+        work[f"1 / {world} ranks"] = results["1"]["edges_per_step_and_rank"] / r["edges_per_step_and_rank"]
         print(
-            f"  {world} ranks: {r['epoch_s']:.3f} s/epoch, {ratios[f'1 / {world} ranks']:.2f}x, "
+            f"  {world} ranks: {r['epoch_s']:.3f} s/epoch, {ratios[f'1 / {world} ranks']:.2f}x "
+            f"(edges per rank: {work[f'1 / {world} ranks']:.2f}x fewer), "
             f"communication {r['communication_fraction']:.1%}, edge cut {r['edge_cut']:.3f}"
         )
     return {
         "nodes": arguments.ranks_nodes,
         "global_batch": SEEDS,
         "cores": cores,
+        "settings": arguments.set,
         "worlds": results,
         "ratios": ratios,
+        "work_ratios": work,
         "missing": [] if cores >= 4 else ["4 ranks: fewer than 4 cores"],
     }
 
 
 def launch(world: int, run_dir: Path, cache: Path, arguments) -> dict:
-    """result.json of a training run, with the edge cut of its partition."""
+    """result.json of a training run, with the edge cut of its partition and the edges of a step over all ranks."""
     command = ["deepspeed", "--num_accelerators", str(world), "benchmarks/pinned.py", "launch/train.py"]
     command += [
         "dataset=blocks",
@@ -281,7 +288,7 @@ def launch(world: int, run_dir: Path, cache: Path, arguments) -> dict:
         "dataset.degree=20",
         f"dataset.feature_dim={FEATURES}",
         f"dataset.cache={cache}",
-        "dataset.split='random:0.2,0.01,0.01'",
+        "dataset.split='random:0.03,0.001,0.001'",
         f"sampling.fanouts={FANOUTS}".replace(" ", ""),
         f"sampling.batch_size={SEEDS // world}",
         f"model.layers={LAYERS}",
@@ -294,6 +301,7 @@ def launch(world: int, run_dir: Path, cache: Path, arguments) -> dict:
         "logger=quiet",
         "resume=never",
         f"run_dir={run_dir}",
+        *arguments.set,
     ]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
@@ -305,9 +313,11 @@ def launch(world: int, run_dir: Path, cache: Path, arguments) -> dict:
             f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
         )
     result = json.loads((run_dir / "result.json").read_text())
+    lines = [line for log in (run_dir / "events").glob("rank-*.jsonl") for line in log.read_text().splitlines()]
+    edges = sum(event["edges"] for event in map(json.loads, lines) if event["kind"] == "step")
     metas = [json.loads(meta.read_text()) for meta in cache.glob("**/meta.json")]
     cuts = [meta["quality"]["edge_cut"] for meta in metas if len(meta.get("bounds", [])) == world + 1]
-    return result | {"edge_cut": cuts[0] if cuts else float("nan")}
+    return result | {"edge_cut": cuts[0] if cuts else float("nan"), "edges_per_step": edges / result["steps"]}
 
 
 def main() -> None:
@@ -317,10 +327,13 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=1_000_000)
     parser.add_argument("--edges", type=int, default=20_000_000)
     parser.add_argument("--steps", type=int, default=9)
-    parser.add_argument("--ranks-nodes", type=int, default=1_000_000)
+    parser.add_argument("--ranks-nodes", type=int, default=400_000)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3, help="runs per number of ranks")
     parser.add_argument("--timeout-s", type=float, default=1800, help="of one such run, its partitioning included")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SETTING=VALUE", help="of launch/train.py (ranks)"
+    )
     parser.add_argument("--output", default="results/training.json")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)  # PyG says on import which extensions are missing
