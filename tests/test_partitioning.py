@@ -19,9 +19,9 @@ from gemini_gnn.graph.partitioning import (
     fill_empty,
     partition_nodes,
     ranges,
-    splitmix64,
 )
 from gemini_gnn.graph.topology import Graph, from_edges
+from gemini_gnn.hashing import seeded
 
 
 def graph_of(source, target, nodes, *, train=None, weight=None, features=3, name="small", multi_label=False, ids=None):
@@ -184,10 +184,10 @@ def test_an_empty_part_gets_a_node_that_is_no_seed():
     assert fill_empty(np.zeros(4, np.int32), train, 2).tolist() in ([0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1])
 
 
-def test_ranges_and_splitmix64():
+def test_ranges_and_seeded_hashes():
     assert ranges(np.array([5, 9, 0]), np.array([2, 0, 3])).tolist() == [5, 6, 0, 1, 2]
     # Reference values of the published generator, state 0: its first three outputs.
-    assert [int(splitmix64(np.array([0]), seed=k)[0]) for k in range(3)] == [
+    assert [int(seeded(np.array([0]), seed=k)[0]) for k in range(3)] == [
         0xE220A8397B1DCDAF,
         0x6E789E6AA1B965F4,
         0x06C45D188009454F,

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 from scipy.stats import chisquare
 
+from gemini_gnn import hashing
 from gemini_gnn.config import SamplingConfig
 from gemini_gnn.errors import ConfigError, DataError
 from gemini_gnn.graph.topology import from_edges
-from gemini_gnn.sampling import hashing, kernels
+from gemini_gnn.sampling import kernels
 from gemini_gnn.sampling.blocks import Batch, Block
 from gemini_gnn.sampling.sampler import NeighborSampler
 from gemini_gnn.sampling.topology import ReplicatedTopology

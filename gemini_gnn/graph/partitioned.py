@@ -48,9 +48,10 @@ from gemini_gnn.graph.array_folder import (
     write_array,
     write_json,
 )
-from gemini_gnn.graph.partitioning import partition_nodes, ranges, splitmix64
+from gemini_gnn.graph.partitioning import partition_nodes, ranges
 from gemini_gnn.graph.quality import Quality, chunks, halo_of, measure
 from gemini_gnn.graph.topology import Graph
+from gemini_gnn.hashing import splitmix64
 
 FORMAT_VERSION = 1
 CHUNK_BYTES = 64 << 20  # of feature rows held in memory while writing

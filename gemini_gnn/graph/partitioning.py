@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from gemini_gnn import hashing
 from gemini_gnn.errors import PartitionError
 from gemini_gnn.graph import metis
 from gemini_gnn.graph.quality import chunks
@@ -81,15 +82,6 @@ def finish(adjacency: metis.Adjacency, assignment: np.ndarray, train_mask: np.nd
     return fill_empty(even_seeds(adjacency, assignment, train_mask, parts), train_mask, parts)
 
 
-def splitmix64(values: np.ndarray, seed: int = 0) -> np.ndarray:
-    """uint64 hash of integers (Steele, Lea & Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014)."""
-    with np.errstate(over="ignore"):
-        z = np.asarray(values).astype(np.uint64) + np.uint64((seed + 1) * 0x9E3779B97F4A7C15 % 2**64)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-
 def deal(degree: np.ndarray, train_mask: np.ndarray, parts: int, seed: int) -> np.ndarray:
     """Deal the nodes out like cards, in the order of a hash of their ids.
 
@@ -105,7 +97,7 @@ def deal(degree: np.ndarray, train_mask: np.ndarray, parts: int, seed: int) -> n
     """
     n = len(degree)
     steps = np.floor(4 * np.log2(degree + 1.0))
-    order = np.lexsort((splitmix64(np.arange(n), seed), -steps, ~train_mask))
+    order = np.lexsort((hashing.seeded(np.arange(n), seed), -steps, ~train_mask))
     turn, place = np.divmod(np.arange(n), parts)
     assignment = np.empty(n, dtype=np.int32)
     assignment[order] = np.where(turn % 2, parts - 1 - place, place)

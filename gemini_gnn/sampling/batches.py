@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gemini_gnn import hashing
 from gemini_gnn.errors import ConfigError
-from gemini_gnn.sampling import hashing
 
 
 @dataclass

@@ -14,8 +14,9 @@ import torch
 from torch_geometric.data import Data
 from torch_geometric.sampler import BaseSampler, EdgeSamplerInput, NodeSamplerInput, SamplerOutput
 
+from gemini_gnn import hashing
 from gemini_gnn.errors import DataError
-from gemini_gnn.sampling import hashing, kernels
+from gemini_gnn.sampling import kernels
 from gemini_gnn.sampling.sampler import check_fanouts, check_nodes, room_for
 from gemini_gnn.sampling.topology import ReplicatedTopology, Scratch
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gemini_gnn import hashing
 from gemini_gnn.errors import ConfigError, DataError
-from gemini_gnn.sampling import hashing, kernels
+from gemini_gnn.sampling import kernels
 from gemini_gnn.sampling.blocks import Batch, Block
 from gemini_gnn.sampling.topology import Scratch, Topology
 

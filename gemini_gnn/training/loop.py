@@ -27,11 +27,11 @@ from gemini_gnn.config import Config
 from gemini_gnn.faults import Fault, maybe_fail
 from gemini_gnn.graph.partitioned import PartitionedGraph
 from gemini_gnn.halo.prefetch import prefetch
+from gemini_gnn.hashing import DROPOUT, stream
 from gemini_gnn.models.build import build_model
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.progress import Progress
 from gemini_gnn.recovery.trainer import stop_requested
-from gemini_gnn.sampling.hashing import stream
 from gemini_gnn.sampling.sampler import NeighborSampler
 from gemini_gnn.training import engine as deepspeed_engine
 from gemini_gnn.training import metrics
@@ -243,7 +243,7 @@ def _one_step(run: Run, batches: Iterator[MicroBatch], status: Status, clock: An
         mark = now
         edges += batch.edges
         # Dropout is a function of the step and the rank, not of what was drawn before: a resume replays it.
-        torch.manual_seed(int(stream(config.seed, state.step, micro, run.groups.rank)) >> 1)
+        torch.manual_seed(int(stream(DROPOUT, config.seed, state.step, micro, run.groups.rank)) >> 1)
         loss = summed_loss(engine(batch.x, batch.blocks), batch.y)
         status.loss_sum += float(loss.detach())
         now = time.perf_counter()

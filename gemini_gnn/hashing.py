@@ -2,7 +2,7 @@
 
 splitmix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, OOPSLA 2014) is the whole of it: a
 64-bit bijection that passes BigCrush as a counter generator. The compiled twin of :func:`splitmix64` is in
-``kernels.py``; a test holds the two together.
+``sampling/kernels.py``; a test holds the two together.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ def splitmix64(x: np.ndarray) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         return z ^ (z >> np.uint64(31))
+
+
+def seeded(values: np.ndarray, seed: int) -> np.ndarray:
+    """One of 2^64 hashes of integers, chosen by ``seed``; uint64 of the same shape."""
+    return splitmix64(np.asarray(values).astype(np.uint64) + np.uint64(seed * GOLDEN % 2**64))
 
 
 def stream(*coordinates: int) -> np.uint64:
