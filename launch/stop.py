@@ -14,6 +14,9 @@ USAGE = "usage: python launch/stop.py run_dir=RUN_DIR [keep=true] [snapshot.aren
 
 
 def main(arguments: list[str]) -> int:
+    if any(a in ("-h", "--help") for a in arguments):
+        print(__doc__, USAGE, sep="\n")
+        return 0
     settings = dict(["keep", "true"] if a == "--keep" else a.partition("=")[::2] for a in arguments)
     if "run_dir" not in settings or not settings.keys() <= {"run_dir", "keep", "snapshot.arena"}:
         print(USAGE, file=sys.stderr)
@@ -30,7 +33,7 @@ def main(arguments: list[str]) -> int:
             )
         )
     except GeminiError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
