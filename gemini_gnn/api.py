@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,19 +78,21 @@ def train(data: Any, run_dir: str | Path, settings: Mapping[str, Any] | None = N
     run_dir = Path(run_dir).absolute()
     if (run_dir / "result.json").exists():
         raise RunDirError(f"{run_dir} holds a finished run; give another run_dir, or read it with gemini_gnn.load")
-    graph = data
-    if not isinstance(data, PartitionedGraph):
-        folder = run_dir / "partition"
-        graph = PartitionedGraph.open(folder) if folder.exists() else partition(data, folder, parts=1, method="hash")
+    ours = isinstance(data, PartitionedGraph)
+    folder = data.folder if ours else run_dir / "partition"
     config = settings_to_config(
         {
             "snapshot.mode": "none",
             **(settings or {}),
             "run_dir": str(run_dir),
             "dataset.name": "partitioned",
-            "partition.folder": str(graph.folder),
+            "partition.folder": str(folder),
         }
     )
+    if not ours:
+        if folder.exists():  # of an earlier call, maybe with other data
+            shutil.rmtree(folder)
+        partition(data, folder, parts=1, method="hash")
     code = job.in_process(config)
     if code != 0:
         raise RunDirError(f"the run in {run_dir} was stopped before its end (exit code {code})")

@@ -265,4 +265,25 @@ def validate(config: Config) -> None:
     demand(config.partition.parts >= 0, "partition.parts", "0 (one per rank) or more", config.partition.parts)
     demand(config.snapshot.every >= 1, "snapshot.every", "at least 1 step", config.snapshot.every)
     demand(e.every >= 0, "evaluation.every", "0 (only at the end) or more epochs", e.every)
+    demand(e.batch_size >= 1, "evaluation.batch_size", "at least 1 node", e.batch_size)
+    demand(config.snapshot.nfs_every >= 1, "snapshot.nfs_every", "at least 1 step", config.snapshot.nfs_every)
+    demand(o.step_every >= 1, "optimizer.step_every", "at least 1 step", o.step_every)
+    demand(o.warmup_steps >= 0, "optimizer.warmup_steps", "0 or more", o.warmup_steps)
+    demand(len(o.betas) == 2 and all(0 <= b < 1 for b in o.betas), "optimizer.betas", "two numbers in [0, 1)", o.betas)
+    demand(t.threads >= 0, "training.threads", "0 (share the cores) or more", t.threads)
+    demand(t.patience >= 0, "training.patience", "0 (never stop early) or more", t.patience)
+    demand(config.distributed.timeout_s > 0, "distributed.timeout_s", "more than 0", config.distributed.timeout_s)
+    demand(
+        config.distributed.start_timeout_s > 0,
+        "distributed.start_timeout_s",
+        "more than 0",
+        config.distributed.start_timeout_s,
+    )
+    ours = {"gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu"}
+    demand(
+        not ours & config.deepspeed.config.keys(),
+        "deepspeed.config",
+        "no batch sizes (they are training.accumulation and sampling.batch_size)",
+        sorted(ours & config.deepspeed.config.keys()),
+    )
     demand(bool(config.run_dir), "run_dir", "a folder", config.run_dir)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gemini_gnn.compose import command, compose, take
+from gemini_gnn.config import from_mapping, to_mapping
 from gemini_gnn.errors import ConfigError
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_dir import read_config
@@ -30,11 +31,16 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("expected run_dir=FOLDER of a finished run")
     run_dir = Path(named["run_dir"])
     trained = read_config(run_dir)
-    config = compose(overrides).dataset if overrides else trained.dataset
-    if config.name == "partitioned":
-        graph = PartitionedGraph.open(Path(trained.partition.folder or "")).as_graph()
+    if any(a.startswith("dataset=") for a in overrides):
+        config = compose(overrides)
+    else:  # the run's own data set, with changes such as dataset.root=...
+        from omegaconf import OmegaConf
+
+        config = from_mapping(OmegaConf.merge(to_mapping(trained), OmegaConf.from_dotlist(overrides)))
+    if config.dataset.name == "partitioned":
+        graph = PartitionedGraph.open(config.partition.folder or "").as_graph()
     else:
-        graph = datasets.load_dataset(config, say, require_labels=False)
+        graph = datasets.load_dataset(config.dataset, say, require_labels=False)
     found = api.predict(run_dir, graph)
     out = Path(named.get("out") or run_dir / "evaluation")
     out.mkdir(parents=True, exist_ok=True)

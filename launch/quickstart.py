@@ -47,7 +47,10 @@ def main(arguments: list[str]) -> int:
         from matplotlib import pyplot  # noqa: F401  # half a second that the last epochs hide
 
         code = training.wait()
-        said, _ = baselines.communicate(timeout=300)
+        try:
+            said, _ = baselines.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            said = "{}"
     finally:
         baselines.kill()
         if training.poll() is None:
@@ -69,9 +72,11 @@ def main(arguments: list[str]) -> int:
         return 1
     if killed:
         step, when = killed
+        recovery_s = first_step_after(run_dir, when, step)
         print(
-            f"every trainer was killed with SIGKILL after step {step}; the first new step was done "
-            f"{first_step_after(run_dir, when, step):.2f} s later; each of the {len(losses)} steps is there once"
+            f"every trainer was killed with SIGKILL after step {step}; "
+            + (f"the first new step was done {recovery_s:.2f} s later; " if recovery_s else "no step was left to do; ")
+            + f"each of the {len(losses)} steps is there once"
         )
     print(f"\nresults in {run_dir}: result.json losses.csv losses.png metrics.jsonl model.safetensors")
     print(f"finished in {time.time() - started:.1f} s; next:")
@@ -94,7 +99,8 @@ def kill_half_way(training: subprocess.Popen[bytes], run_dir: Path) -> tuple[int
             losses = read_losses(run_dir / "losses.csv")
         except (OSError, ValueError):
             continue
-        if status["state"] != "running" or len(losses) < status["total_steps"] / 2:
+        total = status.get("total_steps")
+        if status["state"] != "running" or total is None or len(losses) < total / 2:
             continue
         pids = [trainer_of(run_dir, rank) for rank in range(status["world_size"])]
         print(f"\n>>> kill -9 {' '.join(map(str, pids))}   (every trainer, after step {losses[-1][0]})\n", flush=True)
@@ -117,10 +123,10 @@ def trainer_of(run_dir: Path, rank: int) -> int:
     return [event["pid"] for event in events_of(run_dir, rank) if event["kind"] == "start"][-1]
 
 
-def first_step_after(run_dir: Path, when: float, step: int) -> float:
+def first_step_after(run_dir: Path, when: float, step: int) -> float | None:
     """Seconds from ``when`` to the end of the first step beyond ``step`` that was done after it."""
     done = [e["t"] for e in events_of(run_dir, 0) if e["kind"] == "step" and e["t"] > when and e["step"] > step]
-    return min(done) - when
+    return min(done) - when if done else None
 
 
 def gpus() -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from gemini_gnn import cluster
 from gemini_gnn.compose import command, compose
 from gemini_gnn.config import to_mapping
+from gemini_gnn.errors import RunDirError
 from gemini_gnn.observe.run_dir import RunDir
 
 PURPOSE = "Train a GNN on a partitioned graph. Start it with deepspeed, srun, or python (one rank)."
@@ -45,7 +46,12 @@ def main(arguments: list[str]) -> int:
     from gemini_gnn.observe import logs
     from gemini_gnn.training import job
 
-    logs.redirect(Path(config.run_dir), place.rank, terminal=place.rank == 0)
+    try:
+        logs.redirect(Path(config.run_dir), place.rank, terminal=place.rank == 0)
+    except OSError as error:
+        raise RunDirError(
+            f"run_dir {config.run_dir} is not writable ({error.strerror}); give another run_dir=..."
+        ) from None
     code = job.without_agent(to_mapping(config), place)
     if code not in (0, job.STOPPED):
         logs.leave(code)

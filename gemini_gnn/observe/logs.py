@@ -41,6 +41,7 @@ SETTLE_S = 3.0  # how long a consequence waits for its cause to be written down
 # What torch, gloo and NCCL say when it is the other side, or the way to it, that is gone.
 _PEER_LOST = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|connectfullmesh|timed? ?out|broken pipe|socket error"
+    r"|failed while preparing|an earlier exchange failed|did not stop within"
     r"|remote process exited|rank 0 (could not|did not) finish|failed to (connect|recv|send)|no route to host",
     re.IGNORECASE,
 )
@@ -242,6 +243,11 @@ def first_error(run_dir: Path) -> str | None:
     if record is None:
         return None
     return f"rank {record['rank']} on {record['machine']}: {record['type']}: {record['message']}"
+
+
+def without_headers(output: bytes) -> bytes:
+    """What the program wrote: for a person who watches one rank, the lines between starts are noise."""
+    return re.sub(rb"(?m)^--- rank \d+ on \S+, pid \d+, [^\n]* ---\n", b"", output)
 
 
 def machine_of(log_text: str) -> str | None:

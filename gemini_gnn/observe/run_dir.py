@@ -1,7 +1,7 @@
 """The run directory: what happened in a run can be read there without the terminal.
 
     config.yaml              resolved settings
-    status.json              running | done | failed | stopped, replaced atomically
+    status.json              state (starting | running | done | failed | stopped), step; replaced atomically
     losses.csv               step, epoch, loss: each step once, also after a resume
     metrics.jsonl            one line per evaluation
     result.json              written once, when the run is complete
@@ -11,8 +11,8 @@
     errors/rank-<r>.json     the error a rank ended with
     terms/ checkpoints/ tensorboard/
 
-One process writes here: rank 0, which holds an exclusive lock on ``.lock`` while it lives (the kernel drops it with
-its owner, so there is no stale one). The per-rank files belong to their ranks.
+Rank 0 writes here, and the worker agent (status.json, terms/, its own events). Rank 0 holds an exclusive lock on ``.lock``
+while it lives (the kernel drops it with its owner, so there is no stale one). The per-rank files belong to their ranks.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from typing import Any
 
 from gemini_gnn.cluster import Place
 from gemini_gnn.errors import RecoveryError
+from gemini_gnn.observe import logs
 from gemini_gnn.recovery import home, messages
 
 AGENT_START_S = 60.0  # for an agent to listen, on a busy machine with a slow file system
@@ -275,7 +276,7 @@ class Screen:
 
     def copy(self) -> None:
         while self._log is not None and (data := os.read(self._log, 1 << 16)):
-            self._write(1, data)
+            self._write(1, logs.without_headers(data))
             self._within_line = not data.endswith(b"\n")
 
     def say(self, text: str) -> None:

@@ -89,6 +89,11 @@ class BatchSource:
                 f"the graph in {graph.folder} has no labelled training nodes: expected labels and a training split; "
                 "give dataset.labels=FILE (and dataset.splits=FILE), or another data set"
             )
+        if not sum(graph.meta.val):
+            raise DataError(
+                f"the graph in {graph.folder} has no validation nodes: expected some, by which the best model is chosen; "
+                "give a split with them (dataset.splits=FILE, dataset.split='random:0.6,0.2,0.2', or a val_mask)"
+            )
         self.graph, self.rank, self.device = graph, groups.rank, groups.device
         self.remote_bytes = 0  # received by the halo exchange so far; written by the thread that makes batches
         self.part = graph.part(groups.rank)

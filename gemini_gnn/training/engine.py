@@ -118,6 +118,13 @@ def on_reduce(engine: Engine, agree: Callable[[], None]) -> None:
     engine.allreduce_gradients = agree_then_reduce
 
 
+def leave() -> None:
+    """Destroy the process groups, DeepSpeed's memory of them included: another training in this process makes its own."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    deepspeed.utils.groups._release_process_group_references()
+
+
 class CollectiveClock:
     """Seconds this thread spent inside DeepSpeed's collectives (its synchronous part, where those are asynchronous)."""
 
@@ -155,7 +162,7 @@ def full_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """Every parameter and buffer of the model, whole, float32 on the CPU, by name. Collective under ZeRO-3."""
     module = engine.module
     with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=engine.zero_optimization_stage() == 3):
-        named = dict(module.named_parameters()) | dict(module.named_buffers())
+        named = module.state_dict()
         return {
             name: (t.detach().float() if t.is_floating_point() else t.detach()).cpu().clone()
             for name, t in named.items()

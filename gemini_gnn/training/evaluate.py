@@ -85,7 +85,8 @@ class Evaluation:
         nodes = np.arange(
             min(self.begin + r * self.batch_size, self.end), min(self.begin + (r + 1) * self.batch_size, self.end)
         )
-        batch = self.sampler.sample(nodes, 0, r)
+        # One epoch and index for all rounds: what a node draws then depends on the node alone, not on its rank or round.
+        batch = self.sampler.sample(nodes, 0, 0)
         made = (batch.input_nodes, [to_tensors(block, self.device) for block in batch.blocks])
         kept_edges = sum(block.num_edges for _, blocks in self._kept for block in blocks)
         if len(self._kept) == r and kept_edges + batch.num_edges <= KEPT_EDGES:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from gemini_gnn import cluster
 from gemini_gnn.cluster import Place
 from gemini_gnn.config import DistributedConfig
-from gemini_gnn.errors import ClusterError
+from gemini_gnn.errors import ClusterError, GeminiError
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,12 @@ def choose_backend(wanted: str, gpus: int, local_world_size: int) -> str:
     return wanted
 
 
-def join(place: Place, config: DistributedConfig, listen_fd: int | None = None, prefix: str = "0") -> Groups:
+def join(place: Place, config: DistributedConfig, listen_fd: int | None = None) -> Groups:
     """Meet the other ranks and make the groups. Collective.
 
     Args:
         listen_fd: a listening socket for the store, bound by the worker agent for the rank that hosts it: clients
             that come before the server lose half a second in their retry, and no port has to be free twice.
-        prefix: namespace of this generation in the store.
 
     Raises:
         ClusterError: not all ranks came together in ``start_timeout_s``, or the port is taken.
@@ -94,7 +94,7 @@ def join(place: Place, config: DistributedConfig, listen_fd: int | None = None, 
             wait_for_workers=False,
             master_listen_fd=listen_fd if place.rank == 0 else None,
         )
-        store = dist.PrefixStore(prefix, base)
+        store = dist.PrefixStore("0", base)
         _take_seat(store, place)
         _wait_for_all(store, place, config.start_timeout_s)
         dist.init_process_group(
@@ -127,11 +127,6 @@ def join(place: Place, config: DistributedConfig, listen_fd: int | None = None, 
         control=None if single else dist.new_group(backend="gloo", timeout=timeout),
         store=store,
     )
-
-
-def leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _take_seat(store: dist.Store, place: Place) -> None:
@@ -168,25 +163,33 @@ def _interface(place: Place, config: DistributedConfig) -> str:
     return cluster.interface_to(place.master_addr)
 
 
-def run_on_first(store: dist.Store, rank: int, name: str, timeout_s: float, work: Any) -> None:
+def run_on_first(
+    store: dist.Store,
+    rank: int,
+    name: str,
+    timeout_s: float,
+    work: Callable[[], None],
+    error: type[GeminiError] = ClusterError,
+) -> None:
     """Rank 0 does ``work()``; the others wait for its end, or for the error it ended with.
 
     Raises:
-        ClusterError: on the waiting ranks, when rank 0 failed or did not finish in ``timeout_s``.
+        error: on the waiting ranks, when rank 0 failed.
+        ClusterError: on the waiting ranks, when rank 0 did not finish in ``timeout_s``.
     """
     key = f"first/{name}"
     if rank == 0:
         try:
             work()
-        except BaseException as error:
-            store.set(key, f"failed: {error}")
+        except BaseException as failure:
+            store.set(key, f"failed: {failure}")
             raise
         store.set(key, "done")
         return
     try:
         store.wait([key], datetime.timedelta(seconds=timeout_s))
-    except (RuntimeError, dist.DistError) as error:
-        raise ClusterError(f"rank 0 did not finish '{name}' within {timeout_s:.0f} s") from error
+    except (RuntimeError, dist.DistError) as failure:
+        raise ClusterError(f"rank 0 did not finish '{name}' within {timeout_s:.0f} s") from failure
     answer = store.get(key).decode()
     if answer != "done":
-        raise ClusterError(f"rank 0 could not finish '{name}': {answer}")
+        raise error(f"rank 0 could not finish '{name}': {answer}")

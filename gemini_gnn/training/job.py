@@ -26,6 +26,8 @@ from gemini_gnn.observe.logs import forget_errors, is_consequence, last_words, r
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_dir import RunDir, write_atomically
 from gemini_gnn.recovery.decisions import STOPPED
+from gemini_gnn.snapshot import context as snapshot_context
+from gemini_gnn.training import engine
 from gemini_gnn.training import groups as process_groups
 from gemini_gnn.training.loop import NoSnapshots, Run, prepare, train
 from gemini_gnn.training.report import Report, model_card
@@ -37,6 +39,9 @@ def main(payload: dict[str, Any], place: Place, listen_fd: int | None = None) ->
     Returns:
         0 when the run is complete, STOPPED after an orderly stop before that.
     """
+    here = snapshot_context.current()
+    if here.generation > 1 and (Path(payload["run_dir"]) / "result.json").exists():
+        return 0  # the run was complete when a trainer was lost on its way out
     try:
         return run(from_mapping(payload), place, listen_fd)
     except RunDirError:  # the folder is not ours: nothing is written there
@@ -64,23 +69,33 @@ def without_agent(payload: dict[str, Any], place: Place, listen_fd: int | None =
 
 
 def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
-    torch.set_num_threads(config.training.threads or max(1, (os.cpu_count() or 1) // place.local_world_size))
+    shared = len(os.sched_getaffinity(0)) // place.local_world_size
+    torch.set_num_threads(config.training.threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, shared))
     torch.manual_seed(config.seed)
     _speak(place.rank)
-    run_dir = RunDir.claim(config) if place.rank == 0 else None
+    groups = process_groups.join(place, config.distributed, listen_fd)
+    claimed: list[RunDir] = []
+
+    def claim() -> None:
+        claimed.append(RunDir.claim(config))
+        forget_errors(claimed[0].path)
+
+    # Only after rank 0 holds the run directory may others write into it.
+    timeout_s = config.distributed.timeout_s
+    process_groups.run_on_first(groups.store, place.rank, "claim run_dir", timeout_s, claim, error=RunDirError)
+    run_dir = claimed[0] if claimed else None
     try:
-        if run_dir is not None:
-            forget_errors(run_dir.path)
-        groups = process_groups.join(place, config.distributed, listen_fd)
-        # Rank 0 holds the run directory now: only after that may others write into it.
-        process_groups.run_on_first(groups.store, place.rank, "claim", config.distributed.timeout_s, lambda: None)
         code = _with_groups(config, place, groups, run_dir)
+    except BaseException as error:
+        if run_dir is not None:
+            run_dir.status("failed", error=f"{type(error).__name__}: {error}"[:2000])
+        raise
     finally:
         if run_dir is not None:
             run_dir.release()
     # Only now: after an error the connections stay open until it has been written down, so that the others' errors,
     # which are its consequences, come later.
-    process_groups.leave()
+    engine.leave()
     return code
 
 
@@ -129,29 +144,43 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
         run_dir.status("running", step=job.state.step, total_steps=job.total_steps, world_size=groups.world_size)
         if job.state.step:
             say(f"going on after step {job.state.step} of {job.total_steps}")
-    begin = time.perf_counter()
+    begin, first_step = time.perf_counter(), job.state.step
     job.report.begin(job.state)
     job.events.emit("training")
     state = train(job)
     train_s = time.perf_counter() - begin
     complete = state.stopped or state.step >= job.total_steps
     extra = {"dataset": graph.meta.graph, "parts": graph.parts, "partition_method": graph.meta.method}
-    result = job.report.result(state, extra | {"train_s": train_s}, job.source.remote_bytes)
-    if run_dir is None:
-        return 0 if complete else STOPPED
-    if not complete:
-        run_dir.status("stopped", step=state.step)
-        say(f"stopped after step {state.step} of {job.total_steps}; the same command goes on from there")
-        return STOPPED
-    job.report.close()
-    run_dir.finish(result)
-    say(
-        f"done: test accuracy {result['test_accuracy']:.4f} at the best validation "
-        f"({result['val_accuracy']:.4f}, epoch {result['best_epoch']}); {result['epoch_s']:.2f} s per epoch, "
-        f"{result['edges_per_s'] / 1e6:.2f} M edges/s, communication {100 * result['communication_fraction']:.1f} %; "
-        f"results in {run_dir.path}"
+    result = job.report.result(
+        state, extra | {"train_s": train_s, "measured_from_step": first_step}, job.source.remote_bytes
     )
+    if not complete:
+        if run_dir is not None:
+            run_dir.status("stopped", step=state.step)
+            say(
+                f"stopped after step {state.step} of {job.total_steps}; the same command goes on from the last snapshot"
+            )
+        return STOPPED
+
+    def finish() -> None:
+        assert run_dir is not None
+        job.report.close()
+        run_dir.finish(result)
+
+    # No rank is done before the result is on disk: an agent drops the snapshots of ranks that are.
+    process_groups.run_on_first(groups.store, groups.rank, "result.json", config.distributed.timeout_s, finish)
+    if run_dir is not None:
+        say(
+            f"done: test accuracy {_shown(result['test_accuracy'], 4)} at the best validation "
+            f"({_shown(result['val_accuracy'], 4)}, epoch {result['best_epoch']}); "
+            f"{_shown(result['epoch_s'], 2)} s per epoch, {result['edges_per_s'] / 1e6:.2f} M edges/s, "
+            f"communication {100 * result['communication_fraction']:.1f} %; results in {run_dir.path}"
+        )
     return 0
+
+
+def _shown(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def start_snapshots(job: Run) -> Any:
@@ -217,7 +246,10 @@ def partitioned_graph(config: Config, groups: process_groups.Groups) -> Partitio
 def in_process(config: Config) -> int:
     """Train with one rank in this process (notebooks): a store on a free port, nothing left behind."""
     place = Place(0, 1, 0, 1, os.uname().nodename, "127.0.0.1", 0, "plain")
+    before = dict(os.environ)
     try:
         return run(config, place)
     finally:
-        process_groups.leave()
+        engine.leave()
+        os.environ.clear()
+        os.environ.update(before)

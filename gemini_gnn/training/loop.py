@@ -166,7 +166,7 @@ def prepare(
     fanouts = [-1] if exact else config.evaluation.fanouts or [-1] * config.model.layers
     exchange = make_exchange(graph, config, groups, groups.evaluation)
     evaluation = Evaluation(
-        NeighborSampler(source.topology_for(exchange), fanouts, config.seed),
+        NeighborSampler(source.topology_for(exchange), fanouts, config.seed, config.sampling.weighted and not exact),
         exchange,
         source.part.x,
         source.part.begin,
@@ -200,7 +200,8 @@ def train(run: Run) -> RunState:
     # Leaving the block early, all ranks after the same step, the prefetcher first makes the batches it may already have
     # begun: an exchange that only some ranks take part in would hang them.
     with prefetch(make, keys, depth, finish=finish, close_timeout_s=config.distributed.timeout_s + 30) as batches:
-        epoch_begin = time.perf_counter()
+        # A resume within an epoch sees only a part of it, which is not the time of an epoch.
+        epoch_begin = time.perf_counter() if state.step % source.steps_per_epoch == 0 else None
         while True:
             epoch = evaluation_due(state, source.steps_per_epoch, config.evaluation.every, config.training.epochs)
             if epoch:
@@ -214,9 +215,10 @@ def train(run: Run) -> RunState:
             )
             run.report.step(phases, edges)
             if state.step % source.steps_per_epoch == 0:
-                run.report.epoch(time.perf_counter() - epoch_begin)
+                if epoch_begin is not None:
+                    run.report.epoch(time.perf_counter() - epoch_begin)
                 epoch_begin = time.perf_counter()
-            if status.stop:
+            if status.stop and state.step < run.total_steps:  # after the last step only its evaluation is left
                 break
     run.snapshots.close()
     return state

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from gemini_gnn.config import Config, to_mapping
-from gemini_gnn.observe.run_dir import LossLog, RunDir
+from gemini_gnn.observe.run_dir import LossLog, RunDir, write_atomically
 from gemini_gnn.training.groups import Groups
 from gemini_gnn.training.state import RunState
 
@@ -54,7 +54,7 @@ class Report:
                 project=self.config.logger.wandb_project, dir=str(self.run_dir.path), config=to_mapping(self.config)
             )
         rows = [row for row in _read_rows(self.run_dir.path / "metrics.jsonl") if row["epoch"] <= state.evaluated]
-        (self.run_dir.path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_atomically(self.run_dir.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def loss(self, state: RunState, epoch: int, loss: float) -> None:
         self._loss = loss
@@ -87,6 +87,8 @@ class Report:
         row = {"epoch": epoch} | {f"val_{k}": v for k, v in val.items()} | {f"test_{k}": v for k, v in test.items()}
         with open(self.run_dir.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         for k, v in row.items():
             if self._board is not None and k != "epoch":
                 self._board.add_scalar(k.replace("_", "/", 1), v, epoch)
@@ -96,7 +98,10 @@ class Report:
             save_weights(best, self.run_dir.path / "model.safetensors")
 
     def result(self, state: RunState, extra: dict[str, Any], remote_bytes: int) -> dict[str, Any]:
-        """The contents of result.json. Collective: times are of the slowest rank, bytes and edges of all."""
+        """The contents of result.json. Collective: times are of the slowest rank, bytes and edges of all.
+
+        Times, edges, bytes and phases are those since ``measured_from_step``, the step this process began at.
+        """
         sums = torch.tensor([float(self.edges), float(remote_bytes)], dtype=torch.float64)
         worst = torch.tensor(
             [statistics.median(self.epoch_s) if self.epoch_s else math.nan, float(_peak_rss_bytes()), self.busy_s]
@@ -114,17 +119,17 @@ class Report:
         best = state.best
         phases_s = dict(zip(PHASES, worst[3:].tolist(), strict=True))
         return {
-            "test_accuracy": best.get("test_accuracy"),
-            "val_accuracy": best.get("val_accuracy"),
-            "macro_f1": best.get("test_macro_f1"),
-            "micro_f1": best.get("test_micro_f1"),
+            "test_accuracy": _number(best.get("test_accuracy")),
+            "val_accuracy": _number(best.get("val_accuracy")),
+            "macro_f1": _number(best.get("test_macro_f1")),
+            "micro_f1": _number(best.get("test_micro_f1")),
             "best_epoch": best.get("epoch"),
             "epochs": state.evaluated,
             "steps": state.step,
             "early_stopped": state.stopped,
             "world_size": self.groups.world_size,
             "backend": self.groups.backend,
-            "epoch_s": float(worst[0]),
+            "epoch_s": _number(worst[0]),
             "edges_per_s": float(sums[0] / worst[2]) if worst[2] > 0 else 0.0,
             "communication_fraction": float(own_fraction[0] / self.groups.world_size),
             "phases_s": phases_s,
@@ -173,6 +178,11 @@ def model_card(config: Config, in_features: int, num_classes: int, multi_label: 
         "num_classes": num_classes,
         "multi_label": multi_label,
     }
+
+
+def _number(value: Any) -> float | None:
+    """A JSON number; None for what was never measured."""
+    return None if value is None or math.isnan(float(value)) else float(value)
 
 
 def _peak_rss_bytes() -> int:

@@ -1,0 +1,65 @@
+"""gemini_gnn from Python, as in a notebook: several trainings in one process."""
+
+import os
+
+import networkx
+import numpy as np
+import pytest
+import torch
+from torch_geometric.data import Data
+
+import gemini_gnn
+from gemini_gnn.errors import ConfigError, DataError, RunDirError
+
+SETTINGS = {"training.epochs": 2, "model.hidden": 8, "logger.tensorboard": False, "logger.progress": False}
+
+
+def data(seed=0, n=120, width=6):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, width, generator=generator)
+    masks = {f"{name}_mask": torch.arange(n) % 3 == i for i, name in enumerate(("train", "val", "test"))}
+    edges = torch.randint(0, n, (2, 400), generator=generator)
+    return Data(x=x, y=(x[:, 0] > 0).long(), edge_index=edges, **masks)
+
+
+def test_train_twice_in_one_process_and_leave_nothing(tmp_path):
+    first = gemini_gnn.train(data(), tmp_path / "one", SETTINGS)
+    second = gemini_gnn.train(data(), tmp_path / "two", SETTINGS)
+    assert first["test_accuracy"] == second["test_accuracy"] and first["steps"] == second["steps"]
+    assert not os.environ.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}, "a later job would think it belongs to this one"
+    with pytest.raises(RunDirError, match="finished run"):
+        gemini_gnn.train(data(), tmp_path / "one", SETTINGS)
+
+
+def test_a_failed_call_leaves_no_data_behind_for_the_next(tmp_path):
+    with pytest.raises(ConfigError, match="one fanout per layer"):
+        gemini_gnn.train(data(0), tmp_path / "run", {**SETTINGS, "sampling.fanouts": [5]})
+    gemini_gnn.train(data(1, n=90), tmp_path / "run", SETTINGS)
+    assert gemini_gnn.predict(tmp_path / "run", data(1, n=90))["predictions"].shape == (90,)
+
+
+def test_networkx_and_folders_of_npy(tmp_path):
+    graph = networkx.karate_club_graph()
+    for node, values in graph.nodes(data=True):
+        values["x"] = [float(node == i) for i in range(34)]
+        values["y"] = int(values.pop("club") == "Officer")
+    gemini_gnn.partition(graph, tmp_path / "parts", parts=2)
+    source = data()
+    folder = tmp_path / "arrays"
+    folder.mkdir()
+    for name in ("x", "y", "edge_index", "train_mask", "val_mask", "test_mask"):
+        np.save(folder / f"{name}.npy", source[name].numpy())
+    result = gemini_gnn.train(folder, tmp_path / "run", SETTINGS)
+    assert result["world_size"] == 1 and 0 <= result["test_accuracy"] <= 1
+
+
+def test_a_graph_without_validation_nodes_is_refused(tmp_path):
+    bare = data()
+    bare.val_mask[:] = False
+    with pytest.raises(DataError, match="no validation nodes"):
+        gemini_gnn.train(bare, tmp_path / "run", SETTINGS)
+
+
+def test_something_else_is_refused(tmp_path):
+    with pytest.raises(DataError, match="expected a PyG Data"):
+        gemini_gnn.partition(42, tmp_path / "parts", parts=2)
