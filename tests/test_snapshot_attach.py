@@ -119,6 +119,31 @@ def test_every_third_step(folder):
     snapshots.close()
 
 
+def test_an_orderly_stop_keeps_its_last_step(folder):
+    module, opt = parts()
+    snapshots = attach((module, opt), context=context_of(folder), every=3)
+    for _ in range(5):
+        step(module, opt)
+    snapshots.final(5)
+    assert snapshots.last == snapshots.recoverable == (1, 1, 5)
+    captures = snapshots.stats.captures
+    snapshots.final(5)
+    assert snapshots.stats.captures == captures  # it is there already
+    snapshots.close()
+    assert attach_and_close(folder, 2) == (1, 1, 5)
+
+
+def test_an_orderly_stop_says_that_it_found_no_slot(folder):
+    module, opt = parts()
+    snapshots = attach((module, opt), context=context_of(folder), every=9, timeout_s=0.2)
+    readers = [f for f in arena.slots(folder) if f.shard == "replicated"]
+    assert all(f.lock(exclusive=False) for f in readers)
+    step(module, opt)
+    with pytest.raises(SnapshotError, match=r"free slot for the last snapshot \(step 1\).*go on from 1-1-0"):
+        snapshots.final(1)
+    snapshots.close()
+
+
 def test_resume_never_forgets_and_must_insists(folder):
     module, opt = parts()
     with pytest.raises(SnapshotError, match="resume=must"):
@@ -403,6 +428,22 @@ def ddp_case(rank, world, root):
             snapshots.close()
 
 
+def final_case(rank, world, root):
+    """Ranks of an orderly stop capture the same last step, and go on from it."""
+    module, optimizer = parts()
+    snapshots = attach(
+        (module, optimizer), context=context_of(Path(root) / "job", rank=rank, world=world), every=4, hook=False
+    )
+    if rank == 1:
+        snapshots.wait()  # one rank is done with its capture, the other may not be
+    snapshots.final(3)
+    assert snapshots.recoverable == (1, 1, 3)
+    snapshots.close()
+    snapshots = attach(parts(), context=context_of(Path(root) / "job", 2, rank=rank, world=world))
+    assert snapshots.restored == (1, 1, 3)
+    snapshots.close()
+
+
 def diverging_case(rank, world, root):
     """A rank whose weights differ from the others' is noticed, not averaged away or restored over."""
     capture.VERIFY_EVERY = 1
@@ -505,7 +546,7 @@ def root():
     arena.remove(base)
 
 
-@pytest.mark.parametrize("case", [ddp_case, different_start_case, incomplete_case, error_on_one_rank_case])
+@pytest.mark.parametrize("case", [ddp_case, final_case, different_start_case, incomplete_case, error_on_one_rank_case])
 def test_on_two_ranks(case, root):
     run_ranks(case, 2, root, timeout_s=60)
 

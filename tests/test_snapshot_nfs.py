@@ -59,6 +59,12 @@ def nfs_cases(rank, world, root):
         differing = [n for n in final[0] if final[0][n] != have[0][n]]
         assert not differing and have[1:] == final[1:], (CASES[i], differing)
         assert nfs.complete_steps(folder) == [4, 6]  # the newest two are kept
+        if i == 0:  # an orderly stop: saved already, then not yet
+            checkpoints.final(6)
+            assert checkpoints.stats.captures == 1
+            train(engine, position, checkpoints, 7, accumulation, dtype)
+            checkpoints.final(7)
+            assert nfs.complete_steps(folder) == [6, 7]
         engine.destroy()
     return True
 

@@ -40,6 +40,7 @@ import torch
 
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot import arena, catalog, layout, tree
+from gemini_gnn.snapshot.agree import Ranks
 from gemini_gnn.snapshot.identity import Identity
 from gemini_gnn.snapshot.layout import Header, Layout, SlotState
 from gemini_gnn.snapshot.state import Entry, State
@@ -172,6 +173,7 @@ class Snapshots:
         state: State,
         shards: list[Shard],
         extra_state: Any,
+        ranks: Ranks,
         *,
         job: str,
         rank: int,
@@ -180,7 +182,7 @@ class Snapshots:
         every: int,
         timeout_s: float,
     ):
-        self._state, self._shards, self._extra = state, shards, extra_state
+        self._state, self._shards, self._extra, self._ranks = state, shards, extra_state, ranks
         self._own = [s for s in shards if s.owned]
         self._foreign = [s for s in shards if not s.owned]
         self._job, self._rank, self._term, self._generation = job, rank, term, generation
@@ -269,6 +271,34 @@ class Snapshots:
         """
         self._wait(self._committed, "committed")
         self._raise()
+
+    def final(self, step: int) -> None:
+        """At an orderly stop that all ranks agreed on: have step ``step`` (steps completed) committed on every rank.
+
+        Captures it if the newest snapshot is of another step, whatever ``every`` says. Collective; call it before ``close``.
+
+        Raises:
+            SnapshotError: as for :meth:`before_step`, on all ranks together; or no slot came free within the timeout. The
+                snapshot before is then still the one to go on from.
+        """
+        self._ranks.together(self.wait)
+        self.recoverable = self._last  # all have committed it
+        if self._ranks.all_true(self._last is not None and self._last.step == step):
+            return
+        self._ranks.together(lambda: self._begin_final(step))
+        self._ranks.together(self.wait)
+        self.recoverable = self._last
+
+    def _begin_final(self, step: int) -> None:
+        deadline = time.monotonic() + self._timeout_s
+        while not self._reserve():
+            if time.monotonic() > deadline:
+                raise SnapshotError(
+                    f"expected a free slot for the last snapshot (step {step}) within {self._timeout_s:.0f} s; others kept "
+                    f"reading the slots of rank {self._rank}. Training can go on from {self._last}"
+                )
+            time.sleep(0.05)  # a reader lets go of its lock without telling anyone
+        self._begin(Identity(self._term, self._generation, step))
 
     @property
     def last(self) -> Identity | None:

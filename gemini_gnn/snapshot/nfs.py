@@ -198,6 +198,7 @@ class Checkpoints:
         self._engine, self._extra, self._folder, self._every, self._ranks = engine, extra_state, folder, every, ranks
         self.restored: Identity | None = None
         self.stats = Stats()
+        self._saved: int | None = None
 
     def ready(self) -> bool:
         return True
@@ -208,10 +209,23 @@ class Checkpoints:
     def after_step(self, step: int, capture: bool) -> None:
         """Save, every so many steps; all ranks do, whatever ``capture`` says."""
         if step % self._every == 0:
-            begin = time.perf_counter()
-            save(self._engine, self._extra, self._folder, step, self._ranks)
-            self.stats.stall_s += time.perf_counter() - begin
-            self.stats.captures += 1
+            self._save(step)
+
+    def final(self, step: int) -> None:
+        """At an orderly stop that all ranks agreed on: save ``step`` unless the newest checkpoint is of it. Collective.
+
+        Raises:
+            SnapshotError: as for :func:`save`.
+        """
+        if not self._ranks.all_true(self._saved == step):
+            self._save(step)
+
+    def _save(self, step: int) -> None:
+        begin = time.perf_counter()
+        save(self._engine, self._extra, self._folder, step, self._ranks)
+        self.stats.stall_s += time.perf_counter() - begin
+        self.stats.captures += 1
+        self._saved = step
 
     def close(self) -> None:
         pass
@@ -250,7 +264,7 @@ def attach(
     if step is None and resume == "must":
         raise SnapshotError(f"resume=must, but there is no complete checkpoint in {folder}")
     if step is not None:
-        checkpoints.restored = Identity(0, 0, step)
+        checkpoints.restored, checkpoints._saved = Identity(0, 0, step), step
     return checkpoints
 
 

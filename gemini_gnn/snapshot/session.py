@@ -48,6 +48,7 @@ def attach(
         state,
         shards,
         extra_state,
+        ranks,
         job=here.job,
         rank=here.rank,
         term=here.term,
