@@ -308,17 +308,32 @@ def test_a_trainer_that_does_not_listen_is_not_waited_for(job):
     assert time.monotonic() - begin < 10.0
 
 
-def test_what_trainers_started_ends_with_them(job):
+@pytest.mark.parametrize("agent_dies", ["never", "and is replaced", "with everything"])
+def test_what_trainers_started_ends_with_them(job, agent_dies):
     run = job()
-    seconds = "98765.4321"
+    seconds = f"98765.{os.getpid()}"
     launch = run.launch(1, "start_children", seconds=seconds)
     run.training(1)
 
     def sleepers() -> list[int]:
         return [p.pid for p in psutil.process_iter(["cmdline"]) if seconds in (p.info["cmdline"] or [])]
 
-    assert len(wait_for(lambda: len(sleepers()) == 2 and sleepers(), "worker and daemon")) == 2
-    stop(run.run_dir)
+    old = wait_for(lambda: len(sleepers()) == 2 and sleepers(), "worker and daemon")
+    if agent_dies == "and is replaced":
+        os.kill(run.pid_of("agent"), signal.SIGKILL)
+        run.training(1, term=2)
+        wait_for(lambda: len(sleepers()) == 2, "the next worker and daemon")
+        assert not set(old) & set(sleepers())
+    if agent_dies == "with everything":
+        agent = run.pid_of("agent")
+        os.kill(agent, signal.SIGSTOP)  # so that it does not see its shims die, and end in order
+        os.killpg(launch.pid, signal.SIGKILL)
+        os.kill(agent, signal.SIGKILL)
+        wait_for(lambda: not run.processes(), "the end of all processes", 10.0)
+        assert sleepers() == old
+        assert "killed 2 processes" in stop(run.run_dir)
+    else:
+        stop(run.run_dir)
     run.end(launch)
     assert sleepers() == []
 

@@ -276,10 +276,12 @@ class Agent:
         self._start_warm()
 
     def _earlier_trainer(self, patience_s: float) -> int | None:
-        """Invariant 5 across the death of an agent: wait until nothing of the last term runs; who still does."""
+        """Invariant 5 across the death of an agent: end what is left of the last term; the trainer that stays."""
         deadline = time.monotonic() + patience_s
+        killed, gone = processes.kill_marked(self.arena, patience_s)
+        if killed:
+            self.journal.log("leftovers_killed", processes=killed, gone=gone)
         while (pid := home.living_trainer(self.arena)) is not None and time.monotonic() < deadline:
-            processes.kill_if_ours(pid, self.job)
             time.sleep(0.005)
         return pid
 
@@ -292,7 +294,8 @@ class Agent:
         command = [sys.executable, "-P", "-m", "gemini_gnn.recovery.warm", "--job", self.job]
         command += ["--arena", os.fspath(self.arena), "--agent", str(os.getpid()), "--channel", str(theirs.fileno())]
         ignored = [signal.SIGINT, signal.SIGHUP]
-        pid = os.posix_spawn(sys.executable, command, {**os.environ, **PINNED}, setsigdef=ignored)
+        environment = {**os.environ, **PINNED, **dict([processes.mark(self.arena)])}
+        pid = os.posix_spawn(sys.executable, command, environment, setsigdef=ignored)
         theirs.close()
         channel = messages.Channel(ours)
         self.warm = Warm(pid, channel)
@@ -306,6 +309,7 @@ class Agent:
         """Ask the warm parent for the trainers of ``generation``. A warm parent that is gone by now is seen later."""
         assert self.state is not None and self.warm is not None
         # With all ranks here the store's port is ours to choose: bound and listening before any client comes.
+        mark, marked = processes.mark(self.arena)
         store = None
         if self.state.local == self.state.world:
             store = socket.create_server(("127.0.0.1", 0), backlog=1024)
@@ -321,7 +325,7 @@ class Agent:
             task = {
                 "kind": "fork",
                 "place": place,
-                "environment": {**request["environment"], **_launcher_variables(place)},
+                "environment": {**request["environment"], **_launcher_variables(place), mark: marked},
                 "log": os.fspath(self.journal.log_of(rank)),
                 "job": self.job,
                 "arena": os.fspath(self.arena),

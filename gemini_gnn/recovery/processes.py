@@ -90,17 +90,47 @@ def _children() -> list[int]:
     return found
 
 
-def kill_if_ours(pid: int, job: str) -> None:
-    """SIGKILL to a leftover of this job. Its pidfd is opened before its command line is read: no number is reused."""
+def mark(arena: Path) -> tuple[str, str]:
+    """Environment variable that warm parent, trainers and all that these start inherit: how leftovers are known."""
+    return "GEMINI_GNN_ARENA", os.path.realpath(arena)
+
+
+def kill_marked(arena: Path, patience_s: float) -> tuple[int, bool]:
+    """SIGKILL to everything a dead agent's warm parent and trainers left, whatever group or session it is in.
+
+    PDEATHSIG reaches the processes this package forks, not what a trainer started (data loader workers, daemons). A
+    recorded pid or session could be somebody else's by now; the environment a process began with cannot. What overwrote
+    its own (setproctitle) is not found. The caller holds the arena's lock, so no living agent's processes are hit.
+
+    Returns:
+        How many were killed, and whether none lives any more.
+    """
+    name, value = mark(arena)
+    entry, killed = f"{name}={value}".encode(), set[int]()
+    deadline = time.monotonic() + patience_s
+    while True:
+        found = {int(path.name) for path in Path("/proc").glob("[0-9]*") if _kill_if(path, entry)}
+        killed |= found
+        if not found or time.monotonic() > deadline:
+            return len(killed), not found
+        time.sleep(0.01)  # then again: one of them may have forked just before
+
+
+def _kill_if(process: Path, entry: bytes) -> bool:
+    """SIGKILL to a process of this user that began with ``entry`` in its environment, and lives."""
+    pid = int(process.name)
     try:
-        handle = os.pidfd_open(pid)
+        if pid == os.getpid() or process.stat().st_uid != os.getuid():
+            return False
+        handle = os.pidfd_open(pid)  # before its environment is read: no number is reused in between
     except OSError:
-        return  # gone
+        return False  # gone
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        if b"gemini_gnn.recovery.warm" in words and job.encode() in words:
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        if entry not in (process / "environ").read_bytes().split(b"\0"):
+            return False
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
     except OSError:
-        return  # gone
+        return False  # gone, or (a program with more rights than ours) not to be touched
     finally:
         os.close(handle)
+    return True

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gemini_gnn.errors import RecoveryError
-from gemini_gnn.recovery import home, messages
+from gemini_gnn.recovery import home, messages, processes
 from gemini_gnn.recovery.decisions import Limits
 
 
@@ -48,17 +48,24 @@ def stop(run_dir: Path, *, keep: bool = False, arena_root: str | os.PathLike[str
 
 def _nothing_runs(run_dir: Path, arena: Path, keep: bool) -> str:
     words = f"no job of {run_dir} runs on {os.uname().nodename}"
-    if keep or not home.snapshot_files(arena):
+    if not arena.exists():
         return words
     lock = home.take_lock(arena)
     if lock is None:
         raise RecoveryError(f"the job of {run_dir} is just starting or ending; try again")
     try:
-        _, size_bytes = home.remove_snapshots(arena)
+        killed, gone = processes.kill_marked(arena, Limits().reap_s)
+        files, size_bytes = (0, 0) if keep else home.remove_snapshots(arena)
         home.leave_arena(arena)
     finally:
         os.close(lock)
-    return f"{words}; removed its snapshots from host memory ({size_bytes / 1e6:.1f} MB)"
+    if killed:
+        words += f"; killed {killed} processes it had left" + (
+            "" if gone else ", of which some are stuck in the kernel"
+        )
+    if files:
+        words += f"; removed its snapshots from host memory ({size_bytes / 1e6:.1f} MB)"
+    return words
 
 
 def _said(run_dir: Path, outcome: dict[str, Any]) -> str:
