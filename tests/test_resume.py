@@ -119,3 +119,24 @@ def test_resume_must_needs_something_to_resume(tmp_path):
     assert "snapshot=none keeps nothing" in logs(tmp_path / "run", 1)
     assert train_ranks(1, tmp_path / "run2", *settings, "snapshot=nfs") == [2]
     assert "no complete checkpoint" in logs(tmp_path / "run2", 1)
+
+
+def test_an_orderly_stop_loses_no_step(run_dir, tmp_path):
+    """Ctrl-C between two snapshots: the same command goes on after the very step it stopped at."""
+    settings = [
+        *TINY,
+        f"dataset.cache={tmp_path / 'cache'}",
+        "training.epochs=200",
+        "snapshot.every=1000",
+        "logger=quiet",
+    ]
+    job = start(run_dir, *settings)
+    wait_for(lambda: True if steps_done(run_dir) > 10 else None, "first steps")
+    os.killpg(job.pid, signal.SIGINT)
+    assert job.wait(60) != 0
+    stopped = steps_done(run_dir)
+    again = start(run_dir, *settings, "resume=must")
+    wait_for(lambda: True if steps_done(run_dir) > stopped + 5 else None, "new steps")
+    assert f"going on after step {stopped} of" in (run_dir / "logs" / "rank-0.log").read_text()
+    os.killpg(again.pid, signal.SIGINT)
+    again.wait(60)

@@ -51,6 +51,8 @@ class Snapshots(Protocol):
 
     def after_step(self, step: int, capture: bool) -> None: ...
 
+    def final(self, step: int) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -62,6 +64,9 @@ class NoSnapshots:
         pass
 
     def after_step(self, step: int, capture: bool) -> None:
+        pass
+
+    def final(self, step: int) -> None:
         pass
 
     def close(self) -> None:
@@ -220,6 +225,8 @@ def train(run: Run) -> RunState:
                 epoch_begin = time.perf_counter()
             if status.stop and state.step < run.total_steps:  # after the last step only its evaluation is left
                 break
+    if not state.stopped and state.step < run.total_steps:
+        run.snapshots.final(state.step)  # an orderly stop loses no step, whatever snapshot.every says
     run.snapshots.close()
     return state
 
