@@ -436,6 +436,7 @@ def test_a_killed_agent_takes_its_trainers_along_and_is_replaced(job):
     new = run.training(2, term=2)
     assert not old & run.processes().keys()
     assert all("shard-0-slot-0" in note["found"] for note in new)
+    assert {note["generation"] for note in new} == {2}  # still the same launch, whose work may be complete
     run.finish()
     code, _, err = run.end(launch)
     assert code == 0 and err.count("the worker agent died") == 1

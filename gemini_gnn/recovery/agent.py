@@ -255,7 +255,10 @@ class Agent:
         place = request["place"]
         self.journal.term, self.journal.speaks_for_job = self.term, place["rank"] == place["local_rank"]
         limits = Limits(max_restarts=request["max_restarts"])
-        self.state = decisions.State(place["local_world_size"], place["world_size"], limits)
+        # Trainers of a launch whose agent died are no first generation: they may find its work complete.
+        self.state = decisions.State(
+            place["local_world_size"], place["world_size"], limits, generation=request["deaths"]
+        )
         self.journal.log(
             "started", term=self.term, pid=os.getpid(), arena=os.fspath(self.arena), command=request["command"]
         )

@@ -98,7 +98,7 @@ class State:
     Attributes:
         local, world: number of ranks on this machine and in the job.
         registered: ranks whose shims are here.
-        generation: of the newest trainers; 0 before the first.
+        generation: of the newest trainers; 0 before the first of a launch. Each death of an agent counts as one.
         alive: ranks whose trainer of `generation` is not reaped.
         listening: ranks whose trainer said that it looks for requests to stop.
         codes: exit code by rank of the reaped ones; negative for a signal.

@@ -78,6 +78,7 @@ def run(
         "preload": [*preload, target.partition(":")[0]],
         "resume": resume,
         "max_restarts": max_restarts,
+        "deaths": 0,
         "environment": dict(os.environ),
         "folder": os.getcwd(),
         "path": [os.path.abspath(entry) for entry in sys.path],
@@ -102,6 +103,7 @@ def run(
                         raise RecoveryError(
                             f"the worker agent died {deaths} times; see {run_dir}/events and {run_dir}/logs"
                         )
+                    request["deaths"] = deaths
                     request["resume"] = "auto" if resume == "never" else resume
                     screen.say(
                         "the worker agent died; starting another, which goes on from the snapshots in host memory"
