@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gemini_gnn.errors import RecoveryError
+from gemini_gnn.errors import RecoveryError, RunDirError
 from gemini_gnn.recovery import home, messages, shim
 from gemini_gnn.recovery.stop import stop
 
@@ -234,7 +234,7 @@ def test_ctrl_c_ends_in_order_and_the_same_command_goes_on(job):
     assert code == 130
     assert "Ctrl-C: ending after this step" in err and "the same command goes on" in err
     assert len(run.notes("stopping")) == 2
-    assert sorted(path.name for path in run.arena.iterdir()) == ["shard-0-slot-0", "shard-1-slot-0"]
+    assert [path.name for path in home.snapshot_files(run.arena)] == ["shard-0-slot-0", "shard-1-slot-0"]
     assert run.arena.stat().st_mode & 0o777 == 0o700
     wait_for(lambda: not run.processes(), "the end of all processes", 10.0)
     launch = run.launch(2, "train")
@@ -351,7 +351,8 @@ def test_the_same_command_while_it_runs_is_told_so(job):
     assert len(run.notes("training")) == 2
 
 
-def test_a_removed_run_directory_is_a_new_run(job):
+@pytest.mark.parametrize("another_machine_is_first", [False, True])
+def test_a_removed_run_directory_is_a_new_run(job, another_machine_is_first):
     run = job()
     launch = run.launch(1, "train")
     run.training(1)
@@ -359,8 +360,12 @@ def test_a_removed_run_directory_is_a_new_run(job):
     run.end(launch)
     (run.arena / "old").touch()
     shutil.rmtree(run.run_dir)
+    if another_machine_is_first:
+        home.make_run_dir(run.run_dir)
+        home.run_id(run.run_dir)
+        home.claim_term(run.run_dir, {})
     launch = run.launch(1, "train")
-    assert "old" not in run.training(1, term=1)[0]["found"]
+    assert "old" not in run.training(1, term=1 + another_machine_is_first)[0]["found"]
     run.finish()
     assert run.end(launch)[0] == 0
 
@@ -581,6 +586,19 @@ def test_terms_are_claimed_once(tmp_path):
     (tmp_path / "terms" / "notes.json").write_text("{}")
     assert [home.claim_term(tmp_path, {}) for _ in range(3)] == [1, 2, 3]
     assert home.newest_term(tmp_path)["term"] == 3
+
+
+def test_a_run_directory_has_one_id(tmp_path):
+    home.make_run_dir(tmp_path)
+    run = home.run_id(tmp_path)
+    assert home.run_id(tmp_path) == run
+    home.make_arena(tmp_path / "arena")
+    assert not home.belongs_to(tmp_path / "arena", run)
+    home.assign(tmp_path / "arena", run)
+    assert home.belongs_to(tmp_path / "arena", run) and not home.belongs_to(tmp_path / "arena", run[::-1])
+    (tmp_path / "terms" / "id").write_text("12")
+    with pytest.raises(RunDirError, match="incomplete"):
+        home.run_id(tmp_path, patience_s=0.0)
 
 
 def test_living_trainers_are_seen_until_the_kernel_is_done_with_them(tmp_path):

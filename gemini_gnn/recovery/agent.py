@@ -246,10 +246,11 @@ class Agent:
         """The first shim says what this job is; its term begins.
 
         Raises:
-            RunDirError: the term cannot be claimed.
+            RunDirError, RecoveryError: the run directory or the arena refuses.
         """
         claim = {"machine": self.machine, "pid": os.getpid(), "time": time.time(), "launch": request["launch"]}
         claim["arena_root"] = os.fspath(self.arena.parent.parent)
+        run = home.run_id(self.run_dir)
         self.term = home.claim_term(self.run_dir, claim)
         self.request = request
         place = request["place"]
@@ -270,11 +271,12 @@ class Agent:
             self._see(decisions.WarmRefused(Failure(-1, 1, time.monotonic(), text, text)))
             return
         reason = "resume=never" if request["resume"] == "never" else ""
-        if self.term == 1 and request["resume"] == "auto":
+        if request["resume"] == "auto" and not home.belongs_to(self.arena, run):
             reason = "they are of a run directory that was removed"  # its first start must not go on in the middle
         if reason and home.snapshot_files(self.arena):
             _, size_bytes = home.remove_snapshots(self.arena)
             self.journal.log("snapshots_removed", bytes=size_bytes, reason=reason)
+        home.assign(self.arena, run)
         self.journal.status("starting")
         self._start_warm()
 

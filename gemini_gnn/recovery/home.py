@@ -12,20 +12,30 @@ proves that no process of an earlier membership can still write here (invariant 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
 import json
 import os
+import secrets
 import stat
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
 from gemini_gnn.errors import RecoveryError, RunDirError
 
 AGENT_LOCK, AGENT_SOCKET, TRAINERS_LOCK = "agent.lock", "agent.sock", "trainers.lock"
-OWN_FILES = {AGENT_LOCK, AGENT_SOCKET, TRAINERS_LOCK}  # everything else in an arena is a snapshot's
+RUN_ID, NEW_RUN_ID = "run-id", "run-id.new"  # of the run directory that the snapshots beside it belong to
+OWN_FILES = {
+    AGENT_LOCK,
+    AGENT_SOCKET,
+    TRAINERS_LOCK,
+    RUN_ID,
+    f"{RUN_ID}.new",
+}  # everything else in an arena is a snapshot's
 MAX_SOCKET_PATH = 100  # of 108 bytes in sockaddr_un, with room for a temporary name
 
 
@@ -132,6 +142,8 @@ def remove_snapshots(arena: Path) -> tuple[int, int]:
 def leave_arena(arena: Path) -> None:
     """Remove the agent's files and, where no snapshot is left, the folders. The caller holds the arena's lock."""
     ours = [AGENT_SOCKET, AGENT_LOCK] if living_trainer(arena) else [AGENT_SOCKET, TRAINERS_LOCK, AGENT_LOCK]
+    if not snapshot_files(arena):
+        ours += [RUN_ID, NEW_RUN_ID]
     for name in ours:  # one that is stuck in the kernel must still be seen by the next agent
         (arena / name).unlink(missing_ok=True)
     for folder in (arena, arena.parent):
@@ -209,6 +221,51 @@ def claim_term(run_dir: Path, record: dict[str, Any]) -> int:
     except OSError as error:
         raise RunDirError(f"cannot claim a term in {folder}: {error.strerror}; is run_dir writable?") from None
     return term
+
+
+def run_id(run_dir: Path, patience_s: float = 10.0) -> str:
+    """What tells this run directory from another one at the same path: random, made by whoever comes first.
+
+    Raises:
+        RunDirError: it can be neither made nor read.
+    """
+    path, made = run_dir / "terms" / "id", secrets.token_hex(16)
+    deadline = time.monotonic() + patience_s
+    try:
+        with contextlib.suppress(FileExistsError), open(path, "x") as file:
+            file.write(made)
+            file.flush()
+            os.fsync(file.fileno())
+            return made
+        while len(found := path.read_text()) < len(made):  # another machine is just writing it
+            if time.monotonic() > deadline:
+                raise RunDirError(f"{path} is incomplete: who made it died; remove the file, and start again")
+            time.sleep(0.05)
+    except OSError as error:
+        raise RunDirError(f"cannot make or read {path}: {error.strerror}; is run_dir writable?") from None
+    return found
+
+
+def belongs_to(arena: Path, run: str) -> bool:
+    """Whether the snapshots in ``arena`` were made for the run directory with the id ``run``."""
+    try:
+        return (arena / RUN_ID).read_text() == run
+    except FileNotFoundError:
+        return False
+
+
+def assign(arena: Path, run: str) -> None:
+    """From now on they do. The caller holds the arena's lock and has removed what was another's.
+
+    Raises:
+        RecoveryError: the file cannot be written.
+    """
+    temporary = arena / NEW_RUN_ID
+    try:
+        temporary.write_text(run)
+        os.replace(temporary, arena / RUN_ID)
+    except OSError as error:
+        raise RecoveryError(f"cannot write {temporary}: {error.strerror}; is {arena.parent.parent} full?") from None
 
 
 def newest_term(run_dir: Path) -> dict[str, Any]:
