@@ -3,6 +3,7 @@
 import contextlib
 import os
 import stat
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -315,6 +316,46 @@ def test_a_state_that_changes_shape_is_said_in_the_training_thread(folder):
             snapshots.wait()
     with pytest.raises(SnapshotError, match="changed shape"):
         snapshots.close()
+
+
+@pytest.mark.parametrize("name", ["in place", "replaced"])
+def test_what_changes_while_it_is_copied_is_not_committed(folder, monkeypatch, name):
+    module, opt = parts()
+    snapshots = attach((module, opt), context=context_of(folder))
+    begun, go_on, copy = threading.Event(), threading.Event(), capture.Snapshots._copy_all
+
+    def late(self, shard, slot):
+        begun.set()
+        assert go_on.wait(30)
+        return copy(self, shard, slot)
+
+    monkeypatch.setattr(capture.Snapshots, "_copy_all", late)
+    step(module, opt)
+    assert begun.wait(30)
+    with torch.no_grad():
+        if name == "in place":
+            module[0].weight.clamp_(-0.1, 0.1)
+        else:
+            module[0].weight.data = module[0].weight.data * 0.9
+    go_on.set()
+    with pytest.raises(SnapshotError, match=r"master\.0\.weight was changed .* 1-1-1.*before_step\(\)"):
+        snapshots.before_step()
+    with pytest.raises(SnapshotError, match="was changed"):
+        snapshots.close()
+    assert attach_and_close(folder, 2) == (1, 1, 0)
+
+
+def test_after_the_fence_parameters_may_change(folder):
+    module, opt = parts()
+    snapshots = attach((module, opt), context=context_of(folder))
+    for _ in range(3):
+        step(module, opt)
+        snapshots.before_step()
+        with torch.no_grad():
+            module[0].weight.clamp_(-0.1, 0.1)
+        snapshots.wait()
+    assert snapshots.last == (1, 1, 3)
+    snapshots.close()
 
 
 def test_a_pinned_slot_is_passed_over_and_two_pins_skip(folder):

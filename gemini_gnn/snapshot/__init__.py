@@ -36,6 +36,11 @@ def attach(
     and ``extra_state``, whose ``state_dict()`` is called at the end of the step that is being captured. So update your own
     counters ("step s is done") before calling ``step``.
 
+    Between two steps only forward and backward may run: parameters are copied meanwhile. Whatever else changes them (clipping
+    weights after the step, a momentum encoder updated in forward) calls ``before_step()`` of what is returned here first,
+    which waits until they are copied. Otherwise the snapshot is not committed and the next call raises SnapshotError;
+    changes in place through ``.data`` are not noticed, because torch does not count them.
+
     Args:
         engine: a DeepSpeed engine (ZeRO 0-3, fp32 or bf16), or ``(module, optimizer)`` or ``(module, optimizer,
             scheduler)`` of plain PyTorch. With a scheduler, a step ends when ``scheduler.step()`` returns.

@@ -10,7 +10,9 @@ background thread copies. Per capture:
    COMMITTED, lock released; ``committed`` is set.
 
 The fence (``before_step``) waits for ``copied``: what it waits is the stall. Between 1 and 2 the training thread may only
-run forward and backward. An exception in the background is kept and raised in the training thread at its next call.
+run forward and backward; what changes a tensor there all the same is found by torch's version counters, before the fence
+opens, and the snapshot is not committed. An exception in the background is kept and raised in the training thread at its
+next call.
 
 All ranks decide together whether step s is captured: ``ready`` is this rank's bit (previous capture committed, a slot
 free), the minimum over all ranks is what ``after_step`` is told. So when it is told to capture, *every* rank has committed
@@ -146,12 +148,42 @@ def live_pieces(entries: list[Entry]) -> list[memoryview]:
     ]
 
 
+Versions = dict[str, tuple[int, int]]
+
+
+def versions(shards: list[Shard]) -> Versions:
+    """How often autograd saw each background-copied tensor change in place, and where it lies. What is changed in place
+    through ``.data`` is not counted by torch.
+    """
+    return {
+        e.spec.name: (0 if t.is_inference() else t._version, t.data_ptr())
+        for s in shards
+        for e in s.entries
+        if not e.at_once and (t := e.get()) is not None
+    }
+
+
+def check_unchanged(before: Versions, after: Versions, identity: Identity) -> None:
+    """
+    Raises:
+        SnapshotError: a tensor was changed while it was copied.
+    """
+    for name in before.keys() | after.keys():
+        if before.get(name) != after.get(name):
+            raise SnapshotError(
+                f"{name} was changed while it was copied into snapshot {identity}, which is void therefore; call "
+                "snapshots.before_step() before changing parameters between steps"
+            )
+
+
 @dataclass
 class _Job:
     identity: Identity
     slots: dict[str, int]
     numbers: tuple[Any, list[np.ndarray]]
     check: bool
+    versions: Versions  # when the capture began
+    fenced: Versions | None = None  # when the fence let go, on CUDA, where the copies may still be under way then
 
 
 class _Warm:
@@ -192,6 +224,7 @@ class Snapshots:
         self.recoverable: Identity | None = None
         self.stats = Stats()
         self._last: Identity | None = None  # newest capture of this rank
+        self._running: _Job | None = None  # the last capture, as long as its fence was not passed
         self._reserved: dict[str, int] = {}
         self._expected: tuple[Identity, bytes] | None = None  # replicated state as this rank sees it, to be compared
         self._error: BaseException | None = None
@@ -234,6 +267,8 @@ class Snapshots:
         begin = time.perf_counter()
         self._wait(self._copied, "copied")
         if self._cuda is not None:
+            if self._running is not None:
+                self._running.fenced, self._running = versions(self._own), None
             self._cuda.fence()
         elapsed = time.perf_counter() - begin
         self.stats.stall_s += elapsed
@@ -365,7 +400,7 @@ class Snapshots:
         if self._extra is not None:
             numbers["extra_state"] = self._extra.state_dict()
         check = bool(self._foreign) and self.stats.captures % VERIFY_EVERY == 0
-        job = _Job(identity, self._reserved, tree.pack(numbers), check)
+        job = _Job(identity, self._reserved, tree.pack(numbers), check, versions(self._own))
         self._reserved = {}
         for shard in self._own:
             slot = job.slots[shard.name]
@@ -379,6 +414,7 @@ class Snapshots:
         self._committed.clear()
         if self._cuda is not None:
             self._cuda.mark()
+        self._running = job
         self._queue.put(job)
 
     def _header(self, shard: Shard, slot: int, identity: Identity) -> Header:
@@ -422,11 +458,17 @@ class Snapshots:
                 expected = None
                 if job.check:
                     expected = job.identity, arena.checksum(live_pieces(self._foreign[0].entries))
-                if self._cuda is not None:
+                if self._cuda is None:
+                    check_unchanged(job.versions, versions(self._own), job.identity)
+                    self._copied.set()
+                else:
                     self._cuda.enqueued()
-                self._copied.set()
-                if self._cuda is not None:
+                    self._copied.set()
                     self._cuda.wait()
+                    now = versions(
+                        self._own
+                    )  # read before asking whether the fence was passed: after it they may change
+                    check_unchanged(job.versions, now if job.fenced is None else job.fenced, job.identity)
                 copied = time.perf_counter()
                 for shard in self._own:
                     self._seal(shard, job, present[shard.name])
