@@ -168,3 +168,26 @@ def test_resume_is_bit_identical(world):
     cases = CASES if world == 2 else [(0, "fp32", "adam", 1), (1, "bf16", "adamw", 2), (3, "fp32", "sgd", 1)]
     with tempfile.TemporaryDirectory(dir="/dev/shm") as root:
         run_ranks(resume_cases, world, root, cases, timeout_s=240)
+
+
+def not_given_case(rank, world):
+    import deepspeed
+
+    from gemini_gnn.snapshot.state import collect
+    from gemini_gnn.training.engine import deepspeed_settings
+
+    for stage, precision in [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "fp32"), (3, "fp32")]:
+        model = Net()
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=torch.optim.Adam(model.first.parameters()),
+            config=deepspeed_settings(settings(stage, precision, "adam", 1)),
+            dist_init_required=False,
+        )
+        frozen = {e.spec.name for e in collect(engine).entries if e.spec.name.startswith("frozen.")}
+        assert frozen == {"frozen.last.weight", "frozen.last.bias", "frozen.scale"}, (stage, precision, frozen)
+        engine.destroy()
+
+
+def test_what_the_optimizer_was_not_given_is_copied_too():
+    run_ranks(not_given_case, 1, timeout_s=60)

@@ -182,18 +182,24 @@ def _masters(module: torch.nn.Module, wrapper: Any) -> _Found:
     if getattr(wrapper, "swap_optimizer", False):
         raise SnapshotError("expected the optimizer state in memory; ZeRO-Infinity keeps it on NVMe: use snapshot=nfs")
 
-    def flat(kind: str, tensors: list[torch.Tensor], derive: Callable[[], None]) -> _Found:
+    def flat(
+        kind: str, tensors: list[torch.Tensor], lows: list[list[torch.Tensor]], derive: Callable[[], None]
+    ) -> _Found:
         named = [(f"master.{i}", t) for i, t in enumerate(tensors)]
-        return _Found(kind, precision, True, wrapper.optimizer, named, trainable, derive)
+        # Only what the optimizer was given: a trainable parameter that it was not given has no master.
+        derived = [p for group in lows for p in group]
+        return _Found(kind, precision, True, wrapper.optimizer, named, derived, derive)
 
     if hasattr(wrapper, "single_partition_of_fp32_groups"):
         stage = 2 if getattr(wrapper, "partition_gradients", False) else 1
-        return flat(f"zero{stage}", wrapper.single_partition_of_fp32_groups, wrapper.update_lp_params)
+        return flat(
+            f"zero{stage}", wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups, wrapper.update_lp_params
+        )
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         _zero_padding(wrapper)
-        return flat("zero3", wrapper.fp32_partitioned_groups_flat, lambda: _derive_zero3(wrapper))
+        return flat("zero3", wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, lambda: _derive_zero3(wrapper))
     if hasattr(wrapper, "fp32_groups_flat_partition"):
-        return flat("bf16_optimizer", wrapper.fp32_groups_flat_partition, wrapper.update_lp_params)
+        return flat("bf16_optimizer", wrapper.fp32_groups_flat_partition, wrapper.bf16_groups, wrapper.update_lp_params)
 
     names = {id(p): n for n, p in module.named_parameters()}
     if hasattr(wrapper, "fp32_groups") and hasattr(wrapper, "fp16_groups"):  # stage 0, low precision, unfused
