@@ -677,6 +677,16 @@ def test_an_agent_forgets_who_vanished_while_it_spoke(job):
     assert (run.run_dir / "logs" / f"agent-{os.uname().nodename}.log").read_text() == ""
 
 
+def test_the_outcome_of_an_earlier_start_is_not_ours():
+    """An agent tells its outcome to all who are connected, also to a shim of the next start it has not listened to."""
+    agent, ours = (messages.Channel(sock) for sock in socket.socketpair())
+    agent.send({"kind": "outcome", "outcome": "failed", "code": 1})
+    screen = shim.Screen(speaks=False, streams=False, terminal=False)
+    assert shim._serve(ours, {"kind": "register"}, screen, shim.StopRequest()) == {"kind": "ending"}
+    agent.close()
+    ours.close()
+
+
 def test_launch_token_is_one_per_launch():
     from gemini_gnn.cluster import Place
 

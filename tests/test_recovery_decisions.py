@@ -30,6 +30,7 @@ from gemini_gnn.recovery.decisions import (
     WarmReady,
     WarmRefused,
     decide,
+    may_be_ending,
 )
 
 
@@ -99,6 +100,15 @@ def test_an_error_that_a_peer_is_gone_waits_for_the_peers_own_and_is_not_the_fir
     assert actions == [Kill(frozenset({1}))]
     outcome = finished(play(state, failure(1, 1.2, consequence=True), Exited(1, 1))[1])
     assert outcome.failure.rank == 2
+
+
+def test_who_comes_while_an_error_waits_asks_again_and_after_a_restart_is_refused():
+    assert not may_be_ending(State(2, 2)) and not may_be_ending(running())
+    state, _ = play(running(), failure(1, 1.0), Exited(1, 1), now=1.0)
+    assert may_be_ending(state)
+    assert may_be_ending(decide(state, Tick(), 2.0)[0])
+    state, _ = play(state, Exited(0, -9), now=1.1)
+    assert not may_be_ending(state)  # the job goes on
 
 
 def test_all_failed_ends_without_waiting():

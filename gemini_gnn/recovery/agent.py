@@ -217,7 +217,7 @@ class Agent:
     def _register(self, channel: messages.Channel, request: dict[str, Any]) -> None:
         place = request["place"]
         rank = place["rank"]
-        if self.outcome is not None or (self.state is not None and self.state.outcome is not None):
+        if self.outcome is not None or (self.state is not None and decisions.may_be_ending(self.state)):
             channel.send({"kind": "ending"})
             return
         if self.state is None:

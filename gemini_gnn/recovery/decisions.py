@@ -267,6 +267,11 @@ def may_restart(state: State, now: float) -> str | None:
     return None
 
 
+def may_be_ending(state: State) -> bool:
+    """Whether the job ends, or an error waits to be believed: who comes now from another start should ask again."""
+    return state.outcome is not None or (state.phase is Phase.RUNNING and state.deadline is not None)
+
+
 def signal_name(number: int) -> str:
     try:
         return signal.Signals(number).name

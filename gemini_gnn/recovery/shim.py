@@ -213,6 +213,8 @@ def _serve(agent: messages.Channel, request: dict[str, Any], screen: Screen, sto
                     screen.follow(Path(message["log"]), message["offset"])
                 elif message["kind"] == "say":
                     screen.say(message["text"])
+                elif message["kind"] == "outcome" and gone["kind"] == "unheard":
+                    return {"kind": "ending"}  # of an earlier start: it had not read our request
                 elif message["kind"] in ("outcome", "refused", "ending"):
                     return message
             screen.copy()
