@@ -432,13 +432,14 @@ class Snapshots:
         """Compare what this rank computed of the replicated state with what its writer committed."""
         if self._expected is None:
             return
-        (identity, ours), self._expected = self._expected, None
+        identity, ours = self._expected
         for shard in self._foreign:
             for file in shard.files:
                 h = file.header()
-                if h is None or h.state is not SlotState.COMMITTED or h.identity != identity:
+                if h is None or h.state is not SlotState.COMMITTED or h.identity < identity:
                     continue
-                if h.data_checksum != ours:
+                self._expected = None  # its writer has spoken, or gone beyond it; until then it may still be sealing
+                if h.identity == identity and h.data_checksum != ours:
                     raise SnapshotError(
                         f"expected rank {self._rank} and rank {h.owner} to hold the same parameters and moments after "
                         f"step {identity.step}, as data-parallel ranks do; they differ. A rank has skipped an update "
@@ -448,6 +449,8 @@ class Snapshots:
     # The background thread
 
     def _background(self) -> None:
+        if self._cuda is not None:
+            torch.cuda.set_device(self._cuda.device)  # a new thread starts on device 0
         while (job := self._queue.get()) is not None:
             if isinstance(job, _Warm):
                 self._touch_slots()
@@ -562,6 +565,7 @@ class _Cuda:
     """
 
     def __init__(self) -> None:
+        self.device = torch.cuda.current_device()
         self._stream = torch.cuda.Stream()
         self._stepped = torch.cuda.Event()
         self._done = torch.cuda.Event()
