@@ -84,6 +84,32 @@ def test_plain_pytorch_goes_on_bit_for_bit(folder, optimizer, steps):
     assert scheduler2.state_dict() == scheduler.state_dict()
 
 
+def test_the_memory_needed_is_said_at_every_start(folder, caplog):
+    caplog.set_level("INFO")
+    for generation in (1, 2):
+        caplog.clear()
+        attach_and_close(folder, generation)
+        (said,) = [r.message for r in caplog.records if "of host memory needed" in r.message]
+        assert "6.3 MB of host memory needed on this machine" in said
+        assert ("0.0 MB of it not allocated yet" in said) is (generation == 2)
+
+
+def test_a_late_writer_is_still_compared_with(folder):
+    run_some(folder, 2)
+    module, opt = parts()
+    snapshots = attach((module, opt), context=context_of(folder, 2))
+    (shard,) = [s for s in snapshots._shards if s.name == capture.REPLICATED]
+    snapshots._foreign = [shard]  # as on the machine's second rank
+    snapshots._expected = (Identity(1, 2, 3), bytes(16))
+    snapshots._compare_replicated()
+    assert snapshots._expected is not None  # the writer has not committed it yet
+    snapshots._expected = (Identity(1, 1, 2), bytes(16))
+    with pytest.raises(SnapshotError, match="they differ"):
+        snapshots._compare_replicated()
+    snapshots._foreign = []
+    snapshots.close()
+
+
 def test_closing_leaves_the_optimizer_as_it_was(folder):
     module, opt = parts()
     before = opt.step
@@ -560,7 +586,7 @@ def incomplete_case(rank, world, root):
     try:
         begin(3, "must")
     except SnapshotError as error:
-        assert "no committed snapshot in memory for ranks [0]" in str(error)
+        assert "no committed snapshot in memory for ranks [0]; there is rank 1: " in str(error)
     else:
         raise AssertionError("resume=must went on from nothing")
     snapshots = begin(4)

@@ -103,8 +103,9 @@ def newer(slots: Iterable[SlotView], identity: Identity | None) -> list[SlotView
 def explain(ranks: Mapping[int, Collection[Identity]]) -> str:
     """Why nothing is restorable, for a log line."""
     without = [rank for rank, found in sorted(ranks.items()) if not found]
-    if without:
-        return f"no committed snapshot in memory for ranks {without}"
-    return "the ranks hold no snapshot in common: " + "; ".join(
-        f"rank {rank}: {', '.join(str(i) for i in sorted(found))}" for rank, found in sorted(ranks.items())
+    has = "; ".join(
+        f"rank {rank}: {', '.join(str(i) for i in sorted(found))}" for rank, found in sorted(ranks.items()) if found
     )
+    if without:
+        return f"no committed snapshot in memory for ranks {without}" + (f"; there is {has}" if has else "")
+    return f"the ranks hold no snapshot in common: {has}"

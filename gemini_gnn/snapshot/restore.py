@@ -57,6 +57,8 @@ def choose(ranks: Ranks, shards: list[Shard], job: str) -> tuple[Identity | None
         notes += [f"{identity} is damaged on rank {r}: {c}" for r, c in enumerate(complaints) if c]
         log.warning("%s", notes[-1])
     reason = catalog.explain(dict(enumerate(found)))
+    if any(found) and not notes and ranks.rank == 0:
+        log.warning("there are snapshots in host memory, but none that all ranks can go on from: %s", reason)
     return None, {}, "; ".join(notes) if notes else reason
 
 

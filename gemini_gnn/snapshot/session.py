@@ -105,20 +105,27 @@ def _open(ranks: Ranks, shards: list[Shard], here: context.Context) -> None:
     machine = f"{os.uname().nodename}:{info.st_dev}:{info.st_ino}"
     # Measured on all ranks before any of them allocates: nobody goes on from the exchange before all have spoken.
     where = arena.room(folder)
-    needed = 0
+    needed = more = 0
     for shard in shards:
         if shard.owned:
             for slot in range(catalog.OWN_SLOTS):
                 path = folder / f"{shard.name}.{slot}"
                 have = path.stat().st_blocks * 512 if path.exists() else 0
-                needed += max(0, shard.layout.file_bytes - have)
-    said = ranks.exchange([machine, needed, where.available])
-    total = sum(n for m, n, _ in said if m == machine)
-    available = min(a for m, _, a in said if m == machine)
+                needed += shard.layout.file_bytes
+                more += max(0, shard.layout.file_bytes - have)
+    said = ranks.exchange([machine, needed, more, where.available])
+    here_said = [s[1:] for s in said if s[0] == machine]
+    all_needed, total = sum(s[0] for s in here_said), sum(s[1] for s in here_said)
+    available = min(s[2] for s in here_said)
     where = arena.Room(available, where.limit, where.remedy)
     ranks.together(lambda: arena.check_room(total, where))
     if here.local_rank == 0:
-        log.info("snapshots: %.1f MB more host memory, %.1f MB available", total / 1e6, available / 1e6)
+        log.info(
+            "snapshots: %.1f MB of host memory needed on this machine, %.1f MB of it not allocated yet, %.1f MB available",
+            all_needed / 1e6,
+            total / 1e6,
+            available / 1e6,
+        )
     for owned in (True, False):  # owners make the files that the others open
         ranks.together(functools.partial(_open_all, [s for s in shards if s.owned is owned], folder))
 
