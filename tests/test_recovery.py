@@ -308,6 +308,14 @@ def test_a_trainer_that_does_not_listen_is_not_waited_for(job):
     assert time.monotonic() - begin < 10.0
 
 
+@pytest.mark.parametrize("local_world_size", [2, 4])
+def test_stop_says_what_stays_on_other_machines(tmp_path, local_world_size):
+    home.make_run_dir(tmp_path)
+    home.claim_term(tmp_path, {"world_size": 4, "local_world_size": local_world_size})
+    assert ("run this command on each" in stop(tmp_path)) == (local_world_size < 4)
+    assert "run this command on each" not in stop(tmp_path, keep=True)
+
+
 @pytest.mark.parametrize("agent_dies", ["never", "and is replaced", "with everything"])
 def test_what_trainers_started_ends_with_them(job, agent_dies):
     run = job()

@@ -250,6 +250,10 @@ class Agent:
         """
         claim = {"machine": self.machine, "pid": os.getpid(), "time": time.time(), "launch": request["launch"]}
         claim["arena_root"] = os.fspath(self.arena.parent.parent)
+        claim |= {
+            "world_size": request["place"]["world_size"],
+            "local_world_size": request["place"]["local_world_size"],
+        }
         run = home.run_id(self.run_dir)
         self.term = home.claim_term(self.run_dir, claim)
         self.request = request

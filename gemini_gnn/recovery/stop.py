@@ -26,12 +26,14 @@ def stop(run_dir: Path, *, keep: bool = False, arena_root: str | os.PathLike[str
         RecoveryError: the job does not end in time.
     """
     run_dir = Path(os.path.realpath(run_dir))
-    arena = home.arena_of(run_dir, arena_root or home.newest_term(run_dir).get("arena_root", "/dev/shm"))
+    newest = home.newest_term(run_dir)
+    arena = home.arena_of(run_dir, arena_root or newest.get("arena_root", "/dev/shm"))
+    elsewhere = "" if keep else _elsewhere(newest)
     limits = Limits()
     deadline = time.monotonic() + limits.stop_s + limits.reap_s + 15.0
     agent = messages.connect(arena / home.AGENT_SOCKET)
     if agent is None:
-        return _nothing_runs(run_dir, arena, keep)
+        return _nothing_runs(run_dir, arena, keep) + elsewhere
     request = {"kind": "stop", "reason": "launch/stop.py", "code": 128 + signal.SIGTERM, "keep": keep, "force": False}
     agent.send(request, timeout_s=5.0)
     outcome = None
@@ -39,7 +41,7 @@ def stop(run_dir: Path, *, keep: bool = False, arena_root: str | os.PathLike[str
         select.select([agent], [], [], 0.1)
         outcome = next((m for m in agent.receive() if m["kind"] == "outcome"), outcome)
         if outcome is not None:
-            return _said(run_dir, outcome)
+            return _said(run_dir, outcome) + elsewhere
     raise RecoveryError(
         f"the job of {run_dir} was asked to end and has not; see {run_dir}/events, or kill process "
         f"{messages.peer(agent.sock)[0] if not agent.closed else '(gone)'} (its trainers die with it)"
@@ -66,6 +68,13 @@ def _nothing_runs(run_dir: Path, arena: Path, keep: bool) -> str:
     if files:
         words += f"; removed its snapshots from host memory ({size_bytes / 1e6:.1f} MB)"
     return words
+
+
+def _elsewhere(term: dict[str, Any]) -> str:
+    """What this machine cannot do for the others of the job; empty for a job on one machine."""
+    if term.get("world_size", 1) <= term.get("local_world_size", 1):
+        return ""
+    return "\nthe other machines of this job keep their snapshots in host memory: run this command on each of them too"
 
 
 def _said(run_dir: Path, outcome: dict[str, Any]) -> str:
