@@ -255,6 +255,21 @@ def test_another_topology_is_refused_with_the_difference(folder, other, words):
     assert attach_and_close(folder, 4, "never", engine=other()) is None
 
 
+def test_another_scheduler_group_or_extra_state_is_refused_before_anything_is_overwritten(folder):
+    run_some(folder)
+    module, opt = parts(seed=3)
+    before = [t.clone() for t in everything(module, opt)]
+    scheduler = torch.optim.lr_scheduler.StepLR(parts()[1], 1)
+    with pytest.raises(SnapshotError, match="learning-rate scheduler: the snapshot has none, this run StepLR"):
+        attach((module, opt, scheduler), context=context_of(folder, 2))
+    two = torch.optim.Adam([{"params": p} for p in module.parameters()], lr=0.01, amsgrad=True)
+    with pytest.raises(SnapshotError, match="parameter groups of the optimizer"):
+        attach((module, two), context=context_of(folder, 2))
+    with pytest.raises(SnapshotError, match="extra_state was given: the snapshot has False, this run True"):
+        attach((module, opt), torch.nn.Identity(), context=context_of(folder, 2))
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(module, opt), strict=True))
+
+
 def test_another_job_format_and_generation_are_refused(folder):
     run_some(folder)
     with pytest.raises(SnapshotError, match="of job other; got shard rank-00000 of job job"):

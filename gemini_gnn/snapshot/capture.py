@@ -133,9 +133,23 @@ class Shard:
         self.files, self.memory, self.addresses = [], [], []
 
 
-def make_shard(name: str, entries: list[Entry], state: State, world_size: int, owned: bool) -> Shard:
+def topology_of(state: State, world_size: int, plan: Layout, extra_state: bool) -> dict[str, Any]:
+    return layout.describe(
+        state.kind,
+        world_size,
+        state.optimizer,
+        plan,
+        scheduler=state.scheduler,
+        param_groups=state.param_groups,
+        extra_state=extra_state,
+    )
+
+
+def make_shard(
+    name: str, entries: list[Entry], state: State, world_size: int, owned: bool, extra_state: bool = False
+) -> Shard:
     plan = layout.plan(e.spec for e in entries)
-    topology = layout.describe(state.kind, world_size, state.optimizer, plan)
+    topology = topology_of(state, world_size, plan, extra_state)
     return Shard(name, entries, plan, topology, layout.fingerprint(topology), owned)
 
 

@@ -215,12 +215,24 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
-def describe(kind: str, world_size: int, optimizer: str, layout: Layout) -> dict[str, Any]:
+def describe(
+    kind: str,
+    world_size: int,
+    optimizer: str,
+    layout: Layout,
+    *,
+    scheduler: str = "none",
+    param_groups: Sequence[Sequence[str]] = (),
+    extra_state: bool = False,
+) -> dict[str, Any]:
     """The topology a shard belongs to, as JSON: two shards fit together, and into an engine, only when it is equal."""
     return {
         "kind": kind,
         "world_size": world_size,
         "optimizer": optimizer,
+        "scheduler": scheduler,
+        "param_groups": [list(keys) for keys in param_groups],
+        "extra_state": extra_state,
         "tensors": [[s.name, s.dtype, list(s.shape)] for s in layout.specs],
     }
 
@@ -235,6 +247,9 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
         ("world_size", "number of ranks"),
         ("kind", "way DeepSpeed keeps the state (ZeRO stage, precision)"),
         ("optimizer", "optimizer"),
+        ("scheduler", "learning-rate scheduler"),
+        ("param_groups", "parameter groups of the optimizer"),
+        ("extra_state", "whether extra_state was given"),
     ):
         if found.get(key) != expected[key]:
             return f"{words}: the snapshot has {found.get(key)}, this run {expected[key]}"

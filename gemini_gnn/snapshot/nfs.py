@@ -30,7 +30,7 @@ import xxhash
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot import layout, tree
 from gemini_gnn.snapshot.agree import Ranks, connect
-from gemini_gnn.snapshot.capture import Stats, shard_of
+from gemini_gnn.snapshot.capture import Stats, shard_of, topology_of
 from gemini_gnn.snapshot.identity import Identity
 from gemini_gnn.snapshot.state import State, collect, is_deepspeed, load_rng
 
@@ -93,7 +93,9 @@ def _write_all(engine: Any, extra_state: Any, folder: Path, tag: str, rank: int)
         if extra_state is not None:
             numbers["extra_state"] = extra_state.state_dict()
         packed, arrays = tree.pack(numbers)
-        body = layout.encode_tail(layout.layout_json(layout.plan([]), [], _topology(state)), packed, arrays)
+        body = layout.encode_tail(
+            layout.layout_json(layout.plan([]), [], _topology(state, extra_state is not None)), packed, arrays
+        )
         _write_durably(here / f"{shard_of(rank)}.state", xxhash.xxh3_128_digest(body) + body)
         for path in here.glob("*.pt"):
             _sync(path)
@@ -102,9 +104,9 @@ def _write_all(engine: Any, extra_state: Any, folder: Path, tag: str, rank: int)
         raise SnapshotError(f"cannot write the checkpoint {here}: {error.strerror}; check snapshot.folder") from error
 
 
-def _topology(state: State) -> dict[str, Any]:
+def _topology(state: State, extra: bool) -> dict[str, Any]:
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    return layout.describe(state.kind, world, state.optimizer, layout.plan(e.spec for e in state.entries))
+    return topology_of(state, world, layout.plan(e.spec for e in state.entries), extra)
 
 
 def _write_durably(path: Path, body: bytes) -> None:
@@ -137,7 +139,9 @@ def load_latest(engine: Any, extra_state: Any, folder: Path, ranks: Ranks) -> in
         return None
     step = max(common)
     state = ranks.together(lambda: collect(engine))
-    numbers = ranks.together(lambda: _read(folder / tag_of(step) / f"{shard_of(ranks.rank)}.state", state))
+    numbers = ranks.together(
+        lambda: _read(folder / tag_of(step) / f"{shard_of(ranks.rank)}.state", state, extra_state is not None)
+    )
     with reading_safely(engine):
         loaded, _ = engine.load_checkpoint(str(folder), tag=tag_of(step))
     if loaded is None:
@@ -152,7 +156,7 @@ def load_latest(engine: Any, extra_state: Any, folder: Path, ranks: Ranks) -> in
     return step
 
 
-def _read(path: Path, state: State) -> dict[str, Any]:
+def _read(path: Path, state: State, extra: bool) -> dict[str, Any]:
     if not state.fresh():
         raise SnapshotError("expected a fresh engine to restore into; this one has already taken a step")
     try:
@@ -164,7 +168,7 @@ def _read(path: Path, state: State) -> dict[str, Any]:
     if xxhash.xxh3_128_digest(raw[16:]) != raw[:16]:
         raise SnapshotError(f"{path} does not fit its checksum; remove its folder to go on from the one before")
     manifest = layout.decode_tail(memoryview(raw)[16:], layout.PAGE)
-    if words := layout.difference(manifest.topology, _topology(state)):
+    if words := layout.difference(manifest.topology, _topology(state, extra)):
         raise SnapshotError(f"the checkpoint {path.parent} does not fit this run: {words}; use resume=never")
     return tree.unpack(manifest.tree, manifest.arrays)
 

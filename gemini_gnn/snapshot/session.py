@@ -42,7 +42,7 @@ def attach(
     ranks = connect(group, here.rank, here.world_size, timeout_s)
     here = _one_term(ranks, here)
     state = ranks.together(lambda: collect(engine))
-    shards = _plan(ranks, state, here)
+    shards = _plan(ranks, state, here, extra_state is not None)
     _open(ranks, shards, here)
     snapshots = Snapshots(
         state,
@@ -81,7 +81,7 @@ def _installed() -> context.Context:
     return context.current()
 
 
-def _plan(ranks: Ranks, state: State, here: context.Context) -> list[Shard]:
+def _plan(ranks: Ranks, state: State, here: context.Context, extra: bool) -> list[Shard]:
     """The shards of this rank. What all ranks hold identically is one shard per machine, written by its first rank."""
     large = [e for e in state.entries if not e.at_once]
     small = [e for e in state.entries if e.at_once]
@@ -90,12 +90,12 @@ def _plan(ranks: Ranks, state: State, here: context.Context) -> list[Shard]:
     if not state.sharded and len(set(checksums)) == 1:
         owner = here.local_rank == 0
         return [
-            make_shard(shard_of(here.rank), small, state, here.world_size, owned=True),
-            make_shard(REPLICATED, large, state, here.world_size, owned=owner),
+            make_shard(shard_of(here.rank), small, state, here.world_size, owned=True, extra_state=extra),
+            make_shard(REPLICATED, large, state, here.world_size, owned=owner, extra_state=extra),
         ]
     if not state.sharded:
         log.warning("the ranks start with different parameters: each keeps a snapshot of its own")
-    return [make_shard(shard_of(here.rank), large + small, state, here.world_size, owned=True)]
+    return [make_shard(shard_of(here.rank), large + small, state, here.world_size, owned=True, extra_state=extra)]
 
 
 def _open(ranks: Ranks, shards: list[Shard], here: context.Context) -> None:

@@ -52,7 +52,8 @@ class State:
 
     Attributes:
         kind: how the state is kept, for the topology: "plain", "zero1" ... with the precision.
-        optimizer: class name of the inner optimizer.
+        optimizer: class name of the inner optimizer; scheduler: of the scheduler, or "none".
+        param_groups: per parameter group the sorted names of its settings.
         sharded: every rank holds another part. Otherwise parameters and moments are the same on all ranks of a
             data-parallel job, which the caller checks by checksum.
         entries: parameters and moments first, buffers (``at_once``) last.
@@ -64,6 +65,8 @@ class State:
 
     kind: str
     optimizer: str
+    scheduler: str
+    param_groups: list[list[str]]
     sharded: bool
     entries: list[Entry]
     numbers: Callable[[], dict[str, Any]]
@@ -154,6 +157,9 @@ def collect(engine: Any) -> State:
     return State(
         kind=f"{found.kind} {precision}",
         optimizer=type(inner).__name__,
+        scheduler=type(scheduler).__name__ if hasattr(scheduler, "state_dict") else "none",
+        # "step": FusedAdam adds it in its first step; a fresh one has to fit all the same
+        param_groups=[sorted(set(g) - {"params", "param_names", "step"}) for g in inner.param_groups],
         sharded=found.sharded,
         entries=entries,
         numbers=numbers,
