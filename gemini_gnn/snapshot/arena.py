@@ -46,6 +46,7 @@ from gemini_gnn.snapshot.layout import (
 )
 
 AGENT_LOCK = "agent.lock"
+TRAINERS_LOCK = "trainers.lock"  # record locks of warm parents and trainers
 
 
 def home(root: str | Path = "/dev/shm") -> Path:
@@ -353,8 +354,9 @@ def slots(folder: Path) -> list[SlotFile]:
     found = []
     for path in sorted(folder.glob("*.*")):
         shard, _, slot = path.name.rpartition(".")
-        if slot.isdigit():
-            found.append(SlotFile(folder, shard, int(slot)))
+        if slot.isdigit() and path.is_file():  # not an agent's socket
+            with suppress(FileNotFoundError):  # its job has just ended
+                found.append(SlotFile(folder, shard, int(slot)))
     return found
 
 
@@ -384,23 +386,51 @@ def newest(folder: Path) -> Identity | None:
 
 @contextmanager
 def agent_lock(folder: Path) -> Iterator[bool]:
-    """Try to hold the lock of the arena's worker agent; yields False when a live agent has it."""
+    """Try to hold the lock of the arena's worker agent; yields False when a live agent has it.
+
+    As recovery/home.py takes it: a lock on a file that its owner has unlinked meanwhile is a lock on nothing.
+    """
     fd = os.open(folder / AGENT_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
+        yield _locked(fd, folder)
     finally:
         os.close(fd)
 
 
+def _locked(fd: int, folder: Path) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours, there = os.fstat(fd), os.stat(folder / AGENT_LOCK)
+    except OSError:
+        return False
+    return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
+
+
 def alive(folder: Path) -> bool:
-    """Whether the arena has a live worker agent."""
-    with agent_lock(folder) as free:
-        return not free
+    """Whether the arena has a live worker agent. Makes nothing."""
+    try:
+        fd = os.open(folder / AGENT_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        return not _locked(fd, folder)
+    finally:
+        os.close(fd)
+
+
+def trainer_lives(folder: Path) -> bool:
+    """Whether a trainer that outlived its agent (it is stuck in the kernel) still holds its record lock here."""
+    try:
+        fd = os.open(folder / TRAINERS_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
 
 
 def remove(folder: Path) -> None:
@@ -411,8 +441,9 @@ def remove(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> bool:
-    """Delete the arena if its agent is dead; whether it did."""
+    """Delete the arena if its agent is dead and no trainer of it lives; whether it did."""
     with agent_lock(folder) as free:
-        if free:
-            remove(folder)
-        return free
+        if not free or trainer_lives(folder):
+            return False
+        remove(folder)
+        return True

@@ -8,6 +8,7 @@ makes them raise after ``timeout_s``.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 from collections.abc import Callable
@@ -127,6 +128,15 @@ def join(place: Place, config: DistributedConfig, listen_fd: int | None = None) 
         control=None if single else dist.new_group(backend="gloo", timeout=timeout),
         store=store,
     )
+
+
+def part(groups: Groups, timeout_s: float = 20.0) -> None:
+    """The host of the store leaves last: a rank that still reads from it would take its end for a failure."""
+    groups.store.set(f"left/{groups.rank}", "")
+    if groups.rank == 0:
+        keys = [f"left/{rank}" for rank in range(groups.world_size)]
+        with contextlib.suppress(RuntimeError, dist.DistError):  # one that is lost by now no longer matters
+            groups.store.wait(keys, datetime.timedelta(seconds=timeout_s))
 
 
 def _take_seat(store: dist.Store, place: Place) -> None:

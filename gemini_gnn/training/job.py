@@ -95,6 +95,7 @@ def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
             run_dir.release()
     # Only now: after an error the connections stay open until it has been written down, so that the others' errors,
     # which are its consequences, come later.
+    process_groups.part(groups)
     engine.leave()
     return code
 
