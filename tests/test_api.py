@@ -26,7 +26,9 @@ def test_train_twice_in_one_process_and_leave_nothing(tmp_path):
     first = gemini_gnn.train(data(), tmp_path / "one", SETTINGS)
     second = gemini_gnn.train(data(), tmp_path / "two", SETTINGS)
     assert first["test_accuracy"] == second["test_accuracy"] and first["steps"] == second["steps"]
-    assert not os.environ.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}, "a later job would think it belongs to this one"
+    assert not os.environ.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}, (
+        "a later job would think it belongs to this one"
+    )
     with pytest.raises(RunDirError, match="finished run"):
         gemini_gnn.train(data(), tmp_path / "one", SETTINGS)
 
