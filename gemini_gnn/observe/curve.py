@@ -8,12 +8,10 @@ from pathlib import Path
 
 def draw_losses(losses: Sequence[tuple[int, int, float]], path: Path, killed_after: int | None = None) -> None:
     """Write a PNG of ``(step, epoch, loss)`` rows; a vertical line marks where trainers were killed."""
-    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: no backend to choose, half the import
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4), dpi=120)
+    figure = Figure(figsize=(8, 4), dpi=120)
+    axes = figure.subplots()
     axes.plot([row[0] for row in losses], [row[2] for row in losses], color="#1f77b4", linewidth=1.4, label="loss")
     if killed_after is not None:
         axes.axvline(
@@ -26,7 +24,6 @@ def draw_losses(losses: Sequence[tuple[int, int, float]], path: Path, killed_aft
     axes.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
 
 
 def spark(values: Sequence[float], width: int = 60) -> str:
