@@ -221,3 +221,24 @@ def test_cora(data_root, tmp_path, world, partition):
         trained(world, tmp_path / f"run{seed}", *settings, f"seed={seed}")[1]["test_accuracy"] for seed in range(2)
     ]
     assert np.mean(accuracies) >= 0.79, accuracies
+
+
+def group_timeouts_s(rank, world):
+    import torch.distributed as dist
+
+    from gemini_gnn.config import Config
+    from gemini_gnn.training import engine
+
+    made, new_group = [], dist.new_group
+    dist.new_group = lambda *args, **kwargs: made.append(kwargs["timeout"]) or new_group(*args, **kwargs)
+    config = Config()
+    config.distributed.timeout_s = 7
+    engine.build_engine(torch.nn.Linear(2, 2), config, 10)
+    return [timeout.total_seconds() for timeout in made]
+
+
+def test_no_group_of_deepspeed_waits_longer_than_the_settings_say():
+    """torch's default is half an hour: a machine that loses power in the middle of a reduction would hang the others."""
+    from tests.ranks import run_ranks
+
+    assert run_ranks(group_timeouts_s, 2) == [[7.0], [7.0]]

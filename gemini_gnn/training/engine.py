@@ -6,6 +6,7 @@ forks trainers from it.
 
 from __future__ import annotations
 
+import datetime
 import importlib
 import logging
 import os
@@ -88,6 +89,10 @@ def build_engine(model: torch.nn.Module, config: Config, total_steps: int) -> En
     deepspeed.init_distributed(
         dist_backend=torch.distributed.get_backend(), dist_init_required=False, verbose=False, auto_mpi_discovery=False
     )
+    # DeepSpeed reduces gradients on groups of its own, made without a timeout: torch's default of half an hour, in which
+    # nobody would notice a machine that lost its power in the middle of a reduction.
+    timeout = datetime.timedelta(seconds=config.distributed.timeout_s)
+    deepspeed.comm.comm.cdb.new_group = lambda ranks: torch.distributed.new_group(ranks, timeout=timeout)
     optimizer = build_optimizer(model.parameters(), config)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: lr_factor(step, config.optimizer, total_steps)
