@@ -133,6 +133,7 @@ def test_accumulated_uneven_micro_batches_are_one_batch(small, tmp_path):
 
 def test_early_stop_and_best_model(small, tmp_path):
     settings = [*small, "training.epochs=40", "training.patience=2", "optimizer.lr=0.05", "sampling.batch_size=16"]
+    settings += ["evaluation.every=1"]
     _, result = trained(2, tmp_path / "run", *settings)
     assert result["early_stopped"] and result["epochs"] < 40
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
