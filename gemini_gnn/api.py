@@ -14,9 +14,10 @@ import torch
 from gemini_gnn.config import Config, ModelConfig, from_mapping, to_mapping
 from gemini_gnn.errors import DataError, RunDirError
 from gemini_gnn.graph import datasets
-from gemini_gnn.graph.partitioned import PartitionedGraph, write_partitioned
+from gemini_gnn.graph.partitioned import PartitionedGraph
 from gemini_gnn.graph.partitioning import partition_nodes
 from gemini_gnn.graph.topology import Graph
+from gemini_gnn.graph.writing import write_partitioned
 
 
 def as_graph(data: Any, name: str = "graph") -> Graph:

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
 def make(config: Config) -> int:
     from gemini_gnn.graph import datasets, quality
     from gemini_gnn.graph.array_folder import ticking
-    from gemini_gnn.graph.partitioned import open_or_make
+    from gemini_gnn.graph.on_demand import open_or_make
     from gemini_gnn.graph.plot import plot_partitioned
 
     if config.partition.parts < 1:

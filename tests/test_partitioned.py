@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 
 from gemini_gnn.config import Config
 from gemini_gnn.errors import PartitionError
-from gemini_gnn.graph import partitioned
+from gemini_gnn.graph import writing
 from gemini_gnn.graph.array_folder import locked, new_folder, ticking
 from gemini_gnn.graph.checking import check_partitioned
-from gemini_gnn.graph.partitioned import GraphShard, PartitionedGraph, open_or_make, write_partitioned
+from gemini_gnn.graph.on_demand import open_or_make
+from gemini_gnn.graph.partitioned import PartitionedGraph
 from gemini_gnn.graph.partitioning import partition_nodes
 from gemini_gnn.graph.quality import balance, chunks, human_bytes, sampled_epoch_bytes, table
+from gemini_gnn.graph.shard import GraphShard
+from gemini_gnn.graph.writing import write_partitioned
 from tests.test_partitioning import graph_of, graphs, two_cliques
 
 KEYS = dict(method="hash", settings={"seed": 0}, fingerprint="f00d")
@@ -41,11 +44,11 @@ def test_round_trip_keeps_every_edge_once(tmp_path_factory, graph, data):
     parts = data.draw(st.integers(1, graph.num_nodes))
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     assignment = rng.permutation(np.arange(graph.num_nodes) % parts)
-    partitioned.CHUNK_BYTES, whole = 64, partitioned.CHUNK_BYTES  # many pieces
+    writing.CHUNK_BYTES, whole = 64, writing.CHUNK_BYTES  # many pieces
     try:
         pg = write_partitioned(graph, assignment, folder, **KEYS)
     finally:
-        partitioned.CHUNK_BYTES = whole
+        writing.CHUNK_BYTES = whole
     check_partitioned(pg, graph)
     # Independently of the checker: the multiset of (original source, original target, weight) over the parts.
     edges = []
@@ -198,14 +201,14 @@ def test_a_folder_for_something_else_is_refused(small):
 
 def test_nothing_is_half_written(tmp_path, monkeypatch):
     graph = two_cliques(6)
-    real = partitioned.write_array
+    real = writing.write_array
 
     def full(place, name, *rest):
         if name == "x":
             raise OSError(28, "No space left on device")
         return real(place, name, *rest)
 
-    monkeypatch.setattr(partitioned, "write_array", full)
+    monkeypatch.setattr(writing, "write_array", full)
     with pytest.raises(PartitionError, match="No space left"):
         written(graph, tmp_path / "p")
     assert list(tmp_path.iterdir()) == []
@@ -304,7 +307,7 @@ def test_the_second_maker_waits_for_the_first(tmp_path):
 def hang_in_child(cache, pipe):
     config = Config()
     config.dataset.cache = cache
-    real = partitioned.write_array
+    real = writing.write_array
 
     def write_array(place, name, *rest):
         if name == "x":
@@ -312,7 +315,7 @@ def hang_in_child(cache, pipe):
             pipe.recv()
         return real(place, name, *rest)
 
-    partitioned.write_array = write_array
+    writing.write_array = write_array
     open_or_make(config, 2, lambda: two_cliques(6), "f00d")
 
 

@@ -8,10 +8,11 @@ import numpy as np
 
 from gemini_gnn.errors import PartitionError
 from gemini_gnn.graph.array_folder import Progress
-from gemini_gnn.graph.partitioned import CHUNK_BYTES, MASKS, PartitionedGraph, edge_hash
+from gemini_gnn.graph.partitioned import MASKS, PartitionedGraph
 from gemini_gnn.graph.partitioning import ranges
 from gemini_gnn.graph.quality import chunks, halo_of, measure
 from gemini_gnn.graph.topology import Graph
+from gemini_gnn.graph.writing import CHUNK_BYTES, edge_hash
 
 
 def check_partitioned(pg: PartitionedGraph, graph: Graph | None = None, progress: Progress | None = None) -> None:

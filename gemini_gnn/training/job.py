@@ -20,7 +20,8 @@ from gemini_gnn.config import Config, from_mapping
 from gemini_gnn.errors import ClusterError, ConfigError, GeminiError, RunDirError, SnapshotError
 from gemini_gnn.faults import from_environ
 from gemini_gnn.graph.datasets import fingerprint, load_dataset
-from gemini_gnn.graph.partitioned import PartitionedGraph, open_or_make
+from gemini_gnn.graph.on_demand import open_or_make
+from gemini_gnn.graph.partitioned import PartitionedGraph
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.logs import forget_errors, is_consequence, last_words, record_error, understood
 from gemini_gnn.observe.progress import say
