@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from gemini_gnn.errors import SnapshotError
-from gemini_gnn.snapshot import arena, attach, capture, context
+from gemini_gnn.snapshot import arena, attach, context, copier, replicated
 from gemini_gnn.snapshot.context import Context
 from gemini_gnn.snapshot.identity import Identity
 from gemini_gnn.snapshot.layout import SlotState
+from gemini_gnn.snapshot.replicated import Expected
+from gemini_gnn.snapshot.shards import REPLICATED
 from tests.ranks import run_ranks
 
 
@@ -98,15 +100,11 @@ def test_a_late_writer_is_still_compared_with(folder):
     run_some(folder, 2)
     module, opt = parts()
     snapshots = attach((module, opt), context=context_of(folder, 2))
-    (shard,) = [s for s in snapshots._shards if s.name == capture.REPLICATED]
-    snapshots._foreign = [shard]  # as on the machine's second rank
-    snapshots._expected = (Identity(1, 2, 3), bytes(16))
-    snapshots._compare_replicated()
-    assert snapshots._expected is not None  # the writer has not committed it yet
-    snapshots._expected = (Identity(1, 1, 2), bytes(16))
+    (shard,) = [s for s in snapshots._shards if s.name == REPLICATED]
+    assert not replicated.compare(shard, Expected(Identity(1, 2, 3), bytes(16)), rank=1)  # not committed yet
     with pytest.raises(SnapshotError, match="they differ"):
-        snapshots._compare_replicated()
-    snapshots._foreign = []
+        replicated.compare(shard, Expected(Identity(1, 1, 2), bytes(16)), rank=1)
+    assert replicated.compare(shard, replicated.expect(shard, Identity(1, 1, 2)), rank=1)
     snapshots.close()
 
 
@@ -363,14 +361,14 @@ def test_a_state_that_changes_shape_is_said_in_the_training_thread(folder):
 def test_what_changes_while_it_is_copied_is_not_committed(folder, monkeypatch, name):
     module, opt = parts()
     snapshots = attach((module, opt), context=context_of(folder))
-    begun, go_on, copy = threading.Event(), threading.Event(), capture.Snapshots._copy_all
+    begun, go_on, copy = threading.Event(), threading.Event(), copier.Copier._copy_all
 
     def late(self, shard, slot):
         begun.set()
         assert go_on.wait(30)
         return copy(self, shard, slot)
 
-    monkeypatch.setattr(capture.Snapshots, "_copy_all", late)
+    monkeypatch.setattr(copier.Copier, "_copy_all", late)
     step(module, opt)
     assert begun.wait(30)
     with torch.no_grad():
@@ -528,7 +526,7 @@ def final_case(rank, world, root):
 
 def diverging_case(rank, world, root):
     """A rank whose weights differ from the others' is noticed, not averaged away or restored over."""
-    capture.VERIFY_EVERY = 1
+    replicated.VERIFY_EVERY = 1
     torch.manual_seed(0)
     module = torch.nn.Linear(4, 3)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemini_gnn.snapshot import arena, attach, capture
+from gemini_gnn.snapshot import arena, attach, copier
 from gemini_gnn.snapshot.context import Context
 from tests.ranks import _context as forkserver
 from tests.ranks import run_ranks
@@ -162,8 +162,8 @@ def die_at(folder, generation, operation):
         return call
 
     os.pwrite = dying(os.pwrite)
-    capture._memmove_free = dying(capture._memmove_free)
-    capture._memmove_held = dying(capture._memmove_held)
+    copier._memmove_free = dying(copier._memmove_free)
+    copier._memmove_held = dying(copier._memmove_held)
     advance(module, optimizer, extra)
     snapshots.wait()
     snapshots.close()

@@ -30,9 +30,10 @@ import xxhash
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot import layout, tree
 from gemini_gnn.snapshot.agree import Ranks, connect
-from gemini_gnn.snapshot.capture import Stats, shard_of, topology_of
 from gemini_gnn.snapshot.identity import Identity
+from gemini_gnn.snapshot.shards import shard_of, topology_of
 from gemini_gnn.snapshot.state import State, collect, is_deepspeed, load_rng
+from gemini_gnn.snapshot.stats import Stats
 
 COMPLETE = "COMPLETE"
 KEEP = 2

@@ -16,14 +16,12 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
-
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot import arena, catalog, tree
 from gemini_gnn.snapshot.agree import Ranks
-from gemini_gnn.snapshot.capture import Shard
 from gemini_gnn.snapshot.identity import Identity, from_json
 from gemini_gnn.snapshot.layout import Header, Manifest, SlotState, difference
+from gemini_gnn.snapshot.shards import Shard, tensor_in
 from gemini_gnn.snapshot.state import State, load_rng
 
 log = logging.getLogger(__name__)
@@ -142,7 +140,7 @@ def apply(state: State, shards: list[Shard], opened: Opened, extra_state: Any) -
             for entry in shard.entries:
                 if entry.at_once is late:
                     offset = where.get(entry.spec.name)
-                    entry.put(None if offset is None else _tensor(raw, offset, entry.spec))
+                    entry.put(None if offset is None else tensor_in(raw, offset, entry.spec))
             if manifest.tree is not None:
                 numbers = tree.unpack(manifest.tree, manifest.arrays)
         if not late:
@@ -155,10 +153,3 @@ def apply(state: State, shards: list[Shard], opened: Opened, extra_state: Any) -
     load_rng(numbers["rng"])
     opened.clear()
     _unpin(shards)
-
-
-def _tensor(raw: memoryview, offset: int, spec: Any) -> torch.Tensor:
-    dtype = getattr(torch, spec.dtype)
-    if spec.nbytes == 0:
-        return torch.empty(spec.shape, dtype=dtype)
-    return torch.frombuffer(raw[offset : offset + spec.nbytes], dtype=dtype).reshape(spec.shape)

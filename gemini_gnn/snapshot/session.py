@@ -13,8 +13,9 @@ from typing import Any
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot import arena, catalog, context, restore
 from gemini_gnn.snapshot.agree import Ranks, connect
-from gemini_gnn.snapshot.capture import REPLICATED, Shard, Snapshots, live_pieces, make_shard, shard_of
+from gemini_gnn.snapshot.capture import Snapshots
 from gemini_gnn.snapshot.identity import Identity
+from gemini_gnn.snapshot.shards import REPLICATED, Shard, live_pieces, make_shard, shard_of
 from gemini_gnn.snapshot.state import State, collect, is_deepspeed
 
 log = logging.getLogger(__name__)
