@@ -9,7 +9,7 @@ import torch
 from torch_geometric.data import Data
 
 import gemini_gnn
-from gemini_gnn.errors import ConfigError, DataError, RunDirError
+from gemini_gnn.errors import ConfigError, DataError, PartitionError, RunDirError
 
 SETTINGS = {"training.epochs": 2, "model.hidden": 8, "logger.tensorboard": False, "logger.progress": False}
 
@@ -53,6 +53,15 @@ def test_networkx_and_folders_of_npy(tmp_path):
         np.save(folder / f"{name}.npy", source[name].numpy())
     result = gemini_gnn.train(folder, tmp_path / "run", SETTINGS)
     assert result["world_size"] == 1 and 0 <= result["test_accuracy"] <= 1
+
+
+def test_a_damaged_partition_is_refused_before_it_is_sampled(tmp_path):
+    graph = gemini_gnn.partition(data(), tmp_path / "parts", parts=1)
+    with open(tmp_path / "parts" / "row.npy", "r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(b"\xff\xff\xff\x7f")  # an edge from a node far beyond the last: sampling would read foreign memory
+    with pytest.raises(PartitionError, match=r"row\.npy: expected checksum .* delete the folder and make it again"):
+        gemini_gnn.train(graph, tmp_path / "run", SETTINGS)
 
 
 def test_a_graph_without_validation_nodes_is_refused(tmp_path):

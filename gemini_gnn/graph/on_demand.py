@@ -18,7 +18,12 @@ from gemini_gnn.graph.writing import write_partitioned
 
 
 def open_or_make(
-    config: Config, parts: int, load: Callable[[], Graph], fingerprint: str, progress: Progress | None = None
+    config: Config,
+    parts: int,
+    load: Callable[[], Graph],
+    fingerprint: str,
+    progress: Progress | None = None,
+    verify: bool = False,
 ) -> PartitionedGraph:
     """The partitioned graph a run needs: found, or made here.
 
@@ -32,6 +37,7 @@ def open_or_make(
         config: its ``dataset`` and ``partition``. parts: number of parts.
         load: called only when the partition has to be made.
         fingerprint: of the graph that ``load`` returns.
+        verify: compare the checksums of a graph that was found.
 
     Raises:
         PartitionError: ``partition.folder`` holds something else or is damaged, more parts than nodes, no room, or
@@ -47,6 +53,8 @@ def open_or_make(
             return None
         graph = PartitionedGraph.open(folder)
         graph.expect(fingerprint=fingerprint, method=partition.method, parts=parts, settings=settings)
+        if verify:
+            graph.verify_checksums(progress)
         return graph
 
     if (graph := found()) is not None:

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from gemini_gnn.errors import PartitionError
-from gemini_gnn.graph.array_folder import map_array, read_json, verify_arrays
+from gemini_gnn.graph.array_folder import Progress, map_array, read_json, ticking, verify_arrays
 from gemini_gnn.graph.quality import Quality
 from gemini_gnn.graph.shard import GraphShard
 
@@ -160,13 +160,17 @@ class PartitionedGraph:
             **arrays,  # type: ignore[arg-type]
         )
 
-    def verify_checksums(self) -> None:
+    def verify_checksums(self, progress: Progress | None = None) -> None:
         """Read every array and compare its checksum with ``meta.json``.
+
+        Args:
+            progress: told now and then while it takes long.
 
         Raises:
             PartitionError: naming the array.
         """
-        verify_arrays(self.folder, self.meta.checksums)
+        with ticking(f"reading {self.folder} to compare its checksums", progress or (lambda _: None)):
+            verify_arrays(self.folder, self.meta.checksums)
 
     def expect(
         self,

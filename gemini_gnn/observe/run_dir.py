@@ -38,6 +38,7 @@ FREE_SETTINGS: tuple[str, ...] = (
     "snapshot",
     "partition.timeout_s",
     "partition.plot",
+    "partition.verify",
 )
 FREE_SETTINGS += ("dataset.root", "dataset.cache", "sampling.prefetch", "sampling.chunk_bytes", "features.in_ram")
 

@@ -231,18 +231,30 @@ def partitioned_graph(config: Config, groups: process_groups.Groups) -> Partitio
     if config.dataset.name == "partitioned":
         if not config.partition.folder:
             raise ConfigError("dataset=partitioned: expected partition.folder=FOLDER of a partitioned graph; got none")
-        return PartitionedGraph.open(config.partition.folder)
-    parts = config.partition.parts or groups.world_size
-    identity = fingerprint(config.dataset)
 
-    def make() -> PartitionedGraph:
-        return open_or_make(config, parts, lambda: load_dataset(config.dataset, say), identity, say)
+        def get(verify: bool) -> PartitionedGraph:
+            graph = PartitionedGraph.open(str(config.partition.folder))
+            if verify:
+                graph.verify_checksums(say)
+            return graph
+    else:
+        parts = config.partition.parts or groups.world_size
+        identity = fingerprint(config.dataset)
 
-    made: list[PartitionedGraph] = []
+        def get(verify: bool) -> PartitionedGraph:
+            return open_or_make(config, parts, lambda: load_dataset(config.dataset, say), identity, say, verify)
+
+    # Not in a recovery, which would take longer for it: this job has read the files already.
+    again = config.snapshot.mode == "memory" and snapshot_context.current().generation > 1
+    got: list[PartitionedGraph] = []
     process_groups.run_on_first(
-        groups.store, groups.rank, "partition", config.partition.timeout_s, lambda: made.append(make())
+        groups.store,
+        groups.rank,
+        "partition",
+        config.partition.timeout_s,
+        lambda: got.append(get(verify=config.partition.verify and not again)),
     )
-    return made[0] if made else make()
+    return got[0] if got else get(verify=False)
 
 
 def in_process(config: Config) -> int:
