@@ -6,9 +6,12 @@ launcher's ``--local_rank`` is dropped, and errors become one line.
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from gemini_gnn.config import Config, from_mapping
 from gemini_gnn.errors import ConfigError, GeminiError
@@ -38,6 +41,7 @@ def compose(arguments: Sequence[str]) -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     overrides = []
+    known, offered = settings(), groups()
     for argument in arguments:
         if argument.startswith("--local_rank"):  # DeepSpeed's launcher puts it in front
             continue
@@ -49,8 +53,10 @@ def compose(arguments: Sequence[str]) -> Config:
         if argument.startswith("-"):
             raise ConfigError(f"unknown option {argument!r}; settings are written KEY=VALUE, see --help")
         if "=" not in argument and not argument.startswith("~"):
-            raise ConfigError(f"expected KEY=VALUE; got {argument!r}")
-        overrides.append(argument)
+            meant = [f"{group}={argument}" for group, options in offered.items() if argument in options]
+            hint = f"; did you mean {' or '.join(meant)}?" if meant else ""
+            raise ConfigError(f"expected KEY=VALUE; got {argument!r}{hint}")
+        overrides.append(spelled(argument, known, offered))
 
     ConfigStore.instance().store(name="schema", node=Config)
     try:
@@ -61,13 +67,66 @@ def compose(arguments: Sequence[str]) -> Config:
         causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__) is not None and len(causes) < 5:
             causes.append(cause)
-        lines = [line.strip() for e in causes for line in str(e).splitlines()]
-        kept = [
-            line
-            for line in dict.fromkeys(lines)
-            if line and not line.startswith(("object_type", "full_key", "3. To sweep"))
-        ]
+        lines = [line.strip().replace("Error merging override ", "") for e in causes for line in str(e).splitlines()]
+        noise = ("object_type", "full_key", "reference_type", "3. To sweep")
+        kept = [line for line in dict.fromkeys(lines) if line and not line.startswith(noise)]
         raise ConfigError(" | ".join(kept[:4])) from None
+
+
+def spelled(argument: str, known: Mapping[str, Any], offered: Mapping[str, Sequence[str]]) -> str:
+    """``KEY=VALUE`` as Hydra's grammar wants it, where what was meant is certain. Pure.
+
+    A value of a text setting is quoted (paths with blanks or ``=``, ``random:0.6,0.2,0.2``), a list gets its brackets, the
+    option of a group its usual spelling (``dataset=ogbn-arxiv``), a key of the user's own dictionaries
+    (``model.kwargs.k=3``) Hydra's ``++``. What begins with ``+`` or ``~`` or mentions ``${`` is left as it is.
+
+    Args:
+        known: dotted name -> default of every setting. offered: group -> its options.
+
+    Raises:
+        ConfigError: no such setting or option; says which ones are like it.
+    """
+    name, _, value = argument.partition("=")
+    if name.startswith(("+", "~")) or "${" in value:
+        return argument
+    if name in offered:
+        option = value.lower().replace("-", "_")
+        if option not in offered[name]:
+            raise ConfigError(
+                f"{name}: expected one of {', '.join(offered[name])}; got {value!r}"
+                + did_you_mean(difflib.get_close_matches(option, offered[name], n=1))
+            )
+        return f"{name}={option}"
+    if name not in known:
+        if any(name.startswith(f"{key}.") for key, default in known.items() if isinstance(default, dict)):
+            return f"++{argument}"
+        last = name.rpartition(".")[2]
+        like = [key for key in known if key.rpartition(".")[2] == last] or difflib.get_close_matches(name, known, n=2)
+        raise ConfigError(f"{name}: there is no such setting{did_you_mean(like)}; --cfg prints them all")
+    if isinstance(known[name], list) and value and value[0] not in "[\"'":
+        return f"{name}=[{value}]"
+    is_text = known[name] is None or isinstance(known[name], str)
+    if is_text and value not in ("", "null") and not set("'\"\\") & set(value):
+        return f"{name}='{value}'"
+    return argument
+
+
+def did_you_mean(names: Sequence[str]) -> str:
+    return f" (did you mean {' or '.join(names)}?)" if names else ""
+
+
+def settings() -> dict[str, Any]:
+    """Every setting by its dotted name, with its default. Dictionaries that are the user's to fill are one setting."""
+
+    def flat(node: Any, prefix: str) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for field in fields(node):
+            value = getattr(node, field.name)
+            name = f"{prefix}{field.name}"
+            found |= flat(value, f"{name}.") if is_dataclass(value) else {name: value}
+        return found
+
+    return flat(Config(), "")
 
 
 def take(arguments: Sequence[str], *names: str) -> tuple[list[str], dict[str, str]]:
