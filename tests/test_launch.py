@@ -84,7 +84,7 @@ def test_a_finished_run_is_not_overwritten(quickstart):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["dataset=nope"], "Available options"),
+        (["dataset=nope"], "dataset: expected one of"),
         (["model.layers=3"], "one fanout per layer"),
         (["dataset=edge_list", "dataset.path=/nowhere/edges.csv", "snapshot=none"], "/nowhere/edges.csv"),
     ],
