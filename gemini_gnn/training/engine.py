@@ -20,13 +20,24 @@ import torch
 from gemini_gnn.config import Config
 from gemini_gnn.training.schedule import lr_factor
 
-if "DS_ACCELERATOR" not in os.environ and not os.path.exists("/dev/nvidiactl"):
-    os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed probes for every accelerator it knows
-
-import deepspeed
-import deepspeed.comm
-import deepspeed.ops
-from deepspeed import DeepSpeedEngine as Engine
+# DeepSpeed looks for its accelerator while it is imported, which on a GPU means to ask the driver: a parent of forks must not
+# (what NVML holds open is closed in the children, what CUDA holds does not survive at all). So it is imported as for
+# the CPU, and looks again when it is first asked, in the trainer; build_engine tells it.
+if "DS_ACCELERATOR" not in os.environ and not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd"))):
+    os.environ["DS_ACCELERATOR"] = "cpu"  # or it probes for every accelerator it knows, and warns that it found none
+_asked_for = os.environ.get("DS_ACCELERATOR")
+os.environ["DS_ACCELERATOR"] = "cpu"
+try:
+    import deepspeed
+    import deepspeed.comm
+    import deepspeed.ops
+    from deepspeed import DeepSpeedEngine as Engine
+    from deepspeed.accelerator import real_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+finally:
+    del os.environ["DS_ACCELERATOR"]
+    if _asked_for is not None:
+        os.environ["DS_ACCELERATOR"] = _asked_for
 
 # init_distributed would compile a shared-memory op with ninja in every process start (30 s, not reliably cached, and it
 # leaves buffers in /dev/shm after a SIGKILL). An empty table of ops says it is not there.
@@ -50,6 +61,7 @@ try:
         importlib.import_module(_name)
 finally:
     torch.compile = _compile
+    real_accelerator.ds_accelerator = None
 
 
 def build_optimizer(parameters: Any, config: Config) -> torch.optim.Optimizer:
@@ -79,6 +91,17 @@ def deepspeed_settings(config: Config) -> dict[str, Any]:
     return settings
 
 
+def _use_accelerator(device: torch.device) -> None:
+    """Tell DeepSpeed where its tensors belong: by itself it would take a GPU wherever there is one, also for gloo ranks."""
+    if device.type == "cpu":
+        real_accelerator.set_accelerator(CPU_Accelerator())
+        return
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator  # asks NVML
+
+    real_accelerator.set_accelerator(CUDA_Accelerator())
+    os.environ["LOCAL_RANK"] = str(device.index)  # where DeepSpeed looks up the number of its device
+
+
 def build_engine(model: torch.nn.Module, config: Config, total_steps: int) -> Engine:
     """A DeepSpeed engine around ``model``. The default process group must exist. Collective.
 
@@ -86,6 +109,7 @@ def build_engine(model: torch.nn.Module, config: Config, total_steps: int) -> En
         total_steps: optimizer steps of the whole run, for the learning-rate schedule.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _use_accelerator(next(model.parameters()).device)
     deepspeed.init_distributed(
         dist_backend=torch.distributed.get_backend(), dist_init_required=False, verbose=False, auto_mpi_discovery=False
     )

@@ -3,7 +3,9 @@
 Who owns what: the training thread uses ``world`` (gradients, status) and ``evaluation``; the background thread of the
 prefetcher uses ``halo`` alone. Collectives of one group are issued by one thread: one order on all ranks.
 Every wait has the timeout of the settings; a rank that dies makes gloo raise on the others, a rank that goes silent
-makes them raise after ``timeout_s``.
+makes them raise after ``timeout_s``. NCCL says nothing of a dead neighbor on the same machine: there the worker agent kills the
+others; one on another machine is noticed by ``control``, which is always gloo, or by torch's watchdog, which
+kills this process after ``timeout_s``.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,20 +48,35 @@ class Groups:
     store: dist.Store
 
 
-def choose_backend(wanted: str, gpus: int, local_world_size: int) -> str:
-    """``auto`` is NCCL when every rank of this machine has a GPU of its own (NCCL refuses two ranks on one), else gloo.
+def choose_backend(wanted: str, gpus: Sequence[str]) -> str:
+    """``auto`` is NCCL when every rank has a GPU of its own (NCCL refuses two ranks on one), else gloo. Pure.
+
+    Args:
+        gpus: by rank, the id of the GPU it would take, "" for none. All ranks decide on the same list: some on gloo and some
+            on NCCL would wait for each other.
 
     Raises:
-        ClusterError: NCCL was asked for and a rank would have no GPU.
+        ClusterError: NCCL was asked for and a rank would have no GPU of its own.
     """
-    if wanted == "auto":
-        return "nccl" if gpus >= local_world_size else "gloo"
-    if wanted == "nccl" and gpus < local_world_size:
+    lacking = [rank for rank, gpu in enumerate(gpus) if not gpu or gpu in gpus[:rank]]
+    if wanted == "nccl" and lacking:
         raise ClusterError(
-            f"distributed.backend=nccl needs a GPU per rank: this machine has {gpus} for {local_world_size} ranks; "
-            "start fewer ranks here or use distributed.backend=gloo"
+            f"distributed.backend=nccl: expected a GPU for each of {len(gpus)} ranks; ranks {lacking} have none of their "
+            "own: start fewer ranks per machine, unset DS_ACCELERATOR=cpu, or use distributed.backend=gloo"
         )
-    return wanted
+    return ("gloo" if lacking else "nccl") if wanted == "auto" else wanted
+
+
+def own_gpu(local_rank: int) -> tuple[int, str]:
+    """Number and id of the GPU for a rank, (0, "") for none.
+
+    A launcher may show all GPUs of the machine to all of its ranks, or to each one only its own (``srun --gpus-per-task=1``).
+    With ``DS_ACCELERATOR=cpu`` there is none, for DeepSpeed as for us.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return 0, ""
+    number = local_rank % torch.cuda.device_count()
+    return number, str(torch.cuda.get_device_properties(number).uuid)
 
 
 def join(place: Place, config: DistributedConfig, listen_fd: int | None = None) -> Groups:
@@ -74,16 +91,10 @@ def join(place: Place, config: DistributedConfig, listen_fd: int | None = None) 
     """
     # DeepSpeed wants to read them, whoever the launcher was.
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank))
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    backend = choose_backend(config.backend, gpus, place.local_world_size)
-    device = torch.device("cuda", place.local_rank) if backend == "nccl" else torch.device("cpu")
-    if backend == "nccl":
-        torch.cuda.set_device(device)
+    number, gpu = own_gpu(place.local_rank)
     if place.world_size > 1:
         cluster.check_master(place)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(place, config))
-        if backend == "nccl":
-            os.environ.setdefault("NCCL_SOCKET_IFNAME", os.environ["GLOO_SOCKET_IFNAME"])
     where = f"{place.master_addr}:{place.master_port}"
     try:
         base = dist.TCPStore(
@@ -96,8 +107,14 @@ def join(place: Place, config: DistributedConfig, listen_fd: int | None = None) 
             master_listen_fd=listen_fd if place.rank == 0 else None,
         )
         store = dist.PrefixStore("0", base)
+        store.set(f"gpu/{place.rank}", gpu)
         _take_seat(store, place)
         _wait_for_all(store, place, config.start_timeout_s)
+        gpus = [store.get(f"gpu/{rank}").decode() for rank in range(place.world_size)]
+        backend = choose_backend(config.backend, gpus)
+        device = torch.device("cuda", number) if backend == "nccl" else torch.device("cpu")
+        if backend == "nccl":
+            _prepare_cuda(device)
         dist.init_process_group(
             backend,
             store=store,
@@ -128,6 +145,26 @@ def join(place: Place, config: DistributedConfig, listen_fd: int | None = None) 
         control=None if single else dist.new_group(backend="gloo", timeout=timeout),
         store=store,
     )
+
+
+# Unless the user says otherwise. NCCL does not promise the order of a sum that the switch computes (NVLS), nor cuBLAS the same
+# bits twice without a workspace of fixed size. When a collective is lost for good, torch's watchdog kills the process after
+# four times the wait for a dump of its flight recorder, which would be a minute.
+_CUDA_DEFAULTS = {
+    "NCCL_ALGO": "^NVLS,NVLSTree",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1000",
+}
+
+
+def _prepare_cuda(device: torch.device) -> None:
+    """What must stand before the first tensor on a GPU and the first communicator."""
+    torch.cuda.set_device(device)
+    for name, value in _CUDA_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        # To NCCL a name is a prefix, eth1 would be eth10 too, unless it says that it is not.
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={os.environ['GLOO_SOCKET_IFNAME']}")
 
 
 def part(groups: Groups, timeout_s: float = 20.0) -> None:
