@@ -3,14 +3,21 @@
 
 from __future__ import annotations
 
+import time
+from typing import TYPE_CHECKING
+
 from gemini_gnn.compose import command, compose, take
 from gemini_gnn.config import Config
 from gemini_gnn.errors import ConfigError
 from gemini_gnn.observe.progress import say
 
+if TYPE_CHECKING:
+    from gemini_gnn.graph.topology import Graph
+
 PURPOSE = """Write a partitioned graph, print its quality and where it lies; training finds it there.
   partition.method=metis|hash partition.parts=N [partition.balance_edges=true] [partition.folder=FOLDER]
   partition.plot=true   also draw a small graph as PNG, coloured by part, cut edges in red
+  dataset=partitioned partition.folder=FOLDER   only print the quality of one that is there
   --check FOLDER        prove that every edge of a partitioned graph is in it exactly once; with the settings it was
                         made from (dataset=...) also against the source graph"""
 
@@ -34,17 +41,29 @@ def make(config: Config) -> int:
     from gemini_gnn.graph import datasets, quality
     from gemini_gnn.graph.array_folder import ticking
     from gemini_gnn.graph.on_demand import open_or_make
+    from gemini_gnn.graph.partitioned import PartitionedGraph
     from gemini_gnn.graph.plot import plot_partitioned
 
-    if config.partition.parts < 1:
-        raise ConfigError("partition.parts: expected the number of parts, one per rank; got none")
-    pg = open_or_make(
-        config,
-        config.partition.parts,
-        lambda: datasets.load_dataset(config.dataset, say, require_labels=False),
-        datasets.fingerprint(config.dataset),
-        say,
-    )
+    how = "was there already"
+    began = time.monotonic()
+
+    def load() -> Graph:
+        nonlocal how
+        how = "made now"
+        return datasets.load_dataset(config.dataset, say, require_labels=False)
+
+    if config.dataset.name == "partitioned":
+        if not config.partition.folder:
+            raise ConfigError("dataset=partitioned: expected partition.folder=FOLDER of a partitioned graph; got none")
+        pg = PartitionedGraph.open(config.partition.folder)
+    else:
+        if config.partition.parts < 1:
+            raise ConfigError(
+                "partition.parts: expected the number of parts, one per rank, such as partition.parts=8; got none"
+            )
+        identity = datasets.fingerprint(config.dataset)
+        pg = open_or_make(config, config.partition.parts, load, identity, say)
+    took_s = time.monotonic() - began
     meta = pg.meta
     print(f"{meta.graph}: {pg.num_nodes:,} nodes, {pg.num_edges:,} edges, {pg.parts} parts by {meta.method}")
     print(quality.table(meta.quality))
@@ -58,7 +77,7 @@ def make(config: Config) -> int:
             f"predicted with fanouts {sampling.fanouts} and {sampling.batch_size} seeds per rank: "
             f"{quality.human_bytes(predicted)} of features between ranks per epoch"
         )
-    print(f"folder: {pg.folder}")
+    print(f"folder: {pg.folder} ({how}, {took_s:.1f} s)")
     if config.partition.plot:
         with ticking("drawing", say):
             picture = plot_partitioned(pg, pg.folder / "parts.png")

@@ -172,8 +172,11 @@ def test_without_labels(write):
         ("0,1\n1,\n", {}, "line 2: .*got '1,'"),
         ("0,1\n1,2.5\n", {}, "line 2: .*got '1,2.5'"),
         ("0 1\n1 2 3\n", {}, "line 2: .*got '1 2 3'"),
-        ("0,1,2,3\n", {}, r"line 1: .*\(4 fields\)"),
+        ("0,1,2,3\n", {}, r"line 1: .*\(4 fields;"),
         ("source,target\n0,1\n", {}, r"line 1: .*got 'source,target'.*dataset\.skip_lines"),
+        ("3,2,directed,graph\n0,1\n", {}, r"line 1: .*\(4 fields; .*dataset\.skip_lines=1"),
+        ("ann,bob\n", {}, r"line 1: .*text ids need dataset\.ids=str"),
+        ("Source,Target\nann,bob\n", {"ids": "str"}, r"line 1: .*got 'Source,Target' \(a header: skip it"),
         ("h\n0,1\n1,2\n2,-1\n", {"skip_lines": 1}, r"line 4: .*got '2,-1' \(ids start at dataset.first_id=0\)"),
         ("1,2\n0,1\n", {"first_id": 1}, r"line 2: .*got '0,1' \(ids start at dataset.first_id=1\)"),
         ("0,99999999999999999999\n", {}, "line 1: .*beyond 64 bits"),
@@ -195,9 +198,25 @@ def test_bad_lines_are_shown(write, content, settings, wanted):
         load_dataset(config(write("edges.csv", content), **settings), require_labels=False)
 
 
+def test_headers_of_node_files(write):
+    edges = write("e.csv", "0,1\n1,2\n2,0\n")
+    files = dict(
+        labels=write("l.csv", "paper,class\n0,0\n1,1\n2,0\n"), features=write("f.csv", "paper,a\n0,1\n1,1\n2,3\n")
+    )
+    graph = load_dataset(config(edges, **files, splits=write("s.csv", "paper,part\n0,train\n1,val\n2,test\n")))
+    assert graph.y.tolist() == [0, 1, 0] and graph.x.tolist() == [[1], [1], [3]] and graph.train_mask.tolist()[0]
+    with pytest.raises(DataError, match="line 1: .*got 'x,0'"):  # a number is in it: no header
+        load_dataset(config(edges, labels=write("m.csv", "x,0\n1,1\n2,0\n")))
+
+
 def test_absent_file(tmp_path):
     with pytest.raises(DataError, match=r"dataset\.path: expected a file; there is no nowhere\.csv"):
         load_dataset(config("nowhere.csv", root=str(tmp_path)))
+    with pytest.raises(DataError, match=r"is a folder\. One of \.npy is read by dataset=folder"):
+        load_dataset(config(str(tmp_path)))
+    (tmp_path / "edges.csv").write_text("0,1\n")
+    with pytest.raises(DataError, match=r"this is a file; an edge list is read by dataset=edge_list"):
+        load_dataset(DatasetConfig(name="folder", path=str(tmp_path / "edges.csv")))
     with pytest.raises(ConfigError, match=r"dataset\.path: expected the edge list"):
         load_dataset(DatasetConfig(name="edge_list"))
 

@@ -31,7 +31,7 @@ def test_the_command_makes_draws_checks_and_finds_it_again(tmp_path):
     folder = str(tmp_path / "parts")
     made = run(tmp_path, *SMALL, "partition.method=metis", "partition.plot=true", f"partition.folder={folder}")
     assert made.returncode == 0, made.stderr
-    assert "edge cut" in made.stdout and "predicted with fanouts [10, 10]" in made.stdout
+    assert "edge cut" in made.stdout and "predicted with fanouts [10, 10]" in made.stdout and "made now" in made.stdout
     assert (Path(folder) / "parts.png").read_bytes().startswith(b"\x89PNG")
     pg = PartitionedGraph.open(folder, verify=True)
     assert pg.parts == 3 and np.ptp(pg.meta.train) <= 1
@@ -40,6 +40,10 @@ def test_the_command_makes_draws_checks_and_finds_it_again(tmp_path):
     assert checked.returncode == 0 and "edge hash equal" in checked.stdout, checked.stderr
     checked = run(tmp_path, *SMALL, "--check", folder)
     assert checked.returncode == 0 and "bit for bit" in checked.stdout, checked.stderr
+
+    shown = run(tmp_path, "dataset=partitioned", f"partition.folder={folder}")
+    assert shown.returncode == 0 and "was there already" in shown.stdout, shown.stderr
+    assert shown.stdout.splitlines()[:3] == made.stdout.splitlines()[:3]
 
     other = run(tmp_path, *SMALL, "partition.method=hash", f"partition.folder={folder}")
     assert other.returncode == 2 and "made for another method: expected hash, got metis" in other.stderr

@@ -96,6 +96,7 @@ def partition_folder(config: Config, parts: int, fingerprint: str) -> Path:
     from gemini_gnn.graph.datasets import cache_folder
 
     rest = json.dumps([FORMAT_VERSION, partition_settings(config.partition)], sort_keys=True)
-    name = re.sub(r"[^\w.-]+", "_", config.dataset.name)
+    file = Path(config.dataset.path or "").name.partition(".")[0]  # what an edge list or folder is known by
+    name = re.sub(r"[^\w.-]+", "_", file or config.dataset.name)
     key = f"{name}-{fingerprint}-{config.partition.method}-{parts}-{xxhash.xxh3_64_hexdigest(rest.encode())[:8]}"
     return cache_folder(config.dataset) / "partitions" / key

@@ -194,8 +194,9 @@ class PartitionedGraph:
             if value is None or value == found[what]:
                 continue
             name = f" ({meta.graph})" if what == "graph" else ""
+            named = {"parts": "number of parts", "graph": "graph (or other dataset settings)"}.get(what, what)
             raise PartitionError(
-                f"{self.folder} was made for another {what}: expected {value}, got {found[what]}{name}; "
+                f"{self.folder} was made for another {named}: expected {value}, got {found[what]}{name}; "
                 "delete it, choose another partition.folder, or leave partition.folder unset"
             )
 

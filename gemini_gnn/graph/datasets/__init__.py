@@ -146,6 +146,12 @@ def checked(config: DatasetConfig) -> DatasetConfig:
     known = [*SYNTHETIC, *PUBLISHED, "edge_list", "folder"]
     spelled = {name.lower().replace("-", "_"): name for name in known}
     name = spelled.get(config.name.lower().replace("-", "_"))
+    if config.name == "partitioned":
+        raise ConfigError(
+            "dataset=partitioned: expected a graph that can be read by itself; a partitioned one lies in partition.folder: "
+            "`launch/partition.py dataset=partitioned partition.folder=FOLDER` shows it, `launch/train.py` with the same "
+            "settings trains on it"
+        )
     if name is None:
         import difflib
 

@@ -24,6 +24,10 @@ from gemini_gnn.graph.datasets.files import load_npy
 from gemini_gnn.graph.datasets.splits import PARTS
 from gemini_gnn.graph.datasets.tables import read_table
 
+# First lines that are no edges. With integer ids any header is found out; text ids need to know some.
+EDGE_HEADERS = {("source", "target"), ("src", "dst"), ("from", "to"), ("u", "v"), ("node1", "node2"), ("id1", "id2")}
+NODE_HEADERS = ("id", "node", "node_id")  # the first field of a header in a file of features, labels or splits
+
 
 class EdgeList(NamedTuple):
     """``source``, ``target`` int64 ``[edges]`` in 0..num_nodes-1; ``weight`` float64 ``[edges]`` or None; ``node_ids``
@@ -77,6 +81,10 @@ def read_edge_list(
     Raises:
         DataError: see :func:`load_edge_list`; files that disagree on which nodes there are.
     """
+    if path.is_dir():
+        raise DataError(
+            f"dataset.path: expected an edge list; {path} is a folder. One of .npy is read by dataset=folder"
+        )
     edges = load_edge_list(path, ids, first_id, skip_lines)
     x_table = None if features is None else read_features(features, ids, first_id)
     y_table = None if labels is None else read_labels(labels, ids, first_id)
@@ -113,10 +121,12 @@ def read_edges(path: Path, ids: str, first_id: int, skip_lines: int):
 
     def types(columns: int) -> list[str]:
         if columns not in (2, 3):
-            raise ValueError(f"{columns} fields")
+            raise ValueError(f"{columns} fields; if this is a header, skip it with dataset.skip_lines=1")
         return [ids, ids, "float"][:columns]
 
     def check(fields: list[str]) -> None:
+        if is_edge_header(fields):
+            raise ValueError("a header: skip it with dataset.skip_lines")
         for field in fields[:2]:
             check_id(field, ids, first_id)
         if len(fields) == 3 and not 0 < as_number(fields[2]) < np.inf:
@@ -125,7 +135,8 @@ def read_edges(path: Path, ids: str, first_id: int, skip_lines: int):
     def fits(frame) -> bool:
         weights_fit = frame.shape[1] == 2 or (frame[2].gt(0) & frame[2].lt(np.inf)).all()
         if ids == "str":
-            return weights_fit and not (frame[0].eq("") | frame[1].eq("")).any()
+            header = is_edge_header(frame.iloc[0, :2].tolist())
+            return weights_fit and not header and not (frame[0].eq("") | frame[1].eq("")).any()
         return weights_fit and min(frame[0].min(), frame[1].min()) >= first_id
 
     expected = f"source,target[,weight] with {'text' if ids == 'str' else 'integer'} ids"
@@ -195,6 +206,10 @@ def read_nodes(path: Path, ids: str, first_id: int, expected: str, types, check,
         return NodeTable(path, np.arange(first_id, first_id + len(values)), values, True)
     seen = set()
 
+    def is_header(fields: list[str]) -> bool:
+        # With integer ids, a line without any number is one; text ids look like one themselves.
+        return fields[0].lower() in NODE_HEADERS or (ids == "int" and not any(is_number(field) for field in fields))
+
     def check_line(fields: list[str]) -> None:
         check_id(fields[0], ids, first_id)
         if fields[0] in seen:
@@ -206,7 +221,7 @@ def read_nodes(path: Path, ids: str, first_id: int, expected: str, types, check,
         good = frame[0].ne("").all() if ids == "str" else frame[0].ge(first_id).all()
         return bool(good) and not frame[0].duplicated().any() and fits(frame)
 
-    frame = read_table(path, expected=expected, types=types, check=check_line, fits=table_fits, header=True)
+    frame = read_table(path, expected=expected, types=types, check=check_line, fits=table_fits, header=is_header)
     values = frame.iloc[:, 1:].to_numpy(dtype)
     numbers = frame[0].to_numpy(object if ids == "str" else np.int64)
     return NodeTable(path, numbers, values if expected.endswith("...") else values[:, 0], False)
@@ -304,6 +319,18 @@ def as_integer(field: str) -> int:
     return value
 
 
+def is_edge_header(fields: list[str]) -> bool:
+    return tuple(field.lower() for field in fields[:2]) in EDGE_HEADERS
+
+
+def is_number(field: str) -> bool:
+    try:
+        float(field)
+    except ValueError:
+        return False
+    return True
+
+
 def as_number(field: str) -> float:
     try:
         return float(field)
@@ -312,7 +339,13 @@ def as_number(field: str) -> float:
 
 
 def check_id(field: str, ids: str, first_id: int) -> None:
-    if ids == "str" and not field:
-        raise ValueError("an empty id")
-    if ids == "int" and as_integer(field) < first_id:
+    if ids == "str":
+        if not field:
+            raise ValueError("an empty id")
+        return
+    if field and not is_number(field):
+        raise ValueError(
+            f"{field!r} is no integer; text ids need dataset.ids=str, a header of edges dataset.skip_lines=1"
+        )
+    if as_integer(field) < first_id:
         raise ValueError(f"ids start at dataset.first_id={first_id}")

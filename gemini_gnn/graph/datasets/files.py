@@ -101,7 +101,8 @@ def read_folder(
         DataError: no edges, or no way to tell how many nodes there are.
     """
     if not folder.is_dir():
-        raise DataError(f"{folder}: expected a folder of .npy files; there is none")
+        found = "this is a file; an edge list is read by dataset=edge_list" if folder.exists() else "there is none"
+        raise DataError(f"{folder}: expected a folder of .npy files; {found}")
     array = {path.stem: load_npy(path) for path in sorted(folder.glob("*.npy"))}
     known = {"edge_index", "source", "target", "edge_weight", "x", "y", "node_ids"}
     known |= {"train_mask", "val_mask", "test_mask"}
@@ -112,7 +113,8 @@ def read_folder(
     if "edge_index" in array:
         edges = array["edge_index"]
         if edges.ndim != 2 or edges.shape[0] != 2:
-            raise DataError(f"{folder}/edge_index.npy: expected [2, edges]; got {list(edges.shape)}")
+            hint = "; save it transposed" if edges.ndim == 2 and edges.shape[1] == 2 else ""
+            raise DataError(f"{folder}/edge_index.npy: expected [2, edges]; got {list(edges.shape)}{hint}")
         source, target = edges
     elif "source" in array and "target" in array:
         source, target = array["source"], array["target"]

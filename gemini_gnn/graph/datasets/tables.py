@@ -18,8 +18,6 @@ from gemini_gnn.errors import DataError
 if TYPE_CHECKING:
     import pandas
 
-HEADERS = ("id", "node", "node_id")  # how the first field of a header may read
-
 
 def read_table(
     path: Path,
@@ -29,7 +27,7 @@ def read_table(
     check: Callable[[list[str]], None],
     fits: Callable[[pandas.DataFrame], bool],
     skip_lines: int = 0,
-    header: bool = False,
+    header: Callable[[list[str]], bool] | None = None,
 ) -> pandas.DataFrame:
     """The columns of a delimited file, numbered 0, 1, ... Blank lines and leading lines with # or % are skipped.
 
@@ -39,7 +37,7 @@ def read_table(
         check: ValueError with the reason when the fields of a line do not fit; called for no line of a good file.
         fits: whether the columns as a whole do; when not, some line must fail ``check``.
         skip_lines: lines that are not read.
-        header: a first line that begins with id, node or node_id is skipped.
+        header: whether the fields of the first line are a header, to be skipped; None where there can be none.
 
     Raises:
         DataError: absent, unreadable or empty file, or a line that does not fit: file, line number, content, expected.
@@ -47,7 +45,7 @@ def read_table(
     import pandas
 
     start = first_lines(path, skip_lines)
-    if header and len(start) > 1 and split_line(start[0][1])[0].lower() in HEADERS:
+    if header is not None and len(start) > 1 and header(split_line(start[0][1])):
         start = start[1:]
     if not start:
         skipped = f" after the first {skip_lines}" if skip_lines else ""
@@ -57,7 +55,7 @@ def read_table(
     try:
         kinds = types(columns)
     except ValueError as error:
-        blame(path, number, line, expected, str(error), first=True)
+        blame(path, number, line, expected, str(error))
     numpy_names = {"int": "int64", "float": "float64", "str": "str"}
     try:
         frame = pandas.read_csv(
@@ -96,14 +94,13 @@ def blame_first(
                 raise ValueError(f"{len(fields)} fields; the first line has {columns}")
             check(fields)
         except ValueError as error:
-            blame(path, number, line, expected, str(error), first=number == start)
+            blame(path, number, line, expected, str(error))
     raise DataError(f"{path}: expected lines `{expected}`; {otherwise}")
 
 
-def blame(path: Path, number: int, line: str, expected: str, reason: str, first: bool = False) -> NoReturn:
+def blame(path: Path, number: int, line: str, expected: str, reason: str) -> NoReturn:
     shown = line if len(line) <= 80 else line[:77] + "..."
-    hint = "; if this is a header, skip it (dataset.skip_lines for an edge list)" if first else ""
-    raise DataError(f"{path}, line {number}: expected `{expected}`; got {shown!r} ({reason}){hint}")
+    raise DataError(f"{path}, line {number}: expected `{expected}`; got {shown!r} ({reason})")
 
 
 def is_gzip(path: Path) -> bool:

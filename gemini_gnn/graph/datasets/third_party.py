@@ -229,8 +229,9 @@ def absent(config: DatasetConfig, data_set: Published, problem: str) -> str:
     return (
         f"dataset {config.name}: expected its files in {wanted}"
         + (f" or {downloads}" if downloads != wanted else "")
-        + f"; they are in neither and cannot be downloaded ({problem}). Run `python launch/prepare.py dataset=...` where "
-        f"there is a network and the same dataset.cache, or put {listed} into {wanted}"
+        + f"; they are in neither and cannot be downloaded ({problem}). Run `python launch/prepare.py "
+        f"dataset={config.name.replace('-', '_')}` where there is a network and the same dataset.cache, or put {listed} "
+        f"into {wanted}"
     )
 
 
