@@ -70,3 +70,13 @@ def test_deepspeed_puts_its_tensors_where_the_model_is(monkeypatch):
     assert (get_accelerator().device_name(), os.environ["LOCAL_RANK"]) == ("cuda", "0")
     engine._use_accelerator(torch.device("cpu"))
     assert get_accelerator().device_name() == "cpu"
+
+
+def test_a_warm_parent_that_counted_gpus_may_fork_and_one_that_initialised_cuda_may_not(monkeypatch):
+    from gemini_gnn.recovery import warm
+
+    monkeypatch.setattr(warm, "threads", lambda: 1)
+    monkeypatch.setattr(warm, "nvidia_files", lambda: {5: "/dev/nvidiactl", 6: "/dev/nvidia0"})  # what NVML opens
+    assert warm.unfit() is None
+    monkeypatch.setattr(warm, "nvidia_files", lambda: {5: "/dev/nvidiactl", 6: "/dev/nvidia-uvm"})
+    assert "initialised CUDA" in (warm.unfit() or "")

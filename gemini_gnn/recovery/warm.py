@@ -33,16 +33,16 @@ def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def open_gpus() -> list[str]:
-    """GPU device files this process has open."""
-    found = []
+def nvidia_files() -> dict[int, str]:
+    """Descriptors of NVIDIA's device files this process has open, with their paths."""
+    found = {}
     for name in os.listdir("/proc/self/fd"):
         try:
             path = os.readlink(f"/proc/self/fd/{name}")
         except OSError:
             continue  # the one that lists the folder
-        if path.startswith("/dev/nvidia") and path != "/dev/nvidiactl":
-            found.append(path)
+        if path.startswith("/dev/nvidia"):
+            found[int(name)] = path
     return found
 
 
@@ -64,8 +64,9 @@ def unfit() -> str | None:
     """Why this process must not fork, or None."""
     if threads() != 1:
         return f"the warm parent has {threads()} threads, and a fork copies one: expected 1; take it out of preload"
-    if gpus := open_gpus():
-        return f"the warm parent has {', '.join(gpus)} open, and CUDA does not survive a fork; take it out of preload"
+    # Who only counts GPUs (NVML, torch.cuda.is_available) opens other files than CUDA does, and a fork survives that.
+    if "/dev/nvidia-uvm" in nvidia_files().values():
+        return "the warm parent has initialised CUDA, which does not survive a fork; take it out of preload"
     return None
 
 
@@ -113,7 +114,8 @@ def serve(agent: messages.Channel) -> dict[str, Any]:
                 if pid == 0:
                     signal.set_wakeup_fd(-1)
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    processes.close_descriptors({0, 1, 2, *task["descriptors"]})
+                    # NVML goes on with the files it opened before the fork: closed, their numbers would be another's.
+                    processes.close_descriptors({0, 1, 2, *task["descriptors"], *nvidia_files()})
                     trainer.become(task, own_pid)
                     return task
                 for descriptor in task["descriptors"]:
