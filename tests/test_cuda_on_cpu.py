@@ -6,10 +6,12 @@ For a run on a GPU see test_cuda.py.
 import os
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from gemini_gnn.errors import ClusterError
+from gemini_gnn.halo.exchange import HaloExchange
 from gemini_gnn.training import groups
 
 
@@ -80,3 +82,27 @@ def test_a_warm_parent_that_counted_gpus_may_fork_and_one_that_initialised_cuda_
     assert warm.unfit() is None
     monkeypatch.setattr(warm, "nvidia_files", lambda: {5: "/dev/nvidiactl", 6: "/dev/nvidia-uvm"})
     assert "initialised CUDA" in (warm.unfit() or "")
+
+
+class FakeWork:
+    """A collective on NCCL as seen from the host: done after some looks, or never."""
+
+    def __init__(self, looks):
+        self.looks, self.waits = looks, []
+
+    def is_completed(self):
+        self.looks -= 1
+        return self.looks < 0
+
+    def wait(self, *limit):
+        self.waits.append(limit)
+
+
+def test_the_wait_for_nccl_polls_and_has_a_time_limit():
+    exchange = HaloExchange(None, np.array([0, 4]), 0, chunk_bytes=64, timeout_s=0.05, device="cuda")
+    soon, never = FakeWork(3), FakeWork(10**9)
+    exchange._wait(soon)
+    assert soon.waits == [()]  # without a limit: with one NCCL would look every 10 ms only
+    with pytest.raises(RuntimeError, match="timed out"):
+        exchange._wait(never)
+    assert never.waits == []

@@ -32,7 +32,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -272,12 +272,29 @@ class HaloExchange:
                 work = dist.all_to_all_single(
                     received, sent, turn.receive_counts, turn.send_counts, group=self._group, async_op=True
                 )
-                work.wait(datetime.timedelta(seconds=self.timeout_s))
+                self._wait(work)
             place(turn.receive, received)
         sent_bytes, received_bytes = matrix[self.rank] * width, matrix[:, self.rank] * width
         sent_bytes[self.rank] = received_bytes[self.rank] = 0
         self._traffic.sent_bytes += sent_bytes
         self._traffic.received_bytes += received_bytes
+
+    def _wait(self, work: Any) -> None:
+        """Until ``work`` is done.
+
+        Raises:
+            RuntimeError: it failed, or the time is over.
+        """
+        if self.device.type == "cpu":
+            work.wait(datetime.timedelta(seconds=self.timeout_s))
+            return
+        # Given a time limit, NCCL's own wait looks every 10 ms: a step may be shorter.
+        deadline = time.monotonic() + self.timeout_s
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                raise RuntimeError("timed out")
+            time.sleep(50e-6)
+        work.wait()  # raises what went wrong, and has the compute stream wait for what went right
 
     def _buffer(self, name: str, rows: int, width: int) -> torch.Tensor:
         """uint8 ``[rows, width]``, reused from call to call: the page faults of new memory cost as much as a copy."""
@@ -294,7 +311,7 @@ class HaloExchange:
         everyone = torch.empty((self.world, len(mine)), dtype=torch.int64, device=self.device)
         with self._collective(f"all_gather of the header ({_NAMES[operation]})"):
             work = dist.all_gather(list(everyone), mine, group=self._group, async_op=True)
-            work.wait(datetime.timedelta(seconds=self.timeout_s))
+            self._wait(work)
             headers = everyone.cpu().numpy()
         self._traffic.meet_s += time.perf_counter() - began
         failures = np.flatnonzero(headers[:, 0])
