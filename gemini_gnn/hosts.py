@@ -3,11 +3,20 @@
 DeepSpeed asks only the first host, says nothing of the others until they hang, forwards almost no environment, and its
 ssh waits for ever for a host that lost power. :func:`ask` finds out first, in parallel and within a deadline;
 :func:`launcher_environment` adds what the launcher needs. Questions go over the same ssh the launcher will use.
+
+A launcher that was started without all this still comes back: when the job has failed, :func:`free_launcher` ends its ssh
+clients for machines on which the job no longer runs. What it may end: an ssh of this user on this machine, started by
+pdsh, whose remote command is word for word the one that started this process, and is not found on the other side,
+where a fresh ssh is asked. What may go wrong: a machine too slow to answer that question loses its ssh early; its
+processes do not mind, and they are ending anyway. Nothing is done on machines that did not launch.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
+import os
 import re
 import secrets
 import shlex
@@ -15,14 +24,15 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from gemini_gnn.cluster import check_hostfile
+from gemini_gnn.cluster import Place, check_hostfile
 from gemini_gnn.errors import ClusterError
 
 KEEPALIVE = "-o ServerAliveInterval=5 -o ServerAliveCountMax=3"  # a dead host is given up after 15-20 s
@@ -247,3 +257,118 @@ def run(path: Path, answers: Sequence[Answer], command: Sequence[str], environ: 
         signal.signal(signal.SIGINT, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())
         return process.wait()
+
+
+# --- after a job that failed ------------------------------------------------------------------------------------------
+
+LAUNCH = "deepspeed.launcher.launch"  # what the launcher starts on every machine, and the parent of its slot processes
+SETTLE_S = 5.0  # for machines that are well to end their part
+
+
+class Process(NamedTuple):
+    """One process of this user on this machine."""
+
+    parent: int
+    argv: list[str]
+
+
+class Waiting(NamedTuple):
+    """An ssh client that waits for another machine's part of a launch. ``ask`` is how that machine is asked anew."""
+
+    pid: int
+    host: str
+    ask: list[str]
+
+
+def launch_words(argv: Sequence[str]) -> list[str]:
+    """What the command line of a launch has in common on all its machines, quotes apart; nothing for another program."""
+    if LAUNCH not in argv:
+        return []
+    words = " ".join(argv[argv.index(LAUNCH) :]).translate({ord(c): None for c in "\"\\'"}).split()
+    return [word for word in words if not word.startswith("--node_rank=")]
+
+
+def waiting_ssh(own: int, processes: Mapping[int, Process]) -> list[Waiting]:
+    """The ssh clients by which pdsh, on this machine, waits for the other machines of process ``own``'s launch. Pure."""
+    while own in processes and not launch_words(processes[own].argv):
+        own = processes[own].parent
+    if own not in processes:
+        return []
+    ours, found = processes[own].argv, []
+    for pid, (parent, argv) in processes.items():
+        pdsh = processes[parent].argv[:1] if parent in processes else []
+        if [os.path.basename(word) for word in [*argv[:1], *pdsh]] != ["ssh", "pdsh"]:
+            continue
+        if launch_words(argv) != launch_words(ours) or _node_rank(argv) == _node_rank(ours):
+            continue
+        host = _machines_of(argv)[_node_rank(argv)].split("@")[-1]
+        options = argv[1 : argv.index(LAUNCH)]  # ssh's own, the host, and the beginning of the remote command
+        if host in options:
+            afresh = ["-n", "-oBatchMode=yes", "-oConnectTimeout=5", "-oControlPath=none"]
+            options = options[: len(options) - options[::-1].index(host)]
+            found.append(Waiting(pid, host, [argv[0], *afresh, *options, "ps -eww -o args="]))
+    return found
+
+
+def _node_rank(argv: Sequence[str]) -> int:
+    return int(next(word.partition("=")[2] for word in argv if word.startswith("--node_rank=")))
+
+
+def _machines_of(argv: Sequence[str]) -> list[str]:
+    encoded = next(word.partition("=")[2] for word in argv if word.startswith("--world_info="))
+    return list(json.loads(base64.urlsafe_b64decode(encoded)))
+
+
+def runs_there(said: str, words: Sequence[str]) -> bool:
+    """Whether a launch is among the command lines that another machine's ``ps`` has printed. Pure."""
+    return any(launch_words(line.split()) == list(words) for line in said.splitlines())
+
+
+def free_launcher(place: Place) -> list[str]:
+    """End the launcher's ssh to machines that no longer run this job; their names. Called when the job has failed.
+
+    By one process per machine, the first slot's, which finds something only where the launcher runs. Takes up to
+    20 s, during which SIGTERM is ignored: DeepSpeed sends it to all slots when one of them has ended.
+    """
+    if place.launcher != "deepspeed" or place.machines == 1 or place.local_rank != 0:
+        return []
+    import psutil
+
+    def processes() -> dict[int, Process]:
+        known = {}
+        for process in psutil.process_iter(["ppid", "cmdline", "uids"]):
+            if process.info["cmdline"] and process.info["uids"] and process.info["uids"].real == os.getuid():
+                known[process.pid] = Process(process.info["ppid"], process.info["cmdline"])
+        return known
+
+    now = processes()
+    words = {pid: launch_words(process.argv) for pid, process in now.items()}
+    clients = {}
+    for waiting in waiting_ssh(os.getpid(), now):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            clients[psutil.Process(waiting.pid)] = waiting
+    if not clients:
+        return []
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def without_its_job(client: Any) -> bool:
+        waiting = clients[client]
+        try:
+            done = subprocess.run(waiting.ask, capture_output=True, text=True, errors="replace", timeout=10)
+        except subprocess.TimeoutExpired:
+            return True
+        return done.returncode != 0 or not runs_there(done.stdout, words[waiting.pid])
+
+    _, left = psutil.wait_procs(clients, timeout=SETTLE_S)
+    with ThreadPoolExecutor(max_workers=len(clients)) as pool:
+        gone = [client for client, lost in zip(left, pool.map(without_its_job, left), strict=True) if lost]
+    _, stuck = psutil.wait_procs(gone, timeout=1.0)  # it may have been about to end, and have something left to print
+    for client in stuck:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            client.terminate()
+    lost = [clients[client].host for client in stuck]
+    if lost:
+        print(f"[gemini_gnn] nothing of this job runs on {', '.join(lost)}: ended the launcher's ssh, which waited for it",
+              file=sys.stderr, flush=True)  # fmt: skip
+    return lost

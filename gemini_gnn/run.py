@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gemini_gnn import hosts
 from gemini_gnn.cluster import Place, discover
 from gemini_gnn.errors import GeminiError
 
@@ -77,6 +78,7 @@ def main(arguments: list[str]) -> int:
     if not options.script.is_file():
         parser.error(f"expected a Python script; {options.script} is no file")
     from gemini_gnn.recovery import shim
+    from gemini_gnn.recovery.decisions import STOPPED
 
     place = discover(os.environ)
     passed_on = [f"--local_rank={options.local_rank}"] if options.local_rank is not None else []
@@ -85,7 +87,7 @@ def main(arguments: list[str]) -> int:
         "arguments": passed_on + options.arguments,
         "store": place.local_world_size == place.world_size,
     }
-    return shim.run(
+    code = shim.run(
         place,
         options.run_dir or Path("runs") / options.script.stem,
         "gemini_gnn.run:run_script",
@@ -96,6 +98,9 @@ def main(arguments: list[str]) -> int:
         arena_root=options.arena,
         max_restarts=options.max_restarts,
     )
+    if code not in (0, STOPPED):
+        hosts.free_launcher(place)
+    return code
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ import os
 import sys
 from pathlib import Path
 
-from gemini_gnn import cluster
+from gemini_gnn import cluster, hosts
 from gemini_gnn.compose import command, compose
 from gemini_gnn.config import to_mapping
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.observe.run_dir import RunDir
+from gemini_gnn.recovery.decisions import STOPPED
 
 PURPOSE = "Train a GNN on a partitioned graph. Start it with deepspeed, srun, or python (one rank)."
 
@@ -33,7 +34,7 @@ def main(arguments: list[str]) -> int:
     if in_memory:
         from gemini_gnn.recovery import shim
 
-        return shim.run(
+        code = shim.run(
             place,
             Path(config.run_dir),
             "gemini_gnn.training.job:main",
@@ -43,6 +44,9 @@ def main(arguments: list[str]) -> int:
             terminal=sys.stdout.isatty(),
             arena_root=config.snapshot.arena,
         )
+        if code not in (0, STOPPED):
+            hosts.free_launcher(place)
+        return code
     from gemini_gnn.observe import logs
     from gemini_gnn.training import job
 
@@ -53,7 +57,9 @@ def main(arguments: list[str]) -> int:
             f"run_dir {config.run_dir} is not writable ({error.strerror}); give another run_dir=..."
         ) from None
     code = job.without_agent(to_mapping(config), place)
-    if code not in (0, job.STOPPED):
+    if code not in (0, STOPPED):
+        if logs.nobody_knows_why(Path(config.run_dir)):  # else others wait for the connections of this process to close
+            hosts.free_launcher(place)
         logs.leave(code)
     return code
 

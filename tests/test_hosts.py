@@ -1,5 +1,6 @@
 """Asking the machines of a hostfile: what ssh says, turned into what to do."""
 
+import base64
 import json
 
 import pytest
@@ -8,14 +9,18 @@ from gemini_gnn.errors import ClusterError
 from gemini_gnn.hosts import (
     KEEPALIVE,
     Answer,
+    Process,
     disagreements,
     forwarded,
     interpret,
     keeps_alive,
+    launch_words,
     launcher_environment,
     master_address,
     read_hostfile,
+    runs_there,
     table,
+    waiting_ssh,
 )
 
 FACTS = {
@@ -117,3 +122,66 @@ def test_a_hostfile_is_named_in_its_errors(tmp_path):
     (tmp_path / "hosts").write_text("h0 slot=1")
     with pytest.raises(ClusterError, match="hosts: hostfile line 1"):
         read_hostfile(tmp_path / "hosts")
+
+
+# --- what the launcher waits for --------------------------------------------------------------------------------------
+
+
+def launch(node, *arguments, port=29500, world=("h0", "u@h1", "h2")):
+    encoded = base64.urlsafe_b64encode(json.dumps({host: [0] for host in world}).encode()).decode()
+    words = f"/venv/bin/python -u -m deepspeed.launcher.launch --world_info={encoded} --node_rank={node}"
+    return [*words.split(), "--master_addr=10.0.0.1", f"--master_port={port}", "launch/train.py", *arguments]
+
+
+def ssh(*options, command):
+    return ["ssh", "-oConnectTimeout=10", "-2", "-a", "-x", *options, "export A=h1; ", "cd /project;", *command]
+
+
+# A launching machine, h0, as psutil shows it: the launcher with its pdsh and two ssh clients, sshd with the slot processes.
+QUOTED = ['dataset.root="/my data"', "run_dir=r"]
+MACHINE = {
+    10: Process(1, ["python", "deepspeed", "--hostfile", "hosts", "launch/train.py"]),
+    11: Process(10, ["pdsh", "-S", "-f", "1024", "-w", "h0 h1 h2", *launch("%n", *QUOTED)]),
+    12: Process(11, ssh("h0", command=launch(0, *QUOTED))),
+    13: Process(11, ssh("-l", "u", "h1", command=launch(1, *QUOTED))),
+    14: Process(11, ssh("h2", command=launch(2, *QUOTED))),
+    20: Process(1, ["sshd: u@notty"]),
+    21: Process(20, launch(0, "dataset.root=/my data", "run_dir=r")),
+    22: Process(21, ["python", "launch/train.py", "dataset.root=/my data", "run_dir=r"]),
+}
+
+
+def test_the_ssh_that_the_launcher_waits_for():
+    assert [(w.pid, w.host) for w in waiting_ssh(22, MACHINE)] == [(13, "h1"), (14, "h2")]
+    asked = waiting_ssh(22, MACHINE)[0].ask
+    assert asked[0] == "ssh" and asked[-4:] == ["-l", "u", "h1", "ps -eww -o args="], "as the launcher logged in"
+    assert "-oBatchMode=yes" in asked and "-oConnectTimeout=10" in asked
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {14: Process(11, ssh("h2", command=launch(2, *QUOTED, port=29501)))},  # another job of the same hosts
+        {14: Process(11, ssh("h2", command=launch(2, "run_dir=other")))},
+        {14: Process(1, ssh("h2", command=launch(2, *QUOTED)))},  # not pdsh's: somebody typed it, or pdsh has ended
+        {14: Process(11, ["vi", *launch(2, *QUOTED)])},
+        {14: Process(11, ["ssh", "h2", "top"])},
+    ],
+)
+def test_an_ssh_that_is_not_of_this_launch_is_left_alone(others):
+    assert [w.pid for w in waiting_ssh(22, MACHINE | others)] == [13]
+
+
+def test_a_machine_that_did_not_launch_finds_nothing():
+    elsewhere = {pid: process for pid, process in MACHINE.items() if pid >= 20}
+    assert waiting_ssh(22, elsewhere) == []
+    assert waiting_ssh(22, {22: MACHINE[22]}) == [], "started by hand"
+
+
+def test_a_job_is_seen_among_what_runs_on_a_machine():
+    words = launch_words(MACHINE[13].argv)
+    there = " ".join(launch(1, "dataset.root=/my data", "run_dir=r"))
+    assert runs_there(f"sshd: u@notty\n{there}\nps -eww -o args=\n", words)
+    assert not runs_there("sshd: u@notty\n", words)
+    assert not runs_there(there.replace("29500", "29501"), words)
+    assert not runs_there("", words)

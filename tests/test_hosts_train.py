@@ -16,7 +16,6 @@ from tests.trainers import trained
 ROOT = Path(__file__).parents[1]
 PYTHON = sys.executable
 DEEPSPEED = str(Path(PYTHON).with_name("deepspeed"))
-KEEPALIVE = {"PDSH_SSH_ARGS_APPEND": "-o ServerAliveInterval=2 -o ServerAliveCountMax=2"}
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(400)]
 
@@ -35,7 +34,7 @@ def train(lab, host, launcher, *settings, run_dir, environ=None):
     """Start a training from ``host``; its output goes to a file beside the run directory."""
     command = [*launcher, "launch/train.py", f"run_dir={run_dir}", "training.threads=1", *settings]
     output = open(f"{run_dir}-terminal.txt", "w")
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", **KEEPALIVE, **(environ or {})}
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", **(environ or {})}
     with output:
         return lab.popen(host, command, stdout=output, stderr=output, cwd=ROOT, env=environment)
 
@@ -114,7 +113,7 @@ def test_the_error_of_one_rank_ends_the_job_everywhere(lab, graph, tmp_path):
 
 
 def test_a_machine_that_loses_power_is_named_and_the_launcher_ends(lab, graph, tmp_path):
-    """And, while it still runs, the same run directory is refused to a second job."""
+    """A bare launcher, whose ssh would wait for ever. And, while the job runs, its run directory is refused to a second."""
     run_dir = tmp_path / "run"
     launcher = [DEEPSPEED, "--hostfile", str(lab.hostfile(["h0", "h1"], slots=2))]
     settings = [*graph, "training.epochs=100000", "distributed.timeout_s=10"]
@@ -128,7 +127,7 @@ def test_a_machine_that_loses_power_is_named_and_the_launcher_ends(lab, graph, t
 
     off = time.time()
     lab.power_off("h1")
-    # 10 s until the collective gives up, 3 s for last words, up to 6 s until ssh gives the dead host up; the rest is load
+    # 10 s until the collective gives up, 3 s for last words, 11 s until the launcher's ssh is ended; the rest is load
     assert ended(process, run_dir, 60) != 0
     noticed_s = min(record["time"] for record in read_errors(run_dir)) - off
     assert noticed_s < 10 + 10, "within distributed.timeout_s, and what a busy machine needs"
@@ -136,6 +135,7 @@ def test_a_machine_that_loses_power_is_named_and_the_launcher_ends(lab, graph, t
     assert "lost rank 2 on h1, rank 3 on h1: no answer and no last words" in said and "ssh h1 true" in said, said[
         -6000:
     ]
+    assert "nothing of this job runs on h1: ended the launcher's ssh, which waited for it" in said
     assert nobody_trains(lab)
 
 
@@ -153,14 +153,20 @@ def test_a_killed_trainer_and_the_command_typed_again(lab, graph, losses_here, t
     assert losses(run_dir) == losses_here
 
 
-def test_a_machine_that_does_not_come_is_named(lab, graph, tmp_path):
-    """h3 is dead from the beginning: only that DeepSpeed does not notice."""
+def test_a_machine_that_dies_while_the_job_starts_is_named(lab, graph, tmp_path):
+    """Started from a machine that is not of the job: here the launcher's own ssh has to give up."""
     run_dir = tmp_path / "run"
+    launcher = [PYTHON, "launch/hosts.py", "run", str(lab.hostfile(["h0", "h3"]))]
+    process = train(lab, "h1", launcher, *graph, "distributed.start_timeout_s=3", run_dir=run_dir)
+
+    def starts():
+        return any("launch/train.py" in line for line in lab.processes("h3"))
+
+    wait_until(lambda: starts() or process.poll() is not None, run_dir)
     lab.power_off("h3")
-    launcher = [DEEPSPEED, "--hostfile", str(lab.hostfile(["h0", "h3"]))]
-    process = train(lab, "h0", launcher, *graph, "distributed.start_timeout_s=3", run_dir=run_dir)
     assert ended(process, run_dir, 90) != 0
     assert "ranks [1] of 2 did not come within 3 s" in terminal(run_dir)
+    assert nobody_trains(lab)
     checked = lab.run("h0", [PYTHON, "launch/hosts.py", "check", str(lab.hostfile(["h0", "h3"]))], 60, cwd=ROOT)
     assert checked.returncode == 2 and "1 of 2 hosts cannot take part: h3" in checked.stdout
     assert "ssh -v h3 true" in checked.stdout

@@ -245,6 +245,12 @@ def first_error(run_dir: Path) -> str | None:
     return f"rank {record['rank']} on {record['machine']}: {record['type']}: {record['message']}"
 
 
+def nobody_knows_why(run_dir: Path) -> bool:
+    """Whether all ranks that wrote down an error have only lost others: a machine without power says nothing."""
+    record = choose_first(read_errors(run_dir))
+    return record is not None and record["consequence"]
+
+
 def without_headers(output: bytes) -> bytes:
     """What the program wrote: for a person who watches one rank, the lines between starts are noise."""
     return re.sub(rb"(?m)^--- rank \d+ on \S+, pid \d+, [^\n]* ---\n", b"", output)
@@ -291,7 +297,8 @@ def verdict(records: list[dict[str, Any]], rank: int, world_size: int, machines:
     tries = "; ".join(f"ssh {name} true" for name in dict.fromkeys(machines[r] for r in lost if r in machines))
     return (
         f"lost {names}: no answer and no last words. The machine has no power or no network, or the process was killed "
-        f"(out of memory?). Try: {tries or 'the hostfile, with `python launch/hosts.py check hostfile`'}. {saw}"
+        f"(out of memory?). Try: {tries or 'the hostfile, with `python launch/hosts.py check hostfile`'}. If the launcher "
+        f"does not come back, its ssh waits for that machine: Ctrl-C, and next time `launch/hosts.py run`. {saw}"
     )
 
 
