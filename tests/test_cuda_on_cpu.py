@@ -4,15 +4,28 @@ For a run on a GPU see test_cuda.py.
 """
 
 import os
+import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from gemini_gnn.api import partition
+from gemini_gnn.compose import compose
+from gemini_gnn.config import ModelConfig
 from gemini_gnn.errors import ClusterError
+from gemini_gnn.graph.datasets import load_dataset
+from gemini_gnn.graph.partitioned import PartitionedGraph
 from gemini_gnn.halo.exchange import HaloExchange
+from gemini_gnn.halo.prefetch import prefetch
+from gemini_gnn.models.build import build_model
+from gemini_gnn.models.tensors import moved, to_tensors
 from gemini_gnn.training import groups
+from gemini_gnn.training.data import BatchSource
+from tests.model_blocks import random_block
+from tests.ranks import run_ranks
 
 
 @pytest.mark.parametrize(
@@ -106,3 +119,111 @@ def test_the_wait_for_nccl_polls_and_has_a_time_limit():
     with pytest.raises(RuntimeError, match="timed out"):
         exchange._wait(never)
     assert never.waits == []
+
+
+# Tensors on torch's "meta" device have shapes and no bytes. They go the way of every device that is not the CPU, cannot be
+# combined with CPU tensors by most operations, and cannot be read back.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(name="sage"),
+        ModelConfig(name="sage", aggregator="max", layer_norm=True),
+        ModelConfig(name="gcn"),
+        ModelConfig(name="gat", heads=2),
+    ],
+    ids=["mean", "max", "gcn", "gat"],
+)
+def test_models_stay_on_their_device_and_read_nothing_back(config, dtype):
+    from gemini_gnn.training.loop import summed_loss  # imports DeepSpeed, which the ranks of other tests need not
+
+    config = replace(config, hidden=8, layers=2, dropout=0.5)
+    meta = torch.device("meta")
+    model = build_model(config, 5, 3, seed=0).to(meta, dtype)
+    blocks = [random_block(30, 12, 50, seed=1, weighted=True), random_block(12, 4, 20, seed=2, weighted=True)]
+    there = [moved(to_tensors(block), meta) for block in blocks]
+    x, y = torch.empty(30, 5, device=meta, dtype=dtype), torch.zeros(4, dtype=torch.int64, device=meta)
+    loss = summed_loss(model(x, there), y)
+    loss.backward()
+    h = model.layer(0, there[0], x)
+    assert {t.device for t in (loss, h, *(p.grad for p in model.parameters()))} == {meta}
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        model(x, [to_tensors(block) for block in blocks])
+
+
+def batches_in_two_stages(rank, world, folder):
+    """The batches made by one thread, and those of which the training thread makes the collective part, as with NCCL."""
+    threads, exchange = set(), torch.distributed.all_to_all_single
+
+    def noted(*args, **kwargs):
+        threads.add(threading.current_thread().name)
+        return exchange(*args, **kwargs)
+
+    for topology in ("replicated", "partitioned"):
+        config = compose([f"sampling.topology={topology}", "sampling.batch_size=16"])
+        plain, staged = (
+            BatchSource(
+                PartitionedGraph.open(folder),
+                config,
+                groups.Groups(
+                    rank, world, "gloo", torch.device("cpu"), torch.distributed.new_group(), None, None, None
+                ),
+            )
+            for _ in range(2)
+        )
+        keys = plain.step_keys(0) + plain.step_keys(1) + plain.step_keys(2)
+        expected = [plain.make(key) for key in keys]
+        torch.distributed.all_to_all_single = noted
+        make, finish = staged.stages("nccl")
+        with prefetch(make, keys, 2, finish=finish) as batches:
+            for batch, other in zip(batches, expected, strict=True):
+                torch.distributed.all_reduce(torch.ones(1))  # the gradients, on another group from the same thread
+                assert torch.equal(batch.x, other.x) and torch.equal(batch.y, other.y) and batch.edges == other.edges
+                for ours, theirs in zip(batch.blocks, other.blocks, strict=True):
+                    assert torch.equal(ours.indptr, theirs.indptr) and torch.equal(ours.indices, theirs.indices)
+        torch.distributed.all_to_all_single = exchange
+    return threads
+
+
+def test_order_of_nccl_over_gloo_only_the_training_thread_communicates(tmp_path):
+    config = compose(["dataset.nodes=300", f"dataset.cache={tmp_path}"])
+    folder = partition(load_dataset(config.dataset), tmp_path / "parts", parts=2).folder
+    assert run_ranks(batches_in_two_stages, 2, folder) == [{"MainThread"}] * 2
+
+
+class FakeEvent:
+    """A CUDA event that the GPU comes to when ``now`` says so; its time is when it was recorded."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = FakeEvent.now
+
+    def query(self):
+        return self.at < FakeEvent.now
+
+    def elapsed_time(self, end):
+        assert end.query()
+        return (end.at - self.at) * 1e3
+
+
+def test_collectives_on_a_stream_are_counted_when_they_are_over(monkeypatch):
+    from gemini_gnn.training import engine
+
+    def all_reduce():  # three seconds on the compute stream
+        FakeEvent.now += 3.0
+        return "sum"
+
+    backend = SimpleNamespace(all_reduce=all_reduce)
+    monkeypatch.setattr(engine.deepspeed.comm.comm, "cdb", backend)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    clock = engine.CollectiveClock(torch.device("cuda", 0))
+    assert backend.all_reduce() == "sum"
+    assert clock.seconds == 0.0
+    FakeEvent.now += 1.0
+    assert clock.seconds == clock.seconds == 3.0

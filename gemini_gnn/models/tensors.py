@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -49,3 +50,18 @@ def to_tensors(block: Block, device: torch.device | str = "cpu") -> BlockTensors
         src_degree=move(block.src_degree),
         edge_weight=None if block.edge_weight is None else move(block.edge_weight),
     )
+
+
+def pinned(block: BlockTensors) -> BlockTensors:
+    """The block in page-locked host memory, from where a copy to a GPU neither waits for the GPU nor keeps it waiting."""
+    return _each(block, Tensor.pin_memory)
+
+
+def moved(block: BlockTensors, device: torch.device) -> BlockTensors:
+    """The block on ``device``."""
+    return _each(block, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def _each(block: BlockTensors, change: Callable[[Tensor], Tensor]) -> BlockTensors:
+    values = {f.name: getattr(block, f.name) for f in fields(block)}
+    return BlockTensors(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})

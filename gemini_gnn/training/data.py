@@ -20,9 +20,8 @@ from gemini_gnn.errors import DataError, PartitionError
 from gemini_gnn.features.store import FeatureStore, Prepared
 from gemini_gnn.graph.partitioned import PartitionedGraph
 from gemini_gnn.halo.exchange import HaloExchange
-from gemini_gnn.models.tensors import BlockTensors, to_tensors
+from gemini_gnn.models.tensors import BlockTensors, moved, pinned, to_tensors
 from gemini_gnn.sampling.batches import BatchPlan
-from gemini_gnn.sampling.blocks import Batch
 from gemini_gnn.sampling.partitioned import PartitionedTopology
 from gemini_gnn.sampling.sampler import NeighborSampler
 from gemini_gnn.sampling.topology import ReplicatedTopology
@@ -40,11 +39,13 @@ class Key:
 
 @dataclass(frozen=True)
 class Begun:
-    """A batch of which only the remote rows are missing; ``sample_s`` and ``prepare_s`` went into it."""
+    """A batch in host memory of which only the remote rows are missing; ``sample_s`` and ``prepare_s`` went into it."""
 
     key: Key
-    batch: Batch
     rows: Prepared
+    y: torch.Tensor
+    blocks: list[BlockTensors]
+    edges: int
     sample_s: float
     prepare_s: float
 
@@ -135,15 +136,18 @@ class BatchSource:
         batch = self.sampler.sample(self.plan.seeds(key.epoch, key.index, self.rank), key.epoch, key.index)
         sampled = time.perf_counter()
         rows = self.store.prepare(batch.input_nodes)
-        return Begun(key, batch, rows, sampled - began, time.perf_counter() - sampled)
+        y = labels(self.part.y, batch.seeds - self.part.begin)
+        blocks = [to_tensors(block) for block in batch.blocks]
+        if self.device.type == "cuda":
+            y, blocks = y.pin_memory(), [pinned(block) for block in blocks]
+        return Begun(key, rows, y, blocks, batch.num_edges, sampled - began, time.perf_counter() - sampled)
 
     def end(self, begun: Begun) -> MicroBatch:
-        """The remote rows, labels, and all of it as tensors on the device. Collective."""
+        """The remote rows, and all of it on the device. Collective."""
         began = time.perf_counter()
-        batch = begun.batch
         x = self.store.complete(begun.rows).to(self.device, non_blocking=True)
-        y = labels(self.part.y, batch.seeds - self.part.begin).to(self.device)
-        blocks = [to_tensors(block, self.device) for block in batch.blocks]
+        y = begun.y.to(self.device, non_blocking=True)
+        blocks = [moved(block, self.device) for block in begun.blocks]
         fetch_s = begun.prepare_s + time.perf_counter() - began
         traffic = self.exchange.take_traffic()
         self.remote_bytes += int(traffic.received_bytes.sum())
@@ -152,7 +156,7 @@ class BatchSource:
             x=x,
             y=y,
             blocks=blocks,
-            edges=batch.num_edges,
+            edges=begun.edges,
             sample_s=begun.sample_s,
             fetch_s=fetch_s,
             transfer_s=traffic.seconds - traffic.meet_s,

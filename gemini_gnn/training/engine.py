@@ -6,6 +6,7 @@ forks trainers from it.
 
 from __future__ import annotations
 
+import collections
 import datetime
 import importlib
 import logging
@@ -155,7 +156,11 @@ def leave() -> None:
 
 
 class CollectiveClock:
-    """Seconds this thread spent inside DeepSpeed's collectives (its synchronous part, where those are asynchronous)."""
+    """Seconds that DeepSpeed's collectives took on this rank (their synchronous part, where they are asynchronous).
+
+    On the CPU: those spent inside of them. On a GPU, where a call only puts work on a stream: from when the compute stream
+    came to it until it could go on. That is known when it is over, so it may be counted a step later.
+    """
 
     NAMES = (
         "all_reduce",
@@ -167,14 +172,23 @@ class CollectiveClock:
         "all_gather_coalesced",
     )
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    def __init__(self, device: torch.device) -> None:
+        self._seconds = 0.0
+        self._under_way: collections.deque[tuple[torch.cuda.Event, torch.cuda.Event]] = collections.deque()
+        timed = self._timed_on_cuda if device.type == "cuda" else self._timed
         backend = deepspeed.comm.comm.cdb
         for name in self.NAMES:
             # DeepSpeed binds its backend object once per process: wrap its methods where it keeps them.
             original = getattr(backend, name, None)
             if original is not None:
-                setattr(backend, name, self._timed(original))
+                setattr(backend, name, timed(original))
+
+    @property
+    def seconds(self) -> float:
+        while self._under_way and self._under_way[0][1].query():
+            begin, end = self._under_way.popleft()
+            self._seconds += begin.elapsed_time(end) / 1e3
+        return self._seconds
 
     def _timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -182,7 +196,19 @@ class CollectiveClock:
             try:
                 return call(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - begin
+                self._seconds += time.perf_counter() - begin
+
+        return timed
+
+    def _timed_on_cuda(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                end.record()
+                self._under_way.append((begin, end))
 
         return timed
 

@@ -108,6 +108,9 @@ class Phases:
     ``input`` is waiting for the prefetcher, of which ``exposed`` moved halo rows and ``input_others`` waited for slower
     ranks; ``others`` is waiting for slower ranks before the reduction; ``reduce`` is what DeepSpeed's collectives took
     (within ``backward`` and ``update``).
+
+    On a GPU these are the host's seconds: what it has queued there it waits for at the next number it reads, so much of
+    ``backward`` and ``update`` is found in the ``input`` and ``forward`` of the next step. ``reduce`` is the GPU's.
     """
 
     input: float = 0.0
@@ -198,7 +201,7 @@ def train(run: Run) -> RunState:
         status.agree()
 
     deepspeed_engine.on_reduce(engine, agree)
-    clock = deepspeed_engine.CollectiveClock()
+    clock = deepspeed_engine.CollectiveClock(run.groups.device)
     depth = config.sampling.prefetch
     keys = itertools.chain.from_iterable(map(source.step_keys, range(state.step, run.total_steps)))
     make, finish = source.stages(run.groups.backend)

@@ -105,6 +105,7 @@ class Report:
         sums = torch.tensor([float(self.edges), float(remote_bytes)], dtype=torch.float64)
         worst = torch.tensor(
             [statistics.median(self.epoch_s) if self.epoch_s else math.nan, float(_peak_rss_bytes()), self.busy_s]
+            + [float(_peak_gpu_bytes(self.groups.device))]
             + [self.phases[name] for name in PHASES],
             dtype=torch.float64,
         )
@@ -117,7 +118,7 @@ class Report:
             dist.all_reduce(worst, op=dist.ReduceOp.MAX, group=self.groups.control)
             dist.all_reduce(own_fraction, group=self.groups.control)
         best = state.best
-        phases_s = dict(zip(PHASES, worst[3:].tolist(), strict=True))
+        phases_s = dict(zip(PHASES, worst[4:].tolist(), strict=True))
         return {
             "test_accuracy": _number(best.get("test_accuracy")),
             "val_accuracy": _number(best.get("val_accuracy")),
@@ -136,6 +137,7 @@ class Report:
             "steps_timed": self.steps,
             "remote_bytes": int(sums[1]),
             "peak_rss_bytes": int(worst[1]),
+            "peak_gpu_bytes": int(worst[3]),
             "versions": versions(),
             **extra,
             "config": to_mapping(self.config),
@@ -187,6 +189,11 @@ def _number(value: Any) -> float | None:
 
 def _peak_rss_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _peak_gpu_bytes(device: torch.device) -> int:
+    """Of tensors; what CUDA and NCCL hold for themselves is not counted. 0 without a GPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
