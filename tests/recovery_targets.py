@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def report(payload: dict, place: Place, listen_fd: int | None) -> int:
         marker=os.environ.get("MARKER"),
         master_port=os.environ["MASTER_PORT"],
         omp=os.environ.get("OMP_NUM_THREADS"),
+        cores=sorted(os.sched_getaffinity(0)),
         links=links,
         session=os.getsid(0),
         argv=sys.argv,
@@ -66,6 +68,16 @@ def fail(payload: dict, place: Place, listen_fd: int | None) -> int:
         raise ValueError("the first error")
     _wait_for(Path(os.environ["NOTES"]).parent / "failed")
     raise RuntimeError("Connection closed by peer")
+
+
+def never_leaves(payload: dict, place: Place, listen_fd: int | None) -> int:
+    """Rank 0 raises, but a thread of it stays; the others wait for it."""
+    note("training")
+    if place.rank == 0:
+        threading.Thread(target=time.sleep, args=(3600,)).start()
+        raise ValueError("the error of one who stays")
+    time.sleep(3600)
+    return 0
 
 
 def train(payload: dict, place: Place, listen_fd: int | None) -> int:
@@ -190,6 +202,10 @@ def slot(run_dir: str, target: str, payload: str) -> int:
     from gemini_gnn.recovery import shim
 
     options = json.loads(payload)
+    if options.get("impatient"):
+        shim.AGENT = "tests.recovery_impatient"
+    if "bind" in options:
+        os.sched_setaffinity(0, options["bind"][int(os.environ["RANK"])])
     try:
         return shim.run(
             discover(os.environ),
@@ -200,6 +216,7 @@ def slot(run_dir: str, target: str, payload: str) -> int:
             resume=options.get("resume", "auto"),
             terminal=True,
             max_restarts=options.get("max_restarts", 3),
+            arena_root=options.get("arena", "/dev/shm"),
         )
     except GeminiError as error:
         print(error, file=sys.stderr)

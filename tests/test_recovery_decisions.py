@@ -29,6 +29,7 @@ from gemini_gnn.recovery.decisions import (
     WarmDied,
     WarmReady,
     WarmRefused,
+    WarmStuck,
     decide,
     may_be_ending,
 )
@@ -227,8 +228,29 @@ def test_warm_parent_that_cannot_import():
 
 def test_slots_that_never_come():
     state, _ = decide(State(4, 4), Registered(0), 0.0)
-    state, actions = decide(state, Tick(), state.limits.start_s)
-    assert "only 1 of 4" in finished(actions).reason
+    state, _ = decide(state, Registered(1), 10.0)  # no later end for it
+    assert decide(state, Tick(), state.limits.gather_s - 1.0)[1] == []
+    assert "only 2 of 4" in finished(decide(state, Tick(), state.limits.gather_s)[1]).reason
+
+
+def test_imports_may_take_longer_than_the_slots():
+    state, _ = play(State(2, 2), Registered(0), Registered(1), now=5.0)
+    assert decide(state, Tick(), 5.0 + state.limits.gather_s)[1] == []
+    assert "imports" in finished(decide(state, Tick(), 5.0 + state.limits.start_s)[1]).reason
+
+
+def test_a_trainer_that_told_its_error_and_stays_is_not_waited_for():
+    state, _ = play(running(), failure(0, 1.0), now=1.0)
+    assert decide(state, Tick(), 0.9 + state.limits.leave_s)[1] == []
+    state, actions = decide(state, Tick(), 1.0 + state.limits.leave_s)
+    assert actions == [Kill(frozenset({0, 1}))]
+    outcome = finished(play(state, Exited(0, -9), Exited(1, -9))[1])
+    assert (outcome.kind, outcome.failure.rank) == ("failed", 0)
+
+
+def test_a_warm_parent_that_cannot_be_reaped_makes_the_machine_lost():
+    outcome = finished(play(running(), WarmStuck(17))[1])
+    assert outcome.kind == "lost" and "warm parent (process 17)" in outcome.reason
 
 
 def test_what_cannot_be_reaped_makes_the_machine_lost():

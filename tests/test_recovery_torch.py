@@ -12,7 +12,7 @@ import pytest
 
 from gemini_gnn.recovery import home, trainer
 from gemini_gnn.run import preload_of
-from tests.test_recovery import PATIENCE_S, job
+from tests.recovery_job import PATIENCE_S, job
 
 __all__ = ["job"]  # the fixture
 

@@ -1,15 +1,16 @@
 """The worker agent: one per machine and job, light, detached; owns the warm parent, the trainers and the arena folder.
 
 Who owns what. The agent holds the flock on ``agent.lock`` from before its exec (the shim that started it passes the
-descriptor on), so at most one lives per job and machine, and everything under the arena folder is its own. It is
-single-threaded: a loop over sockets, with the decisions in ``decisions.py``. It is nobody's child (re-parented to init) and
-adopts the orphans below it (subreaper), so trainers whose warm parent died are still reaped here and counted.
+descriptor on), so at most one lives per job and machine, and everything under the arena folder is its own. The agent of
+rank 0's machine also holds a lock in the run directory, so that no other machine, user or arena runs the same job. It is
+single-threaded: a loop over sockets, with the decisions in ``decisions.py`` and all that concerns warm parent and trainers
+in ``children.py``. It is nobody's child (re-parented to init).
 
 What may be interrupted where. The agent may be killed at any instruction: the kernel kills the warm parent and with it the
 trainers (PDEATHSIG), closes the shims' sockets, drops the lock; the shims start another agent, which waits until the kernel
 has finished with every trainer of the old one (``home.living_trainer``) before it forks. Shims and trainers may vanish
 between any two messages: a closed socket is an event like the others. Which message may be lost: any to or from a process
-that died; the exits of trainers come from the warm parent, or, when that died, from ``waitpid`` here.
+that died; that a signal came is never lost, because the descriptor it is seen through stands before its handler does.
 
 Requests come from processes of the same user only: the folder is 0700, the socket 0600, and the kernel is asked for the
 peer's uid. The shims' messages: register, stop; ours: accepted, refused, ending, say, outcome.
@@ -22,26 +23,19 @@ import os
 import selectors
 import signal
 import socket
-import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gemini_gnn.errors import GeminiError
 from gemini_gnn.recovery import decisions, home, messages, processes
+from gemini_gnn.recovery.children import Children
 from gemini_gnn.recovery.decisions import Failure, Limits, Outcome
 from gemini_gnn.recovery.journal import Journal
 
 NOBODY_S = 30.0  # an agent without a job ends after it
 REAP_ORPHANS_S = 5.0  # for killed children to be gone
-
-# Pools are sized when a library is imported; a trainer sets its own number after the fork.
-PINNED = dict.fromkeys(
-    ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
-)
-# torch.cuda.is_available() then asks NVML and does not initialise CUDA, which a fork would not survive.
-PINNED["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 
 @dataclass
@@ -50,23 +44,6 @@ class Shim:
 
     channel: messages.Channel
     request: dict[str, Any]
-
-
-@dataclass
-class Trainer:
-    """``pid`` is None until the warm parent has reported the fork."""
-
-    channel: messages.Channel
-    forked_s: float
-    pid: int | None = None
-
-
-@dataclass
-class Warm:
-    """``pid`` is its own until it is reaped, which only ``_reap`` does."""
-
-    pid: int
-    channel: messages.Channel
 
 
 class Agent:
@@ -79,39 +56,40 @@ class Agent:
         self.term = 0
         self.state: decisions.State | None = None
         self.outcome: Outcome | None = None
+        self.nobody = Outcome("stopped", 1, "nobody came")  # unless there is a job
+        self.nobody_s = time.monotonic() + NOBODY_S
+        self.run_dir_lock: int | None = None
         self.request: dict[str, Any] = {}  # of the first shim: what all of them share
         self.shims: dict[int, Shim] = {}
         self.visitors: list[messages.Channel] = []  # connected, no registered shim (yet)
-        self.trainers: dict[int, Trainer] = {}
-        self.warm: Warm | None = None
-        self.events: list[decisions.Event] = []  # seen, not yet decided
         self.journal = Journal(run_dir, self.machine)
         self.listener = messages.listen(arena / home.AGENT_SOCKET)
         self.wakeup, signalled = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(signalled, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)  # seen through the descriptor
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.selector.register(self.wakeup, selectors.EVENT_READ)
+        self.children = Children(arena, self.job, self.journal, self.selector)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         """Serve until the job has ended on this machine, or nobody came."""
-        nobody_s = time.monotonic() + NOBODY_S
         while self.outcome is None:
             self.selector.select(self._patience_s())
             for number in self._signals():
                 if number == signal.SIGTERM:
                     self._see(decisions.StopAsked("SIGTERM: this machine leaves", 128 + signal.SIGTERM))
-            self._read_trainers()  # before requests: who said in time that it listens is asked, not killed
-            self._read_warm()
-            self._reap()
+            for event in self.children.read(time.monotonic()):  # before requests: who listens is asked, not killed
+                self._see(event)
             self._accept()
             self._read_visitors()
             self._read_shims()
             self._see(decisions.Tick())
-            if self.state is None and not self.visitors and time.monotonic() > nobody_s:
-                break  # the shim that started us died before it could speak
+            if self.state is None and not self.visitors and time.monotonic() > self.nobody_s:
+                break  # the shim that started us died before it could speak, or was refused
         self._end()
 
     def _patience_s(self) -> float:
@@ -125,40 +103,30 @@ class Agent:
             return b""
 
     def _see(self, event: decisions.Event) -> None:
-        """Decide on ``event`` and act. What actions bring about at once is decided after all of them."""
-        self.events.append(event)
-        if len(self.events) > 1:
-            return  # called from an action below
-        while self.events:
-            if self.state is None:
-                if isinstance(self.events[0], decisions.StopAsked):
-                    asked = self.events[0]
-                    self.outcome = Outcome("stopped", asked.code, asked.reason, keep=asked.keep)
-            else:
-                before = self.state
-                self.state, actions = decisions.decide(before, self.events[0], time.monotonic())
-                if self.state.phase is not before.phase:
-                    self.journal.log(
-                        "phase", phase=self.state.phase, generation=self.state.generation, cause=self.state.cause
-                    )
-                for action in actions:
-                    self._act(action)
-            self.events.pop(0)
+        """Decide on ``event`` and act."""
+        if self.state is None:
+            if isinstance(event, decisions.StopAsked):
+                self.outcome = Outcome("stopped", event.code, event.reason, keep=event.keep)
+            return
+        before = self.state
+        self.state, actions = decisions.decide(before, event, time.monotonic())
+        if self.state.phase is not before.phase:
+            self.journal.log("phase", phase=self.state.phase, generation=self.state.generation, cause=self.state.cause)
+        for action in actions:
+            self._act(action)
 
     def _act(self, action: decisions.Action) -> None:
         match action:
             case decisions.StartWarm():
-                self._start_warm()
+                self.children.start_warm(self.request["preload"], self.request["path"])
             case decisions.Fork(generation, ranks):
                 self.journal.status("running", generation=generation)
                 self.journal.write_errors(None)
                 self._fork(generation, sorted(ranks))
             case decisions.AskToStop(ranks):
-                for rank in ranks:
-                    self.trainers[rank].channel.send({"kind": "stop"})
+                self.children.ask_to_stop(ranks)
             case decisions.Kill(ranks):
-                if self.warm is not None:  # else they are dead or dying with it
-                    self.warm.channel.send({"kind": "kill", "ranks": sorted(ranks)}, timeout_s=1.0)
+                self.children.kill(ranks)
             case decisions.Say(text):
                 self._say(text)
             case decisions.Finish(outcome):
@@ -175,6 +143,7 @@ class Agent:
                 return
             except OSError as error:  # out of descriptors: the visitor waits in the backlog
                 self.journal.log("accept_failed", error=error.strerror)
+                time.sleep(0.1)  # it stays readable
                 return
             if messages.peer(sock)[1] != os.getuid():
                 sock.close()
@@ -225,6 +194,7 @@ class Agent:
                 self._begin(request)
             except GeminiError as error:
                 channel.send({"kind": "refused", "code": 2, "text": str(error)})
+                self.nobody, self.nobody_s = Outcome("failed", 2, str(error)), time.monotonic()
                 return
         assert self.state is not None
         if request["launch"] != self.request["launch"] or rank in self.state.registered:
@@ -248,41 +218,43 @@ class Agent:
         Raises:
             RunDirError, RecoveryError: the run directory or the arena refuses.
         """
-        claim = {"machine": self.machine, "pid": os.getpid(), "time": time.time(), "launch": request["launch"]}
-        claim["arena_root"] = os.fspath(self.arena.parent.parent)
-        claim |= {
-            "world_size": request["place"]["world_size"],
-            "local_world_size": request["place"]["local_world_size"],
-        }
-        run = home.run_id(self.run_dir)
-        self.term = home.claim_term(self.run_dir, claim)
-        self.request = request
         place = request["place"]
+        if place["rank"] == place["local_rank"] and self.run_dir_lock is None:
+            who = f"the worker agent on {self.machine}, pid {os.getpid()}, with its snapshots in {self.arena.parent}"
+            self.run_dir_lock = home.take_run_dir(self.run_dir, who)
+        run = home.run_id(self.run_dir)
+        claim = {"machine": self.machine, "pid": os.getpid(), "time": time.time(), "launch": request["launch"]}
+        claim |= {key: place[key] for key in ("world_size", "local_world_size")}
+        self.term = home.claim_term(self.run_dir, {**claim, "arena_root": os.fspath(self.arena.parent.parent)})
         self.journal.term, self.journal.speaks_for_job = self.term, place["rank"] == place["local_rank"]
+        self.journal.log(
+            "started", term=self.term, pid=os.getpid(), arena=os.fspath(self.arena), command=request["command"]
+        )
         limits = Limits(max_restarts=request["max_restarts"])
+        stuck = self._earlier_trainer(limits.reap_s)
+        if stuck is None:
+            reason = "resume=never" if request["resume"] == "never" else ""
+            if request["resume"] == "auto" and not home.belongs_to(self.arena, run):
+                reason = "they are of a run directory that was removed"  # its first start must not go on in the middle
+            if reason and home.snapshot_files(self.arena):
+                _, size_bytes = home.remove_snapshots(self.arena)
+                self.journal.log("snapshots_removed", bytes=size_bytes, reason=reason)
+            home.assign(self.arena, run)
+        # From here on there is a job: nothing above may fail any more.
+        self.request = request
         # Trainers of a launch whose agent died are no first generation: they may find its work complete.
         self.state = decisions.State(
             place["local_world_size"], place["world_size"], limits, generation=request["deaths"]
         )
-        self.journal.log(
-            "started", term=self.term, pid=os.getpid(), arena=os.fspath(self.arena), command=request["command"]
-        )
-        if (pid := self._earlier_trainer(limits.reap_s)) is not None:
+        self.journal.status("starting")
+        if stuck is not None:
             text = (
-                f"process {pid}, a trainer of this job's last term, is still there after SIGKILL: it is stuck in the "
+                f"process {stuck}, a trainer of this job's last term, is still there after SIGKILL: it is stuck in the "
                 "kernel (a dead file system or device?); wait for it or restart this machine"
             )
             self._see(decisions.WarmRefused(Failure(-1, 1, time.monotonic(), text, text)))
             return
-        reason = "resume=never" if request["resume"] == "never" else ""
-        if request["resume"] == "auto" and not home.belongs_to(self.arena, run):
-            reason = "they are of a run directory that was removed"  # its first start must not go on in the middle
-        if reason and home.snapshot_files(self.arena):
-            _, size_bytes = home.remove_snapshots(self.arena)
-            self.journal.log("snapshots_removed", bytes=size_bytes, reason=reason)
-        home.assign(self.arena, run)
-        self.journal.status("starting")
-        self._start_warm()
+        self.children.start_warm(request["preload"], request["path"])
 
     def _earlier_trainer(self, patience_s: float) -> int | None:
         """Invariant 5 across the death of an agent: end what is left of the last term; the trainer that stays."""
@@ -294,141 +266,48 @@ class Agent:
             time.sleep(0.005)
         return pid
 
-    # --- warm parent and trainers -------------------------------------------------------------------------------------
-
-    def _start_warm(self) -> None:
-        assert self.warm is None, "one warm parent at a time"
-        ours, theirs = socket.socketpair()
-        theirs.set_inheritable(True)
-        command = [sys.executable, "-P", "-m", "gemini_gnn.recovery.warm", "--job", self.job]
-        command += ["--arena", os.fspath(self.arena), "--agent", str(os.getpid()), "--channel", str(theirs.fileno())]
-        ignored = [signal.SIGINT, signal.SIGHUP]
-        environment = {**os.environ, **PINNED, **dict([processes.mark(self.arena)])}
-        pid = os.posix_spawn(sys.executable, command, environment, setsigdef=ignored)
-        theirs.close()
-        channel = messages.Channel(ours)
-        self.warm = Warm(pid, channel)
-        self.selector.register(channel, selectors.EVENT_READ)
-        self.journal.log("warm_started", pid=pid)
-        channel.send(
-            {"kind": "preload", "modules": self.request["preload"], "path": self.request["path"]}, timeout_s=5.0
-        )
-
     def _fork(self, generation: int, ranks: list[int]) -> None:
-        """Ask the warm parent for the trainers of ``generation``. A warm parent that is gone by now is seen later."""
-        assert self.state is not None and self.warm is not None
+        assert self.state is not None
         # With all ranks here the store's port is ours to choose: bound and listening before any client comes.
-        mark, marked = processes.mark(self.arena)
         store = None
         if self.state.local == self.state.world:
             store = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        tasks = {}
         for rank in ranks:
             request = self.shims[rank].request if rank in self.shims else self.request
-            place = dict(request["place"])
-            if store is not None:
-                place.update(master_addr="127.0.0.1", master_port=store.getsockname()[1])
-            ours, theirs = socket.socketpair()
-            channel = messages.Channel(ours)
-            self.selector.register(channel, selectors.EVENT_READ)
-            self.trainers[rank] = Trainer(channel, time.monotonic())
-            task = {
-                "kind": "fork",
-                "place": place,
-                "environment": {**request["environment"], **_launcher_variables(place), mark: marked},
-                "log": os.fspath(self.journal.log_of(rank)),
-                "job": self.job,
-                "arena": os.fspath(self.arena),
-                "term": self.term,
-                "generation": generation,
-                # What `never` had to forget was removed when this term began; a restart must go on.
-                "resume": "auto" if generation > 1 and request["resume"] == "never" else request["resume"],
-                **{key: request[key] for key in ("target", "payload", "folder", "path", "command")},
-            }
-            descriptors = [theirs.fileno()]
-            if store is not None and rank == 0:
-                descriptors.append(store.fileno())
-            self.warm.channel.send(task, descriptors, timeout_s=5.0)
-            theirs.close()
+            address = {} if store is None else {"master_addr": "127.0.0.1", "master_port": store.getsockname()[1]}
+            tasks[rank] = self._task(generation, {**request["place"], **address}, request)
+        self.children.fork(tasks, store)
         if store is not None:
             store.close()
 
-    def _read_trainers(self) -> None:
-        for rank in list(self.trainers):
-            self._read_trainer(rank)
-
-    def _read_trainer(self, rank: int) -> None:
-        trainer = self.trainers[rank]
-        for message in trainer.channel.receive():
-            if message["kind"] == "started":
-                self.journal.log("trainer_started", rank=rank, fork_to_start_s=message["time_s"] - trainer.forked_s)
-            elif message["kind"] == "listens":
-                self._see(decisions.Listens(rank))
-            elif message["kind"] == "failed":
-                failure = Failure(rank, message["code"], message["time_s"], message["summary"], message["text"])
-                failure = replace(failure, consequence=message["consequence"])
-                self.journal.log("trainer_failed", rank=rank, code=failure.code, text=failure.text)
-                self.journal.errors.append(failure)
-                self._see(decisions.Failed(failure))
-        if trainer.channel.closed and trainer.channel.sock.fileno() >= 0:
-            self._forget(trainer.channel)
-
-    def _exited(self, rank: int, code: int) -> None:
-        self._read_trainer(rank)  # its last words were sent before it died
-        trainer = self.trainers.pop(rank)
-        if trainer.channel.sock.fileno() >= 0:
-            self._forget(trainer.channel)
-        self.journal.log("trainer_exited", rank=rank, pid=trainer.pid, code=code)
-        self._see(decisions.Exited(rank, code))
-
-    def _read_warm(self) -> None:
-        if self.warm is not None:
-            self._hear(self.warm)
-            if self.warm.channel.closed:
-                os.kill(self.warm.pid, signal.SIGKILL)
-
-    def _hear(self, warm: Warm) -> None:
-        for message in warm.channel.receive():
-            if message["kind"] == "ready":
-                self.journal.log("warm_ready", seconds=message["seconds"])
-                self._see(decisions.WarmReady())
-            elif message["kind"] == "refused":
-                self.journal.log("warm_refused", text=message["text"])
-                text = message["text"]
-                summary = text.strip().splitlines()[-1]
-                self._see(decisions.WarmRefused(Failure(-1, 1, time.monotonic(), summary, text)))
-                if "rank" in message:
-                    self._exited(message["rank"], 1)
-            elif message["kind"] == "forked":
-                self.trainers[message["rank"]].pid = message["pid"]
-                self.journal.log("trainer_forked", rank=message["rank"], pid=message["pid"])
-            elif message["kind"] == "exited":
-                self._exited(message["rank"], message["code"])
-
-    def _reap(self) -> None:
-        """The warm parent's end, and whatever was orphaned below us."""
-        while (ended := processes.wait_for_child()) is not None:
-            pid, code = ended
-            if self.warm is None or pid != self.warm.pid:
-                continue  # a grandchild that outlived its trainer
-            warm, self.warm = self.warm, None
-            self._hear(warm)  # what it could still report
-            self._forget(warm.channel)
-            reason = decisions.signal_name(-code) if code < 0 else f"exit code {code}"
-            self.journal.log("warm_died", pid=pid, reason=reason)
-            orphans = processes.kill_and_reap_children(REAP_ORPHANS_S)
-            self._see(decisions.WarmDied(reason))
-            if orphans is not None:  # every descendant is reaped, so these trainers are
-                for rank, trainer in list(self.trainers.items()):
-                    self._exited(rank, orphans.get(trainer.pid or -1, -signal.SIGKILL))
+    def _task(self, generation: int, place: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+        """What the trainer of ``place`` is to become."""
+        return {
+            "kind": "fork",
+            "place": place,
+            "environment": {
+                **request["environment"],
+                **_launcher_variables(place),
+                **dict([processes.mark(self.arena)]),
+            },
+            "log": os.fspath(self.journal.log_of(place["rank"])),
+            "job": self.job,
+            "arena": os.fspath(self.arena),
+            "term": self.term,
+            "generation": generation,
+            # What `never` had to forget was removed when this term began; a restart must go on.
+            "resume": "auto" if generation > 1 and request["resume"] == "never" else request["resume"],
+            "sharing": sum(shim.request["cores"] == request["cores"] for shim in self.shims.values()),
+            **{key: request[key] for key in ("target", "payload", "folder", "path", "command", "cores")},
+        }
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def _end(self) -> None:
         """Clean up first, then tell: when a command returns, nothing of the job is left but what it says."""
-        outcome = self.outcome or Outcome("stopped", 1, "nobody came")
-        if self.warm is not None:
-            os.kill(self.warm.pid, signal.SIGKILL)
-        if processes.kill_and_reap_children(REAP_ORPHANS_S) is None:
+        outcome = self.outcome or self.nobody
+        if not self.children.end(REAP_ORPHANS_S):
             self.journal.log("children_left", reason="not reaped in time")
         self.listener.close()
         dropped = (0, 0)
@@ -495,8 +374,6 @@ def main() -> None:
     os.set_inheritable(options.lock, False)
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGCHLD):
-        signal.signal(number, lambda *_: None)  # seen through the wakeup descriptor
     processes.adopt_orphans()
     Agent(options.run_dir, options.arena).run()
 

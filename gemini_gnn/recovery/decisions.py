@@ -76,16 +76,20 @@ class Limits:
     """Deadlines and limits, in seconds.
 
     Attributes:
-        start_s: for every local shim to come and for the warm parent's imports.
+        gather_s: for every local shim to come after the first.
+        start_s: for the warm parent's imports.
         stop_s: for trainers that were asked to stop; below the 30 s DeepSpeed's launcher gives its slot processes.
         reap_s: for killed trainers to be gone; after it they are stuck in the kernel.
+        leave_s: for a trainer that has told its error to be gone: it joins its threads and runs its exit handlers.
         settle_s, cause_s: see the module docstring.
         max_restarts: at most so many within `restart_window_s`.
     """
 
+    gather_s: float = 120.0
     start_s: float = 600.0
     stop_s: float = 15.0
     reap_s: float = 10.0
+    leave_s: float = 30.0
     settle_s: float = 0.5
     cause_s: float = 3.0
     max_restarts: int = 3
@@ -140,6 +144,13 @@ class WarmReady:
 @dataclass(frozen=True)
 class WarmDied:
     reason: str
+
+
+@dataclass(frozen=True)
+class WarmStuck:
+    """It was killed `reap_s` ago and is still there."""
+
+    pid: int
 
 
 @dataclass(frozen=True)
@@ -229,20 +240,19 @@ def decide(state: State, event: Event, now: float) -> Step:
         return state, []
     match event:
         case Registered(rank):
-            state = replace(state, registered=state.registered | {rank})
-            if state.deadline is None and state.phase is Phase.GATHERING:
-                state = replace(state, deadline=now + state.limits.start_s)
-            return _begin(state)
+            return _registered(state, rank, now)
         case WarmReady():
             return _begin(replace(state, warm_ready=True, warm_deaths=0))
         case WarmDied(reason):
             return _warm_died(state, reason, now)
+        case WarmStuck(pid):
+            return _lost(state, f"the warm parent (process {pid})", now)
         case WarmRefused(failure):
             return _close(state, Outcome("failed", failure.code, failure.summary, failure=failure), now)
         case Listens(rank):
             return replace(state, listening=state.listening | {rank}), []
         case Failed(failure):
-            return replace(state, failures=(*state.failures, failure)), []
+            return _failed(state, failure, now)
         case Exited(rank, code):
             return _exited(state, rank, code, now)
         case StopAsked():
@@ -279,6 +289,16 @@ def signal_name(number: int) -> str:
         return f"signal {number}"
 
 
+def _registered(state: State, rank: int, now: float) -> Step:
+    first, state = not state.registered, replace(state, registered=state.registered | {rank})
+    if state.phase is Phase.GATHERING:
+        if len(state.registered) == state.local:
+            state = replace(state, deadline=now + state.limits.start_s)
+        elif first:
+            state = replace(state, deadline=now + state.limits.gather_s)
+    return _begin(state)
+
+
 def _begin(state: State) -> Step:
     """Start the next generation if all it needs is here."""
     if state.phase is not Phase.GATHERING or not state.warm_ready or len(state.registered) < state.local:
@@ -297,6 +317,14 @@ def _begin(state: State) -> Step:
         deadline=None,
     )
     return state, [Fork(generation, state.registered)]
+
+
+def _failed(state: State, failure: Failure, now: float) -> Step:
+    """Its exit is to follow; a thread that it waits for may never end."""
+    state = replace(state, failures=(*state.failures, failure))
+    if state.phase is Phase.RUNNING and state.deadline is None:
+        state = replace(state, deadline=now + state.limits.leave_s)
+    return state, []
 
 
 def _exited(state: State, rank: int, code: int, now: float) -> Step:
@@ -401,7 +429,7 @@ def _tick(state: State, now: float) -> Step:
         if len(state.registered) < state.local:
             text = (
                 f"only {len(state.registered)} of {state.local} slot processes of this machine came within "
-                f"{state.limits.start_s:.0f} s; see the launcher's output for the others"
+                f"{state.limits.gather_s:.0f} s; see the launcher's output for the others"
             )
         else:
             text = f"the imports of the warm parent took longer than {state.limits.start_s:.0f} s; see logs/agent-*.log"
@@ -416,8 +444,12 @@ def _tick(state: State, now: float) -> Step:
         state, actions = _close(state, state.outcome, now)
         return state, [Say(f"killing the trainers: they did not stop within {state.limits.stop_s:.0f} s"), *actions]
     ranks = ", ".join(map(str, sorted(state.alive)))
+    return _lost(state, f"the trainers of ranks {ranks}", now)
+
+
+def _lost(state: State, who: str, now: float) -> Step:
     text = (
-        f"the trainers of ranks {ranks} could not be reaped within {state.limits.reap_s:.0f} s after SIGKILL: they are "
-        "stuck in the kernel (a dead file system or device?); this machine cannot go on, restart it or wait for them"
+        f"{who} could not be reaped within {state.limits.reap_s:.0f} s after SIGKILL: stuck in the kernel (a dead file "
+        "system or device?) or held by a debugger; this machine cannot go on, wait for them, or restart it"
     )
     return _finish(state, Outcome("lost", 1, text, failure=Failure(-1, 1, now, text, text)))

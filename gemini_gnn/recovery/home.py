@@ -223,6 +223,40 @@ def claim_term(run_dir: Path, record: dict[str, Any]) -> int:
     return term
 
 
+def take_run_dir(run_dir: Path, who: str, patience_s: float = 2.0) -> int | None:
+    """The lock on ``terms/lock``, held by the agent of rank 0's machine as long as it lives; None where the file system has none.
+
+    The arena's lock is this machine's and this user's; ``run_dir`` may be shared with others.
+
+    Raises:
+        RunDirError: another agent holds it.
+    """
+    deadline = time.monotonic() + patience_s  # on NFS the lock of a dead agent stays for a moment
+    lock = None
+    try:
+        lock = os.open(run_dir / "terms" / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, who.encode(), 0)
+                return lock
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    owner = os.pread(lock, 1000, 0).decode(errors="replace") or "another worker agent"
+                    raise RunDirError(
+                        f"run_dir {run_dir} is in use by {owner}; stop it there with `python launch/stop.py "
+                        f"run_dir={run_dir}`, or give another run_dir=..."
+                    ) from None
+                time.sleep(0.05)
+    except OSError as error:
+        if lock is not None:
+            os.close(lock)
+        if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            return None
+        raise RunDirError(f"cannot lock {run_dir}/terms/lock: {error.strerror}; is run_dir writable?") from None
+
+
 def run_id(run_dir: Path, patience_s: float = 10.0) -> str:
     """What tells this run directory from another one at the same path: random, made by whoever comes first.
 

@@ -1,11 +1,12 @@
 """What a worker agent leaves to be read: its events, the errors in the trainers' logs, ``status.json``. Files only.
 
-A disk that is full or gone is no reason to end a job: what cannot be written is said once in the agent's own log. One process
+A disk that is full or gone is no reason to end a job: what cannot be written is tried once in the agent's own log. One process
 writes ``status.json`` at a time: the agent of rank 0's machine while no trainer lives, rank 0's trainer while it does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -41,7 +42,8 @@ class Journal:
             self._events.write(json.dumps(record) + "\n")
             self._events.flush()
         except OSError as error:
-            print(f"cannot write {self._events.name}: {error.strerror}: {record}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # most often on the same disk
+                print(f"cannot write {self._events.name}: {error.strerror}: {record}", file=sys.stderr, flush=True)
 
     def write_errors(self, first: Failure | None) -> None:
         """Each trainer's error into its log: the job's first one whole, one line of those that came of another's end."""

@@ -101,15 +101,16 @@ class Channel:
 
 
 def listen(path: Path) -> socket.socket:
-    """A listening socket at ``path``, mode 0600; what was there is replaced at once."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
+    """A listening socket at ``path``, mode 0600, in a folder that only this user may enter; what was there is replaced.
+
+    Bound in place: a name of its own, renamed later, would stay behind when this process is killed in between.
+    """
+    path.unlink(missing_ok=True)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.bind(os.fspath(temporary))
-    os.chmod(temporary, 0o600)
+    sock.bind(os.fspath(path))
+    os.chmod(path, 0o600)
     sock.listen(1024)
     sock.setblocking(False)
-    os.rename(temporary, path)
     return sock
 
 

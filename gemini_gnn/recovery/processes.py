@@ -64,30 +64,36 @@ def kill_and_reap_children(patience_s: float) -> dict[int, int] | None:
     while True:
         while (ended := wait_for_child()) is not None:
             codes[ended[0]] = ended[1]
-        children = _children()
-        if not children:
+        left = children()
+        if not left:
             return codes
         if time.monotonic() > deadline:
             return None
-        for pid in children:
+        for pid in left:
             with contextlib.suppress(PermissionError):  # a program of another user that a trainer started
                 os.kill(pid, signal.SIGKILL)  # our child, not reaped: the number is its own
         time.sleep(0.001)
 
 
-def _children() -> list[int]:
+def children(parent: int | None = None) -> list[int]:
+    """Pids of the children of ``parent`` (default: this process), also those that are dead and not reaped."""
+    parent = os.getpid() if parent is None else parent
     try:
-        return list(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
-    except FileNotFoundError:  # a kernel without CONFIG_PROC_CHILDREN
-        stats = [path for path in Path("/proc").glob("[0-9]*/stat")]
-    found = []
-    for path in stats:
-        try:
-            if int(path.read_text().rpartition(")")[2].split()[1]) == os.getpid():
-                found.append(int(path.parent.name))
-        except OSError:
-            continue  # gone
-    return found
+        return list(map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split()))
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN, or it is gone
+        return [int(path.name) for path in Path("/proc").glob("[0-9]*") if _stat(path)[1:2] == [str(parent)]]
+
+
+def is_zombie(pid: int) -> bool:
+    return _stat(Path(f"/proc/{pid}"))[:1] == ["Z"]
+
+
+def _stat(process: Path) -> list[str]:
+    """State, parent and so on; empty for a process that is gone."""
+    try:
+        return (process / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
 
 
 def mark(arena: Path) -> tuple[str, str]:

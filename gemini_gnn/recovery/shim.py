@@ -25,14 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from gemini_gnn.cluster import Place
-from gemini_gnn.errors import RecoveryError
+from gemini_gnn.errors import RecoveryError, RunDirError
 from gemini_gnn.observe import logs
 from gemini_gnn.recovery import home, messages
 
 AGENT_START_S = 60.0  # for an agent to listen, on a busy machine with a slow file system
 ANSWER_S = 60.0  # for an agent of an earlier start to be gone, and ours to answer
-MAX_DEATHS = 4  # of agents that had accepted this shim, before something else must be wrong
+MAX_DEATHS = 4  # of agents within DEATHS_S that had accepted this shim, before something else must be wrong
+DEATHS_S = 3600.0
 POLL_S = 0.1
+AGENT = "gemini_gnn.recovery.agent"
 
 
 def run(
@@ -65,7 +67,7 @@ def run(
 
     Raises:
         RunDirError: ``run_dir`` cannot be written to.
-        RecoveryError: no agent can be started, or it dies again and again.
+        RecoveryError: the arena cannot be made; no agent can be started, or it dies again and again.
     """
     run_dir = Path(os.path.realpath(run_dir))
     arena = home.arena_of(run_dir, os.path.realpath(arena_root))
@@ -81,6 +83,7 @@ def run(
         "deaths": 0,
         "environment": dict(os.environ),
         "folder": os.getcwd(),
+        "cores": sorted(os.sched_getaffinity(0)),  # srun and numactl bind each rank to its own
         "path": [os.path.abspath(entry) for entry in sys.path],
         "command": sys.argv,
         "launch": launch_token(place, os.environ),
@@ -88,7 +91,8 @@ def run(
     }
     screen = Screen(speaks=place.local_rank == 0, streams=place.rank == 0, terminal=terminal)
     stop = StopRequest()
-    deaths, until_s = 0, time.monotonic() + ANSWER_S
+    deaths: list[float] = []  # when, on the monotonic clock
+    until_s = time.monotonic() + ANSWER_S
     with stop.on_signals():
         while True:
             agent = reach_agent(arena, run_dir)
@@ -98,12 +102,14 @@ def run(
                 case "outcome" | "refused":
                     return screen.outcome(answer)
                 case "died":
-                    deaths, until_s = deaths + 1, time.monotonic() + ANSWER_S
-                    if deaths == MAX_DEATHS:
+                    now = time.monotonic()
+                    deaths, until_s = [*deaths, now], now + ANSWER_S
+                    if died_too_often(deaths):
                         raise RecoveryError(
-                            f"the worker agent died {deaths} times; see {run_dir}/events and {run_dir}/logs"
+                            f"the worker agent died {MAX_DEATHS} times within an hour; see {run_dir}/events, and the "
+                            f"end of {agent_log(run_dir)}:\n{_tail(agent_log(run_dir))}"
                         )
-                    request["deaths"] = deaths
+                    request["deaths"] = len(deaths)
                     request["resume"] = "auto" if resume == "never" else resume
                     screen.say(
                         "the worker agent died; starting another, which goes on from the snapshots in host memory"
@@ -115,6 +121,11 @@ def run(
                             f"{run_dir}/events, and the end of {agent_log(run_dir)}:\n{_tail(agent_log(run_dir))}"
                         )
                     time.sleep(POLL_S)
+
+
+def died_too_often(deaths: list[float]) -> bool:
+    """Whether the last of these deaths of agents (in seconds, ascending) is one too many."""
+    return len(deaths) >= MAX_DEATHS and deaths[-1] - deaths[-MAX_DEATHS] < DEATHS_S
 
 
 def launch_token(place: Place, environ: Mapping[str, str]) -> str:
@@ -140,7 +151,7 @@ def reach_agent(arena: Path, run_dir: Path) -> messages.Channel:
     """A channel to the job's agent on this machine, which is started if there is none.
 
     Raises:
-        RecoveryError: none listens within ``AGENT_START_S``.
+        RunDirError, RecoveryError: the run directory or the arena refuses; none listens within ``AGENT_START_S``.
     """
     deadline, started = time.monotonic() + AGENT_START_S, 0
     while time.monotonic() < deadline and started < MAX_DEATHS:
@@ -168,12 +179,15 @@ def _tail(log: Path) -> str:
 
 def _start_agent(arena: Path, run_dir: Path, lock: int) -> None:
     """Start the agent with the lock's descriptor; returns when it is nobody's child."""
-    command = [sys.executable, "-P", "-m", "gemini_gnn.recovery.agent", "--run-dir", os.fspath(run_dir)]
+    command = [sys.executable, "-P", "-m", AGENT, "--run-dir", os.fspath(run_dir)]
     command += ["--arena", os.fspath(arena), "--lock", str(lock)]
     package = Path(__file__).resolve().parents[2]
     known = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*known, os.fspath(package)])}
-    output = os.open(agent_log(run_dir), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        output = os.open(agent_log(run_dir), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    except OSError as error:  # somebody else's run
+        raise RunDirError(f"cannot write {agent_log(run_dir)}: {error.strerror}; give another run_dir=...") from None
     nowhere = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
     child = os.fork()
     if child == 0:
@@ -302,7 +316,10 @@ class Screen:
     def _write(self, number: int, data: bytes) -> None:
         try:
             while data:
-                data = data[os.write(number, data) :]
+                try:
+                    data = data[os.write(number, data) :]
+                except BlockingIOError:  # somebody who shares the terminal or pipe has made it so
+                    select.select([], [number], [], POLL_S)
         except OSError:  # the terminal or pipe is gone: the logs have it all
             self.streams = self.speaks = False
             self._log = None

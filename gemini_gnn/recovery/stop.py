@@ -31,36 +31,49 @@ def stop(run_dir: Path, *, keep: bool = False, arena_root: str | os.PathLike[str
     elsewhere = "" if keep else _elsewhere(newest)
     limits = Limits()
     deadline = time.monotonic() + limits.stop_s + limits.reap_s + 15.0
-    agent = messages.connect(arena / home.AGENT_SOCKET)
-    if agent is None:
-        return _nothing_runs(run_dir, arena, keep) + elsewhere
+    asked = None
+    while time.monotonic() < deadline:
+        agent = messages.connect(arena / home.AGENT_SOCKET)
+        if agent is not None:
+            asked = messages.peer(agent.sock)[0]
+            outcome = _ask(agent, keep, deadline)
+            agent.close()
+            if outcome is not None and (keep or not outcome["kept_files"]):  # else it was ending already, and kept them
+                return _said(run_dir, outcome) + elsewhere
+        elif not arena.exists():
+            return _nothing_runs(run_dir) + elsewhere
+        elif (lock := home.take_lock(arena)) is not None:
+            try:
+                return _nothing_runs(run_dir) + _clear(arena, keep) + elsewhere
+            finally:
+                os.close(lock)
+        time.sleep(0.05)  # it is just starting, or ended before it read our request
+    who = "a process that holds its lock" if asked is None else f"process {asked} (its trainers die with it)"
+    raise RecoveryError(f"the job of {run_dir} was asked to end and has not; see {run_dir}/events, or kill {who}")
+
+
+def _ask(agent: messages.Channel, keep: bool, deadline: float) -> dict[str, Any] | None:
+    """The outcome the agent tells; None if it is gone without, or the deadline has passed."""
     request = {"kind": "stop", "reason": "launch/stop.py", "code": 128 + signal.SIGTERM, "keep": keep, "force": False}
     agent.send(request, timeout_s=5.0)
-    outcome = None
     while not agent.closed and time.monotonic() < deadline:
         select.select([agent], [], [], 0.1)
-        outcome = next((m for m in agent.receive() if m["kind"] == "outcome"), outcome)
-        if outcome is not None:
-            return _said(run_dir, outcome) + elsewhere
-    raise RecoveryError(
-        f"the job of {run_dir} was asked to end and has not; see {run_dir}/events, or kill process "
-        f"{messages.peer(agent.sock)[0] if not agent.closed else '(gone)'} (its trainers die with it)"
-    )
+        for message in agent.receive():
+            if message["kind"] == "outcome":
+                return message
+    return None
 
 
-def _nothing_runs(run_dir: Path, arena: Path, keep: bool) -> str:
-    words = f"no job of {run_dir} runs on {os.uname().nodename}"
-    if not arena.exists():
-        return words
-    lock = home.take_lock(arena)
-    if lock is None:
-        raise RecoveryError(f"the job of {run_dir} is just starting or ending; try again")
-    try:
-        killed, gone = processes.kill_marked(arena, Limits().reap_s)
-        files, size_bytes = (0, 0) if keep else home.remove_snapshots(arena)
-        home.leave_arena(arena)
-    finally:
-        os.close(lock)
+def _nothing_runs(run_dir: Path) -> str:
+    return f"no job of {run_dir} runs on {os.uname().nodename}"
+
+
+def _clear(arena: Path, keep: bool) -> str:
+    """End and remove what a dead job left; what that was. The caller holds the arena's lock."""
+    killed, gone = processes.kill_marked(arena, Limits().reap_s)
+    files, size_bytes = (0, 0) if keep else home.remove_snapshots(arena)
+    home.leave_arena(arena)
+    words = ""
     if killed:
         words += f"; killed {killed} processes it had left" + (
             "" if gone else ", of which some are stuck in the kernel"

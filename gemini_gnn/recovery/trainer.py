@@ -56,22 +56,16 @@ def stop_requested() -> bool:
     return _stop
 
 
-def become(task: dict[str, Any], parent: int) -> None:
-    """Turn a fresh fork of the warm parent into the trainer of ``task``; see the module docstring.
-
-    ``task``: what ``agent.Agent._fork`` sends; ``descriptors`` holds [our socket to the agent, the store's listening socket].
-    """
+def _become(task: dict[str, Any], agent: messages.Channel) -> None:
+    """Turn a fresh fork of the warm parent into the trainer of ``task``."""
     global _agent
-    os.setsid()  # a process group of its own: what it starts can be killed with it
-    processes.die_with_parent(parent)
-    descriptors: list[int] = task["descriptors"]
     arena = Path(task["arena"])
     home.hold_trainers_lock(arena)  # before anything is written: see living_trainer
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # a handler, not SIG_IGN: programs it starts get the default back
         signal.siginterrupt(number, False)
     _redirect(Path(task["log"]))
-    _agent = messages.Channel(socket.socket(fileno=descriptors[0]))
+    _agent = agent
     place = Place(**task["place"])
     begin = logs.header(place.rank, place.machine, os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
     print(begin, end="", flush=True)  # other ranks read there which machine this one is on
@@ -80,13 +74,19 @@ def become(task: dict[str, Any], parent: int) -> None:
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
     except OSError as error:  # some containers forbid it; then the kernel chooses as it likes
         print(f"warning: cannot set oom_score_adj: {error.strerror}", file=sys.stderr)
+    try:
+        os.sched_setaffinity(0, task["cores"])  # the agent and we have those of the slot process that started it
+    except OSError as error:
+        print(
+            f"warning: cannot run on the cores {task['cores']} of the slot process: {error.strerror}", file=sys.stderr
+        )
     os.environ.clear()
     os.environ.update(task["environment"])
     os.chdir(task["folder"])
     sys.path[:] = task["path"]
     sys.argv[:] = task["command"]
     _reseed()
-    _threads(place)
+    _threads(task["sharing"])
     context.install(
         context.Context(
             job=task["job"],
@@ -102,17 +102,23 @@ def become(task: dict[str, Any], parent: int) -> None:
     )
 
 
-def run(task: dict[str, Any]) -> NoReturn:
-    """Call the task's function and exit with what it returns; never comes back."""
-    assert _agent is not None, "become() first"
-    place = Place(**task["place"])
+def run(task: dict[str, Any], parent: int) -> NoReturn:
+    """What a fresh fork of the warm parent ``parent`` does: the task's function, and exit with what it returns.
+
+    Args:
+        task: what ``agent.Agent._task`` says and ``descriptors``: [our socket to the agent, the store's listening socket].
+    """
+    os.setsid()  # a process group of its own: what it starts can be killed with it
+    processes.die_with_parent(parent)
     descriptors: list[int] = task["descriptors"]
+    agent = messages.Channel(socket.socket(fileno=descriptors[0]))
     listen_fd = descriptors[1] if len(descriptors) > 1 else None
     code, failure, failed_s, consequence = 1, None, time.monotonic(), False
     try:
+        _become(task, agent)
         function = _resolve(task["target"])
-        _agent.send({"kind": "started", "time_s": time.monotonic()}, timeout_s=1.0)
-        code = function(task["payload"], place, listen_fd) or 0
+        agent.send({"kind": "started", "time_s": time.monotonic()}, timeout_s=1.0)
+        code = function(task["payload"], Place(**task["place"]), listen_fd) or 0
         if not isinstance(code, int) or not 0 <= code < 128:
             raise TypeError(f"{task['target']} must return an exit code of 0..127 or None, not {code!r}")
     except SystemExit as ending:
@@ -128,7 +134,7 @@ def run(task: dict[str, Any]) -> NoReturn:
         record = {"kind": "failed", "time_s": failed_s, "code": code, "summary": summary[:2000]}
         record["consequence"] = consequence
         # The agent writes it into the log when it knows whose error was the first; the others' only name theirs.
-        if not _agent.send({**record, "text": text[-20_000:]}, timeout_s=5.0):
+        if not agent.send({**record, "text": text[-20_000:]}, timeout_s=5.0):
             print(text, file=sys.stderr, flush=True)
     _leave(code)
 
@@ -199,9 +205,12 @@ def _reseed() -> None:
         torch.manual_seed(torch._C.default_generator.initial_seed())
 
 
-def _threads(place: Place) -> None:
-    """The parent had one thread, for the fork's sake; a trainer gets what a new process would, or its share."""
+def _threads(sharing: int) -> None:
+    """The parent had one thread, for the fork's sake; a trainer gets what a new process would, or its share.
+
+    ``sharing``: ranks that run on the same cores.
+    """
     if "torch" in sys.modules:
-        share = max(1, len(os.sched_getaffinity(0)) // place.local_world_size)
+        share = max(1, len(os.sched_getaffinity(0)) // max(1, sharing))
         asked = os.environ.get("OMP_NUM_THREADS", "")
         sys.modules["torch"].set_num_threads(int(asked) if asked.isdigit() and int(asked) > 0 else share)

@@ -88,7 +88,7 @@ def reap() -> list[tuple[int, int]]:
 
 def serve(agent: messages.Channel) -> dict[str, Any]:
     """Carry out the agent's requests. Returns only in a forked child: the task it is to become."""
-    own_pid, added = os.getpid(), dict[str, str]()
+    added = dict[str, str]()  # what the imports put into the environment
     ranks: dict[int, int] = {}  # pid -> rank of the living trainers
     wakeup, signalled = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(signalled, warn_on_full_buffer=False)
@@ -116,7 +116,6 @@ def serve(agent: messages.Channel) -> dict[str, Any]:
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     # NVML goes on with the files it opened before the fork: closed, their numbers would be another's.
                     processes.close_descriptors({0, 1, 2, *task["descriptors"], *nvidia_files()})
-                    trainer.become(task, own_pid)
                     return task
                 for descriptor in task["descriptors"]:
                     os.close(descriptor)
@@ -130,7 +129,8 @@ def serve(agent: messages.Channel) -> dict[str, Any]:
                     if rank in request["ranks"]:
                         os.kill(pid, signal.SIGKILL)  # not reaped, so the number is still its own
         for pid, code in reap():
-            agent.send({"kind": "exited", "rank": ranks.pop(pid), "code": code}, timeout_s=10.0)
+            if pid in ranks:  # else a helper that an import has started
+                agent.send({"kind": "exited", "rank": ranks.pop(pid), "code": code}, timeout_s=10.0)
     os._exit(0)  # the agent is gone
 
 
@@ -156,9 +156,10 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # the agent decides
     lock = home.hold_trainers_lock(options.arena)
+    own_pid = os.getpid()
     task = serve(messages.Channel(socket.socket(fileno=options.channel)))
     del lock
-    trainer.run(task)
+    trainer.run(task, own_pid)
 
 
 if __name__ == "__main__":
