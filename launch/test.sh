@@ -5,17 +5,20 @@ cd "$ROOT"
 setup "[dev]"
 
 # The cluster tests need a few Debian packages; without them or without root they are skipped, and say so.
-needed=(openssh-server pdsh iproute2 sshfs)
-if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-    missing=()
-    for package in "${needed[@]}"; do
+install() { # for what, packages
+    local what=$1 package missing=()
+    shift
+    for package in "$@"; do
         dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package")
     done
-    if [ ${#missing[@]} -gt 0 ]; then
-        echo "installing ${missing[*]} for the cluster tests"
-        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}"; } >/dev/null 2>&1 ||
-            echo "warning: could not install ${missing[*]}; the cluster tests will be skipped"
-    fi
+    [ ${#missing[@]} -gt 0 ] || return 0
+    echo "installing ${missing[*]} for $what"
+    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${missing[@]}"; } >/dev/null 2>&1 ||
+        echo "warning: could not install ${missing[*]}; $what will be skipped"
+}
+if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    install "the cluster tests" openssh-server pdsh iproute2 sshfs
+    command -v srun >/dev/null || install "the test of SLURM" slurmctld slurmd slurm-client munge # never beside another SLURM
 fi
 
 ruff check .

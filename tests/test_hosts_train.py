@@ -1,6 +1,8 @@
 """What a user types on a cluster, on the lab's hosts: the real launcher, ssh, pdsh, and machines that fail."""
 
 import os
+import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -91,6 +93,65 @@ def test_hosts_give_the_losses_of_one_machine_bit_for_bit(lab, graph, losses_her
     for rank in range(4):
         assert f"--- rank {rank} on h{rank // slots}," in (run_dir / "logs" / f"rank-{rank}.log").read_text()
     assert terminal(run_dir).count("done: test accuracy") == 1, "rank 0 speaks, and only rank 0"
+
+
+SLURM = """
+ClusterName=lab
+SlurmctldHost=h0
+SlurmUser=root
+AuthInfo=socket=/run/munge.socket
+StateSaveLocation=/run/slurmctld
+SlurmdSpoolDir=/run/slurmd
+SlurmctldPidFile=/run/slurmctld.pid
+SlurmdPidFile=/run/slurmd.pid
+SlurmctldLogFile=/run/slurmctld.log
+SlurmdLogFile=/run/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SlurmdParameters=config_overrides
+NodeName=h[0-1] CPUs=2
+PartitionName=all Nodes=ALL Default=YES
+"""
+
+# argv: folder with slurm.conf and the key; /run is each host's own. munged and the daemons go to the background.
+START_SLURM = """
+set -e
+munged --force --key-file="$0/munge.key" --socket=/run/munge.socket --pid-file=/run/munged.pid \
+    --log-file=/run/munged.log --seed-file=/run/munged.seed
+mkdir -p /run/slurmctld /run/slurmd
+if [ "$(hostname)" = h0 ]; then slurmctld -f "$0/slurm.conf"; fi
+slurmd -f "$0/slurm.conf"
+"""
+
+
+def test_srun_gives_the_losses_of_one_machine_bit_for_bit(lab, graph, losses_here, tmp_path):
+    """No hostfile, no ssh: a real SLURM between two hosts starts the ranks, and its variables say who they are."""
+    absent = [tool for tool in ("slurmctld", "slurmd", "srun", "sinfo", "munged") if not shutil.which(tool)]
+    if absent:
+        pytest.skip(f"needs {', '.join(absent)}: apt-get install slurmctld slurmd slurm-client munge")
+    (tmp_path / "slurm.conf").write_text(SLURM)
+    (tmp_path / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # the one that wants nothing until it is used
+    (tmp_path / "munge.key").touch(0o600)
+    (tmp_path / "munge.key").write_bytes(secrets.token_bytes(128))
+    for name in ("h0", "h1"):
+        begun = lab.run(name, ["sh", "-c", START_SLURM, str(tmp_path)], 60)
+        assert begun.returncode == 0, begun.stdout
+    conf = {"SLURM_CONF": str(tmp_path / "slurm.conf")}
+    idle = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
+    deadline = time.monotonic() + 60
+    while lab.run("h0", idle, env={**os.environ, **conf}).stdout.strip() != "2":
+        assert time.monotonic() < deadline, lab.run("h0", ["sh", "-c", "cat /run/slurmctld.log /run/slurmd.log"]).stdout
+        time.sleep(0.1)
+
+    run_dir = tmp_path / "run"
+    launcher = ["srun", "-N", "2", "--ntasks-per-node", "2", PYTHON]
+    process = train(lab, "h0", launcher, *graph, "training.epochs=8", run_dir=run_dir, environ=conf)
+    assert ended(process, run_dir, 180) == 0, terminal(run_dir)[-6000:]
+    assert losses(run_dir) == losses_here
+    for rank in range(4):
+        assert f"--- rank {rank} on h{rank // 2}," in (run_dir / "logs" / f"rank-{rank}.log").read_text()
+    assert nobody_trains(lab)
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
