@@ -93,11 +93,12 @@ def train(engine, position, upto, accumulation, dtype, snapshots=None):
 
 def raw_state(engine):
     """Every tensor of the state as bytes (ZeRO-3's padding, which belongs to no parameter, as zeros), and the numbers."""
+    from gemini_gnn.snapshot import generators
     from gemini_gnn.snapshot.state import collect, padding_of
     from gemini_gnn.snapshot.tree import pack
 
     state = collect(engine)
-    live = {e.spec.name: None if e.get() is None else e.get().clone() for e in state.entries}
+    live = {e.spec.name: None if e.get() is None else e.get().detach().clone() for e in state.entries}
     if state.kind.startswith("zero3"):
         for i, ranges in enumerate(padding_of(engine.optimizer)):
             for name, tensor in live.items():
@@ -105,9 +106,10 @@ def raw_state(engine):
                     for where in ranges:
                         tensor[where] = 0
     tensors = {
-        n: None if t is None else bytes(t.contiguous().reshape(-1).view(torch.uint8).numpy()) for n, t in live.items()
+        n: None if t is None else bytes(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        for n, t in live.items()
     }
-    numbers, arrays = pack(state.numbers())
+    numbers, arrays = pack({**state.numbers(), "rng": generators.numbers(generators.read())})
     return tensors, numbers, [a.tobytes() for a in arrays]
 
 

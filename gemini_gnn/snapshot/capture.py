@@ -31,7 +31,7 @@ from dataclasses import replace
 from typing import Any
 
 from gemini_gnn.errors import SnapshotError
-from gemini_gnn.snapshot import catalog, replicated, tree
+from gemini_gnn.snapshot import catalog, generators, replicated, tree
 from gemini_gnn.snapshot.agree import Ranks
 from gemini_gnn.snapshot.copier import Copier, Job
 from gemini_gnn.snapshot.identity import Identity
@@ -109,7 +109,7 @@ class Snapshots:
         self._wait(self._copier.copied, "copied")
         if self._copier.cuda is not None:
             if self._running is not None:
-                self._running.fenced, self._running = versions(self._own), None
+                self._running.fenced, self._running = versions(self._copier.late), None
             self._copier.cuda.fence()
         elapsed = time.perf_counter() - begin
         self.stats.stall_s += elapsed
@@ -223,6 +223,10 @@ class Snapshots:
         for shard in self._own:
             if shard.name in self._reserved:
                 continue
+            slot = self._copier.next_slots.get(shard.name)
+            if slot is not None and shard.files[slot].lock(exclusive=True):
+                self._reserved[shard.name] = slot
+                continue
             views = shard.views()
             while True:
                 slot = catalog.writable(views, self._last)
@@ -239,7 +243,7 @@ class Snapshots:
         if self._extra is not None:
             numbers["extra_state"] = self._extra.state_dict()
         verify = bool(self._foreign) and self.stats.captures % replicated.VERIFY_EVERY == 0
-        job = Job(identity, self._reserved, tree.pack(numbers), verify, versions(self._own))
+        job = Job(identity, self._reserved, tree.pack(numbers), generators.read(), verify, versions(self._copier.late))
         self._reserved = {}
         self._copier.begin(job)
         self._last, self._running = identity, job

@@ -7,8 +7,10 @@ for ``fenced``; the next job comes only after ``committed`` is set. In between:
 - from then on it reads only the slot and the job: tail, checksums of what lies in the slot, header COMMITTED, lock released;
 - ``committed`` is set last, whatever happened; an exception is kept in ``error`` *before* it, for the training thread.
 
-So each of the slots' bytes has one writer at any instant: the training thread before ``begin`` returns (headers, tensors
-that forward changes), the copying thread afterwards. ``stats.copy_s`` and ``seal_s`` are written here only.
+So each of the slots' bytes has one writer at any instant: the training thread before ``begin`` returns, the copying thread
+afterwards. What the training thread does there is what cannot wait, because training pays it: tensors that forward changes, and,
+as no byte may change under the old header, the WRITING of the shards that have such. All other headers are written here.
+``stats.copy_s`` and ``seal_s`` are written here only.
 
 A kill anywhere leaves slots WRITING (void) or COMMITTED; locks die with the process.
 """
@@ -23,17 +25,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from gemini_gnn.errors import SnapshotError
-from gemini_gnn.snapshot import arena, layout, replicated
-from gemini_gnn.snapshot.cuda import CudaCopies, on_cuda
+from gemini_gnn.snapshot import arena, catalog, generators, layout, replicated, tree
+from gemini_gnn.snapshot.cuda import CudaCopies, on_gpu
+from gemini_gnn.snapshot.generators import Generators
 from gemini_gnn.snapshot.identity import Identity
 from gemini_gnn.snapshot.layout import Header, SlotState
-from gemini_gnn.snapshot.shards import REPLICATED, Shard
-from gemini_gnn.snapshot.state import Entry
+from gemini_gnn.snapshot.shards import REPLICATED, Piece, Shard
 from gemini_gnn.snapshot.stats import Stats
-from gemini_gnn.snapshot.unchanged import Versions, check_unchanged, versions
+from gemini_gnn.snapshot.unchanged import Version, check_unchanged, versions
 
 _HELD_BELOW = 128 << 10  # smaller copies keep the interpreter lock: getting it back can take a 5 ms switch interval
 
@@ -52,7 +53,7 @@ class Job:
 
     Attributes:
         slots: the locked slot of every shard of ours.
-        numbers: of the rank's own shard, packed.
+        numbers: of the rank's own shard, packed; the random generators, in ``generators``, are not yet.
         verify: compute the checksum of the replicated state, for ``replicated.compare``.
         versions: of the tensors when the capture began.
         fenced: when the fence let go, on CUDA, where the copies may still be under way then.
@@ -60,10 +61,11 @@ class Job:
 
     identity: Identity
     slots: dict[str, int]
-    numbers: tuple[Any, list[np.ndarray]]
+    numbers: tuple[dict[str, Any], list[np.ndarray]]
+    generators: Generators
     verify: bool
-    versions: Versions
-    fenced: Versions | None = None
+    versions: list[Version]
+    fenced: list[Version] | None = None
 
 
 class _Warm:
@@ -77,6 +79,9 @@ class Copier:
         copied, committed: set when the job handed over last is; and before the first one.
         error: what went wrong; no job after it is believed.
         expected: what the writer of the replicated state must have committed, as far as this rank is concerned.
+        next_slots: per shard of ours the slot to take when the last job handed over is committed by all ranks, if any is
+            free then. Only we write them, so it stays right; whether a reader holds it, its lock will tell.
+        late: the tensors that are copied in the background.
     """
 
     def __init__(self, own: list[Shard], foreign: list[Shard], job: str, rank: int, stats: Stats):
@@ -86,7 +91,10 @@ class Copier:
         self.committed.set()
         self.error: BaseException | None = None
         self.expected: replicated.Expected | None = None
-        self.cuda = CudaCopies() if any(on_cuda(e) for s in own for e in s.entries) else None
+        self.next_slots: dict[str, int] = {}
+        self.late = [e for s in own for e in s.entries if not e.at_once]
+        self._early = [(s, pieces) for s in own if (pieces := [p for p in s.pieces if p.entry.at_once])]
+        self.cuda = CudaCopies() if any(on_gpu(e.get()) for s in (*own, *foreign) for e in s.entries) else None
         self._queue: queue.SimpleQueue[Job | _Warm | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="snapshot", daemon=True)
         self._thread.start()
@@ -94,13 +102,13 @@ class Copier:
     # The training thread
 
     def begin(self, job: Job) -> None:
-        """Write the headers, copy what forward changes, and hand over the rest."""
-        for shard in self._own:
+        """Copy what forward changes, and hand over the rest."""
+        for shard, pieces in self._early:
             slot = job.slots[shard.name]
             shard.files[slot].write_header(self._header(shard, slot, job.identity))
-            for entry, offset in zip(shard.entries, shard.layout.offsets, strict=True):
-                if entry.at_once:
-                    self._copy(shard, slot, entry, offset)
+            for piece in pieces:
+                self._copy(shard, slot, piece)
+        self.next_slots = {}
         self.copied.clear()
         self.committed.clear()
         if self.cuda is not None:
@@ -115,39 +123,51 @@ class Copier:
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join(timeout_s)
+        if self.cuda is not None and not self._thread.is_alive():
+            self.cuda.close()
 
     # The copying thread, but for _header and _copy of tensors that forward changes
 
     def _run(self) -> None:
-        if self.cuda is not None:
-            torch.cuda.set_device(self.cuda.device)  # a new thread starts on device 0
         while (job := self._queue.get()) is not None:
-            if isinstance(job, _Warm):
-                self._touch_slots()
-                continue
             try:
-                self._do(job)
+                if isinstance(job, Job):
+                    self._do(job)
+                else:
+                    self._touch_slots()
             except BaseException as error:  # kept for the training thread, which raises it
                 self.error = error
-            self.copied.set()
-            self.committed.set()
+            if isinstance(job, Job):
+                self.copied.set()
+                self.committed.set()
 
     def _do(self, job: Job) -> None:
         begin = time.perf_counter()
+        if self.cuda is not None:
+            self.cuda.begin()
+        early = [s.name for s, _ in self._early]
+        for shard in self._own:
+            if shard.name not in early:
+                slot = job.slots[shard.name]
+                shard.files[slot].write_header(self._header(shard, slot, job.identity))
         present = {s.name: self._copy_all(s, job.slots[s.name]) for s in self._own}
         expected = replicated.expect(self._foreign[0], job.identity) if job.verify else None
         if self.cuda is None:
-            check_unchanged(job.versions, versions(self._own), job.identity)
+            check_unchanged(self.late, job.versions, versions(self.late), job.identity)
             self.copied.set()
         else:
             self.cuda.enqueued()
             self.copied.set()
             self.cuda.wait()
-            now = versions(self._own)  # read before asking whether the fence was passed: after it they may change
-            check_unchanged(job.versions, now if job.fenced is None else job.fenced, job.identity)
+            now = versions(self.late)  # read before asking whether the fence was passed: after it they may change
+            check_unchanged(self.late, job.versions, now if job.fenced is None else job.fenced, job.identity)
         copied = time.perf_counter()
+        numbers, arrays = job.numbers
+        numbers["rng"], _ = tree.pack(generators.numbers(job.generators), "rng", arrays)
         for shard in self._own:
             self._seal(shard, job, present[shard.name])
+        free = {s.name: catalog.writable(s.views(), job.identity) for s in self._own}
+        self.next_slots = {name: slot for name, slot in free.items() if slot is not None}
         self.expected = expected
         self._stats.copy_s += copied - begin
         self._stats.seal_s += time.perf_counter() - copied
@@ -156,36 +176,38 @@ class Copier:
         """Bring the slots' pages into this process, so that captures pay no page faults; stops when a capture comes."""
         for shard in self._own:
             for address in shard.addresses:
-                if self._queue.empty():
+                if not self._queue.empty():
+                    return
+                if self.cuda is not None:
+                    self.cuda.register(address, shard.layout.tail_offset)
+                else:
                     _madvise(address, shard.layout.tail_offset, _MADV_POPULATE_WRITE)
 
     def _copy_all(self, shard: Shard, slot: int) -> tuple[int, ...]:
         """Copy what may wait; the indices of the tensors that exist."""
-        present = []
-        for i, (entry, offset) in enumerate(zip(shard.entries, shard.layout.offsets, strict=True)):
-            if entry.at_once or self._copy(shard, slot, entry, offset):
-                present.append(i)
-        return tuple(present)
+        if self.cuda is not None:
+            self.cuda.register(shard.addresses[slot], shard.layout.tail_offset)
+        return tuple(i for i, piece in enumerate(shard.pieces) if piece.entry.at_once or self._copy(shard, slot, piece))
 
-    def _copy(self, shard: Shard, slot: int, entry: Entry, offset: int) -> bool:
-        source = entry.get()
+    def _copy(self, shard: Shard, slot: int, piece: Piece) -> bool:
+        source = piece.entry.get()
         if source is None:
             return False
-        spec = entry.spec
-        if tuple(source.shape) != spec.shape or str(source.dtype) != f"torch.{spec.dtype}":
+        if source.shape != piece.shape or source.dtype != piece.dtype:
             raise SnapshotError(
-                f"tensor {spec.name} changed shape during training: expected {spec.dtype} {list(spec.shape)}; got "
-                f"{source.dtype} {list(source.shape)}; start again with resume=never, or use snapshot=nfs"
+                f"tensor {piece.entry.spec.name} changed shape during training: expected {piece.dtype} "
+                f"{list(piece.shape)}; got {source.dtype} {list(source.shape)}; start again with resume=never, or use "
+                "snapshot=nfs"
             )
-        nbytes, target = spec.nbytes, shard.addresses[slot] + offset
-        if source.is_cuda:
+        if on_gpu(source):
             assert self.cuda is not None
-            self.cuda.copy(shard, slot, source, entry, offset)
+            self.cuda.copy(shard.tensor(slot, piece), source)
         elif source.is_contiguous():
-            (_memmove_held if nbytes < _HELD_BELOW else _memmove_free)(target, source.data_ptr(), nbytes)
+            move = _memmove_held if piece.nbytes < _HELD_BELOW else _memmove_free
+            move(shard.addresses[slot] + piece.offset, source.data_ptr(), piece.nbytes)
         else:
-            shard.tensor(slot, spec, offset).copy_(source)
-        self._stats.bytes += nbytes
+            shard.tensor(slot, piece).copy_(source.detach())
+        self._stats.bytes += piece.nbytes
         return True
 
     def _header(self, shard: Shard, slot: int, identity: Identity) -> Header:

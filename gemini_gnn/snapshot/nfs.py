@@ -28,11 +28,11 @@ import torch
 import xxhash
 
 from gemini_gnn.errors import SnapshotError
-from gemini_gnn.snapshot import layout, tree
+from gemini_gnn.snapshot import generators, layout, tree
 from gemini_gnn.snapshot.agree import Ranks, connect
 from gemini_gnn.snapshot.identity import Identity
 from gemini_gnn.snapshot.shards import shard_of, topology_of
-from gemini_gnn.snapshot.state import State, collect, is_deepspeed, load_rng
+from gemini_gnn.snapshot.state import State, collect, is_deepspeed
 from gemini_gnn.snapshot.stats import Stats
 
 COMPLETE = "COMPLETE"
@@ -90,6 +90,7 @@ def _write_all(engine: Any, extra_state: Any, folder: Path, tag: str, rank: int)
         engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
         state = collect(engine)
         numbers = state.numbers()
+        numbers["rng"] = generators.numbers(generators.read())
         numbers["buffers"] = {e.spec.name: e.get() for e in state.entries if e.at_once}
         if extra_state is not None:
             numbers["extra_state"] = extra_state.state_dict()
@@ -153,7 +154,7 @@ def load_latest(engine: Any, extra_state: Any, folder: Path, ranks: Ranks) -> in
     state.load_numbers(numbers)
     if extra_state is not None:
         extra_state.load_state_dict(numbers["extra_state"])
-    load_rng(numbers["rng"])
+    generators.load(numbers["rng"])
     return step
 
 

@@ -17,12 +17,12 @@ import logging
 from typing import Any
 
 from gemini_gnn.errors import SnapshotError
-from gemini_gnn.snapshot import arena, catalog, tree
+from gemini_gnn.snapshot import arena, catalog, generators, tree
 from gemini_gnn.snapshot.agree import Ranks
 from gemini_gnn.snapshot.identity import Identity, from_json
 from gemini_gnn.snapshot.layout import Header, Manifest, SlotState, difference
 from gemini_gnn.snapshot.shards import Shard, tensor_in
-from gemini_gnn.snapshot.state import State, load_rng
+from gemini_gnn.snapshot.state import State
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +150,6 @@ def apply(state: State, shards: list[Shard], opened: Opened, extra_state: Any) -
         if "extra_state" not in numbers:
             raise SnapshotError("the snapshot was taken without extra_state; start afresh with resume=never")
         extra_state.load_state_dict(numbers["extra_state"])
-    load_rng(numbers["rng"])
+    generators.load(numbers["rng"])
     opened.clear()
     _unpin(shards)

@@ -7,9 +7,10 @@ training thread and the copying thread write to. Nothing here decides which slot
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +26,16 @@ def shard_of(rank: int) -> str:
     return f"rank-{rank:05d}"
 
 
+class Piece(NamedTuple):
+    """One tensor of a shard: where it belongs, and what it has to be. Worked out once, asked at every capture."""
+
+    entry: Entry
+    offset: int
+    nbytes: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+
 @dataclass
 class Shard:
     """A shard this rank writes, or (``owned`` false) reads: the replicated one of another rank of this machine.
@@ -32,6 +43,7 @@ class Shard:
     Attributes:
         name: of the shard; entries: its tensors, in the order of ``layout.specs``.
         topology: as ``layout.describe`` made it; fingerprint: of it.
+        pieces: the same tensors, as the copies see them.
         files: the slots; mapped up to the tail. Empty until opened.
     """
 
@@ -41,6 +53,7 @@ class Shard:
     topology: dict[str, Any]
     fingerprint: bytes
     owned: bool
+    pieces: list[Piece]
     files: list[arena.SlotFile] = field(default_factory=list)
     memory: list[Any] = field(default_factory=list)  # keeps the mappings alive that addresses point into
     addresses: list[int] = field(default_factory=list)
@@ -64,9 +77,9 @@ class Shard:
     def views(self) -> list[catalog.SlotView]:
         return [f.view() for f in self.files]
 
-    def tensor(self, slot: int, spec: TensorSpec, offset: int) -> torch.Tensor:
+    def tensor(self, slot: int, piece: Piece) -> torch.Tensor:
         """The place of a tensor in a slot of ours."""
-        return tensor_in(memoryview(self.files[slot].map(self.layout.tail_offset)), offset, spec)
+        return tensor_in(memoryview(self.files[slot].map(self.layout.tail_offset)), piece.offset, piece.entry.spec)
 
     def close(self) -> None:
         for file in self.files:
@@ -91,16 +104,22 @@ def make_shard(
 ) -> Shard:
     plan = layout.plan(e.spec for e in entries)
     topology = topology_of(state, world_size, plan, extra_state)
-    return Shard(name, entries, plan, topology, layout.fingerprint(topology), owned)
-
-
-def live_pieces(entries: list[Entry]) -> list[memoryview]:
-    """The bytes of the live tensors, in order and without gaps: comparable with a slot's ``data_checksum``."""
-    return [
-        memoryview(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        for t in (e.get() for e in entries)
-        if t is not None
+    pieces = [
+        Piece(e, offset, e.spec.nbytes, torch.Size(e.spec.shape), getattr(torch, e.spec.dtype))
+        for e, offset in zip(entries, plan.offsets, strict=True)
     ]
+    return Shard(name, entries, plan, topology, layout.fingerprint(topology), owned, pieces)
+
+
+def live_pieces(entries: list[Entry]) -> Iterator[memoryview]:
+    """The bytes of the live tensors, in order and without gaps: comparable with a slot's ``data_checksum``.
+
+    One at a time: those of a GPU take host memory until the next is asked for.
+    """
+    for entry in entries:
+        tensor = entry.get()
+        if tensor is not None:
+            yield memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def tensor_in(raw: memoryview, offset: int, spec: TensorSpec) -> torch.Tensor:

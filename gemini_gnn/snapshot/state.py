@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import copy
 import functools
-import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from gemini_gnn.errors import SnapshotError
@@ -35,7 +33,7 @@ class Entry:
 
     Attributes:
         spec: name, dtype, shape; both fixed from here on.
-        get: the live tensor, or None while it does not exist.
+        get: the live tensor itself, or None while it does not exist. Called for every tensor at every capture: cheap.
         put: makes the live tensor from the given one, or removes it (None); for tensors that may not exist.
         at_once: forward changes it, so it cannot wait for the background copy.
     """
@@ -57,7 +55,7 @@ class State:
         sharded: every rank holds another part. Otherwise parameters and moments are the same on all ranks of a
             data-parallel job, which the caller checks by checksum.
         entries: parameters and moments first, buffers (``at_once``) last.
-        numbers: what is not a large tensor, as a tree for ``tree.pack``.
+        numbers: what is neither a large tensor nor a random generator, as a tree for ``tree.pack``.
         load_numbers: the inverse, in the proved order.
         derive: recompute what follows from the masters (low-precision weights). Collective under ZeRO.
         fresh: whether no step was taken yet.
@@ -113,20 +111,22 @@ def collect(engine: Any) -> State:
     entries += _buffers(module)
     scaler = getattr(wrapper, "loss_scale_config", None) or getattr(wrapper, "loss_scaler", None)
 
+    counters = COUNTERS if is_deepspeed(engine) else ()
+    scheduled = hasattr(scheduler, "state_dict")
+
     def numbers() -> dict[str, Any]:
         return {
-            "counters": {name: getattr(engine, name) for name in COUNTERS} if is_deepspeed(engine) else {},
-            "scheduler": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
+            "counters": {name: getattr(engine, name) for name in counters},
+            "scheduler": scheduler.state_dict() if scheduled else None,
             "param_groups": [
-                {k: v for k, v in group.items() if k not in ("params", "param_names")} for group in inner.param_groups
+                {k: v for k, v in group.items() if k != "params" and k != "param_names"} for group in inner.param_groups
             ],
             "optimizer": {
                 name: others
                 for name, master in masters
-                if (others := {k: v for k, v in inner.state.get(master, {}).items() if not torch.is_tensor(v)})
+                if (others := {k: v for k, v in inner.state.get(master, {}).items() if not isinstance(v, torch.Tensor)})
             },
             "loss_scale": {} if scaler is None else _scalars(scaler),
-            "rng": _rng(),
         }
 
     def load_numbers(n: dict[str, Any]) -> None:
@@ -287,7 +287,7 @@ def _stored(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _fixed(name: str, tensor: torch.Tensor) -> Entry:
-    return _copied(name, lambda: tensor.detach())
+    return _copied(name, lambda: tensor)
 
 
 def _copied(name: str, get: Callable[[], torch.Tensor], at_once: bool = False) -> Entry:
@@ -316,29 +316,32 @@ def _buffers(module: torch.nn.Module) -> list[Entry]:
 def _buffer(owner: torch.nn.Module, name: str) -> torch.Tensor:
     buffer = owner._buffers[name]
     assert buffer is not None
-    return buffer.detach()
+    return buffer
 
 
 def _moments(inner: Any, masters: list[tuple[str, torch.Tensor]]) -> list[Entry]:
-    schemas: dict[tuple[int, int], dict[str, tuple[bool, torch.dtype]]] = {}
+    schemas: dict[tuple[int, int], dict[str, tuple[bool, torch.dtype, torch.device]]] = {}
     entries = []
     for name, master in masters:
         live = {k: v for k, v in inner.state.get(master, {}).items() if isinstance(v, torch.Tensor)}
         specs = {k: spec_of(f"{k}.{name}", v) for k, v in live.items()}
+        devices = {k: v.device for k, v in live.items()}
         if not live and master.requires_grad:
             key = (_group_of(inner, master), master.dim())
             if key not in schemas:
                 schemas[key] = _schema(inner, key[0], master)
-            for k, (like_param, dtype) in schemas[key].items():
+            for k, (like_param, dtype, device) in schemas[key].items():
                 shape = tuple(master.shape) if like_param else ()
                 specs[k] = TensorSpec(f"{k}.{name}", str(dtype).removeprefix("torch."), shape)
-        entries += [_moment(inner, master, k, spec) for k, spec in specs.items()]
+                devices[k] = device
+        entries += [_moment(inner, master, k, spec, devices[k]) for k, spec in specs.items()]
     return entries
 
 
-def _moment(inner: Any, master: torch.Tensor, key: str, spec: TensorSpec) -> Entry:
+def _moment(inner: Any, master: torch.Tensor, key: str, spec: TensorSpec, device: torch.device) -> Entry:
     def get() -> torch.Tensor | None:
-        value = inner.state.get(master, {}).get(key)
+        of_master = inner.state.get(master)
+        value = None if of_master is None else of_master.get(key)
         return value if isinstance(value, torch.Tensor) else None
 
     def put(value: torch.Tensor | None) -> None:
@@ -346,9 +349,7 @@ def _moment(inner: Any, master: torch.Tensor, key: str, spec: TensorSpec) -> Ent
         if value is None:
             inner.state.get(master, {}).pop(key, None)
         elif live is None:
-            # Step counts stay on the CPU unless the optimizer is capturable or fused; moments are where the master is.
-            on_device = value.dim() > 0 or _steps_on_device(inner, master)
-            inner.state[master][key] = value.to(master.device if on_device else "cpu", copy=True)
+            inner.state[master][key] = value.to(device, copy=True)
         else:
             with torch.no_grad():
                 live.copy_(value)
@@ -366,20 +367,15 @@ def _group_of(inner: Any, master: torch.Tensor) -> int:
     return 0
 
 
-def _steps_on_device(inner: Any, master: torch.Tensor) -> bool:
-    group = inner.param_groups[_group_of(inner, master)]
-    return bool(group.get("capturable") or group.get("fused"))
-
-
-def _schema(inner: Any, group: int, master: torch.Tensor) -> dict[str, tuple[bool, torch.dtype]]:
+def _schema(inner: Any, group: int, master: torch.Tensor) -> dict[str, tuple[bool, torch.dtype, torch.device]]:
     """Which tensors the optimizer will keep per parameter of ``group``: name -> (shaped like the parameter or a
-    scalar, dtype). Learned from one step of a twin over a tiny parameter.
+    scalar, dtype, device: step counts mostly stay on the CPU). Learned from one step of a twin over a tiny parameter.
 
     Raises:
         SnapshotError: it cannot be foretold.
     """
     if type(inner).__name__ in ("FusedAdam", "DeepSpeedCPUAdam"):  # compiled: a twin would share C++ state
-        return {"exp_avg": (True, torch.float32), "exp_avg_sq": (True, torch.float32)}
+        return dict.fromkeys(("exp_avg", "exp_avg_sq"), (True, torch.float32, master.device))
     sorry = SnapshotError(
         f"cannot foretell what {type(inner).__name__} will keep per parameter, so no room can be reserved for it; "
         "take the first optimizer step before attach(), or use snapshot=nfs"
@@ -401,32 +397,10 @@ def _schema(inner: Any, group: int, master: torch.Tensor) -> dict[str, tuple[boo
         if isinstance(value, torch.Tensor):
             if value.shape not in (probe.shape, torch.Size([])):
                 raise sorry
-            schema[key] = (value.shape == probe.shape, value.dtype)
+            schema[key] = (value.shape == probe.shape, value.dtype, value.device)
     return schema
 
 
 def _scalars(config: Any) -> dict[str, Any]:
     """The numbers among an object's attributes: a loss scaler's current scale and counts."""
-    return {k: v for k, v in vars(config).items() if isinstance(v, bool | int | float)}
-
-
-def _rng() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    states: dict[str, Any] = {
-        "python": [version, np.asarray(words, dtype=np.uint32), gauss],
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def load_rng(states: dict[str, Any]) -> None:
-    """Last of all: anything in between may draw."""
-    version, words, gauss = states["python"]
-    random.setstate((version, tuple(int(w) for w in words), gauss))
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if "cuda" in states and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(states["cuda"])
+    return {k: v for k, v in vars(config).items() if isinstance(v, (int, float))}

@@ -16,30 +16,38 @@ import torch
 from gemini_gnn.errors import SnapshotError
 
 _TAG = "__is__"
+_PLAIN = frozenset((type(None), bool, int, float, str))
 
 
-def pack(value: Any, path: str = "") -> tuple[Any, list[np.ndarray]]:
+def pack(value: Any, path: str = "", arrays: list[np.ndarray] | None = None) -> tuple[Any, list[np.ndarray]]:
     """``(tree, arrays)``: JSON values, and copies of the arrays they refer to; later changes of ``value`` don't reach
     them.
+
+    Args:
+        arrays: those of an earlier call, to be continued: the trees of both may become parts of one.
 
     Raises:
         SnapshotError: a value of another type, named by its path.
     """
-    arrays: list[np.ndarray] = []
+    arrays = [] if arrays is None else arrays
     return _pack(value, path, arrays), arrays
 
 
 def _pack(value: Any, path: str, arrays: list[np.ndarray]) -> Any:
     kind = type(value)
-    if value is None or kind in (bool, int, float, str):
+    if kind in _PLAIN:
         return value
     if kind is list:
+        if all(type(v) in _PLAIN for v in value):
+            return list(value)
         return [_pack(v, f"{path}[{i}]", arrays) for i, v in enumerate(value)]
     if kind is tuple:
         return {_TAG: "tuple", "v": [_pack(v, f"{path}[{i}]", arrays) for i, v in enumerate(value)]}
     if kind in (dict, OrderedDict, Counter) or (kind.__name__ == "defaultdict"):
         if kind is not Counter and all(type(k) is str for k in value) and _TAG not in value:
-            return {k: _pack(v, f"{path}.{k}" if path else k, arrays) for k, v in value.items()}
+            return {
+                k: v if type(v) in _PLAIN else _pack(v, f"{path}.{k}" if path else k, arrays) for k, v in value.items()
+            }
         return {
             _TAG: "counter" if kind is Counter else "dict",
             "v": [[_pack(k, path, arrays), _pack(v, f"{path}[{k!r}]", arrays)] for k, v in value.items()],
