@@ -161,6 +161,35 @@ def test_the_same_command_while_it_runs_is_told_so(job):
     assert len(run.notes("training")) == 2
 
 
+def test_two_starts_at_the_same_moment_are_one_job(job):
+    run = job()
+    launches = [run.launch(2, "train") for _ in range(2)]
+    run.training(2)
+    refused = wait_for(lambda: next((one for one in launches if one.poll() is not None), None), "the refusal of one")
+    code, _, err = run.end(refused)
+    assert code == 2 and "already running" in err
+    run.finish()
+    (other,) = [one for one in launches if one is not refused]
+    assert run.end(other)[0] == 0
+    assert len(run.notes("training")) == 2 and len(list((run.run_dir / "terms").glob("*.json"))) == 1
+    run.assert_nothing_left()
+
+
+def test_a_removed_arena_is_said(job):
+    """As systemd-logind does at the last logout of a user."""
+    run = job()
+    launch = run.launch(1, "train")
+    run.training(1)
+    shutil.rmtree(run.arena)
+    wait_for(lambda: run.events("say"), "a word of the agent")
+    code, _, err = run.end(run.launch(1, "train"))  # it finds no agent, but must not become a second one
+    assert code == 2 and "in use by the worker agent" in err
+    run.finish()
+    code, _, err = run.end(launch)
+    assert code == 0 and "RemoveIPC" in err
+    run.assert_nothing_left()
+
+
 def test_the_same_run_directory_with_another_arena_is_told_who_has_it(job, tmp_path):
     """As another machine or user would: nothing of the living job is touched, not even its status."""
     run = job()

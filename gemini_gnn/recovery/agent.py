@@ -59,6 +59,7 @@ class Agent:
         self.nobody = Outcome("stopped", 1, "nobody came")  # unless there is a job
         self.nobody_s = time.monotonic() + NOBODY_S
         self.run_dir_lock: int | None = None
+        self.arena_gone = False
         self.request: dict[str, Any] = {}  # of the first shim: what all of them share
         self.shims: dict[int, Shim] = {}
         self.visitors: list[messages.Channel] = []  # connected, no registered shim (yet)
@@ -88,9 +89,21 @@ class Agent:
             self._read_visitors()
             self._read_shims()
             self._see(decisions.Tick())
+            self._look_at_arena()
             if self.state is None and not self.visitors and time.monotonic() > self.nobody_s:
                 break  # the shim that started us died before it could speak, or was refused
         self._end()
+
+    def _look_at_arena(self) -> None:
+        """Somebody may have removed it under us: the job works on, but could not go on from it."""
+        if self.arena_gone or (self.arena / home.AGENT_SOCKET).exists():
+            return
+        self.arena_gone = True
+        self._say(
+            f"{self.arena} has been removed while the job runs: its snapshots are lost, and nobody can reach this worker agent "
+            f"(process {os.getpid()}, to be ended by SIGTERM). systemd-logind does so at your last logout, unless RemoveIPC=no "
+            "or `loginctl enable-linger`"
+        )
 
     def _patience_s(self) -> float:
         deadline = self.state.deadline if self.state else None
@@ -296,8 +309,9 @@ class Agent:
             "arena": os.fspath(self.arena),
             "term": self.term,
             "generation": generation,
-            # What `never` had to forget was removed when this term began; a restart must go on.
-            "resume": "auto" if generation > 1 and request["resume"] == "never" else request["resume"],
+            # What `never` had to forget was removed when this term began; a restart must go on. One answer for all ranks: after
+            # the death of an agent only some of their shims may know of it.
+            "resume": "auto" if generation > 1 and self.request["resume"] == "never" else self.request["resume"],
             "sharing": sum(shim.request["cores"] == request["cores"] for shim in self.shims.values()),
             **{key: request[key] for key in ("target", "payload", "folder", "path", "command", "cores")},
         }

@@ -54,12 +54,12 @@ class Warm:
 
 @dataclass
 class Trainer:
-    """``pid`` is None until the warm parent has reported the fork. ``silent_s``: since when its socket is closed."""
+    """``pid`` is None until the warm parent has reported the fork. ``zombie_s``: since when it is dead and not reaped."""
 
     channel: messages.Channel
     forked_s: float
     pid: int | None = None
-    silent_s: float | None = None
+    zombie_s: float | None = None
 
 
 class Children:
@@ -141,14 +141,14 @@ class Children:
         """What has happened below since the last call; ``now`` on the monotonic clock. Never waits."""
         events: list[Event] = []
         for rank in self.trainers:
-            events += self._words(rank, now)
+            events += self._words(rank)
         if self.warm is not None:
             events += self._reports(self.warm, now)
         events += self._reap(now)
         events += self._overdue(now)
         return events
 
-    def _words(self, rank: int, now: float) -> list[Event]:
+    def _words(self, rank: int) -> list[Event]:
         trainer, events = self.trainers[rank], list[Event]()
         for message in trainer.channel.receive():
             if message["kind"] == "started":
@@ -161,16 +161,14 @@ class Children:
                 self.journal.log("trainer_failed", rank=rank, code=failure.code, text=failure.text)
                 self.journal.errors.append(failure)
                 events.append(decisions.Failed(failure))
-        if trainer.channel.closed and trainer.silent_s is None:
-            trainer.silent_s = now
+        if trainer.channel.closed:
             self._forget(trainer.channel)
         return events
 
-    def _exited(self, rank: int, code: int, now: float) -> list[Event]:
-        events = self._words(rank, now)  # its last words were sent before it died
+    def _exited(self, rank: int, code: int) -> list[Event]:
+        events = self._words(rank)  # its last words were sent before it died
         trainer = self.trainers.pop(rank)
-        if trainer.silent_s is None:
-            self._forget(trainer.channel)
+        self._forget(trainer.channel)
         self.journal.log("trainer_exited", rank=rank, pid=trainer.pid, code=code)
         return [*events, decisions.Exited(rank, code)]
 
@@ -185,15 +183,16 @@ class Children:
                 text = message["text"]
                 events.append(decisions.WarmRefused(Failure(-1, 1, now, text.strip().splitlines()[-1], text)))
                 if "rank" in message:
-                    events += self._exited(message["rank"], 1, now)
+                    events += self._exited(message["rank"], 1)
             elif message["kind"] == "forked":
                 self.trainers[message["rank"]].pid = message["pid"]
                 self.journal.log("trainer_forked", rank=message["rank"], pid=message["pid"])
             elif message["kind"] == "exited":
-                events += self._exited(message["rank"], message["code"], now)
-        if warm.channel.closed and warm.channel.fileno() >= 0:
+                events += self._exited(message["rank"], message["code"])
+        if warm.channel.closed:
             self._forget(warm.channel)
-            self._kill_warm(warm, now)
+            if warm.dying_s is None:
+                self._kill_warm(warm, now)
         return events
 
     def _reap(self, now: float) -> list[Event]:
@@ -206,8 +205,7 @@ class Children:
                 continue
             warm, self.warm = self.warm, None
             events += self._reports(warm, now)  # what it could still say
-            if warm.channel.fileno() >= 0:
-                self._forget(warm.channel)
+            self._forget(warm.channel)
             reason = decisions.signal_name(-code) if code < 0 else f"exit code {code}"
             self.journal.log("warm_died", pid=pid, reason=reason)
             events.append(decisions.WarmDied(reason))
@@ -221,7 +219,7 @@ class Children:
             if not left:
                 for rank in sorted(self.orphans & self.trainers.keys()):
                     code = self._codes.get(self.trainers[rank].pid or -1, -signal.SIGKILL)
-                    events += self._exited(rank, code, now)
+                    events += self._exited(rank, code)
                 self.orphans, self._adopted = set(), False
         if not self._adopted:
             self._codes.clear()
@@ -236,9 +234,10 @@ class Children:
         for rank, trainer in self.trainers.items():
             if trainer.pid is None:
                 late = now - trainer.forked_s > FORK_S
-            else:  # a script may close our socket and live
-                late = trainer.silent_s is not None and now - trainer.silent_s > REPORT_S
-                late = late and processes.is_zombie(trainer.pid)
+            else:
+                zombie = processes.is_zombie(trainer.pid)
+                trainer.zombie_s = None if not zombie else now if trainer.zombie_s is None else trainer.zombie_s
+                late = trainer.zombie_s is not None and now - trainer.zombie_s > REPORT_S
             if late and rank not in self.orphans:
                 self.journal.log("warm_hangs", pid=self.warm.pid, rank=rank, forked=trainer.pid is not None)
                 self._kill_warm(self.warm, now)
@@ -251,5 +250,6 @@ class Children:
             warm.dying_s = now
 
     def _forget(self, channel: messages.Channel) -> None:
-        self.selector.unregister(channel)
-        channel.close()
+        if channel.fileno() >= 0:
+            self.selector.unregister(channel)
+            channel.close()

@@ -365,8 +365,10 @@ def _restart(state: State, cause: str, code: int, now: float) -> Step:
     """Something died that the job can go on from: close this generation, and begin the next if allowed."""
     reason = may_restart(state, now)
     if reason is not None:
-        failure = Failure(-1, code, now, f"{cause}; not restarted here: {reason}", f"{cause}; not restarted: {reason}")
-        return _close(state, Outcome("failed", code, failure.summary, failure=failure), now)
+        text = f"{cause}; not restarted here: {reason}"
+        if code == 128 + signal.SIGKILL:
+            text += "; if nobody killed it, memory was short: dmesg says so"
+        return _close(state, Outcome("failed", code, text, failure=Failure(-1, code, now, text, text)), now)
     state = replace(state, restarts=(*state.restarts, now), cause=cause)
     text = f"{cause}; restarting all {state.local} trainers as generation {state.generation + 1}"
     state, actions = _close(state, None, now)
@@ -412,7 +414,7 @@ def _warm_died(state: State, reason: str, now: float) -> Step:
     """Its trainers die with it (the kernel sees to that); their exits follow."""
     state = replace(state, warm_ready=False, warm_deaths=state.warm_deaths + 1)
     if state.warm_deaths > 3:
-        text = f"the warm parent died {state.warm_deaths} times before it was ready ({reason})"
+        text = f"the warm parent died {state.warm_deaths} times before it was ready ({reason}); see logs/agent-*.log"
         return _close(state, Outcome("failed", 1, text, failure=Failure(-1, 1, now, text, text)), now)
     if state.phase is Phase.RUNNING:
         state, actions = _restart(state, f"the warm parent died ({reason})", 137, now)

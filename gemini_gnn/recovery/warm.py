@@ -51,7 +51,7 @@ def preload(modules: list[str]) -> str | None:
     for name in modules:
         try:
             importlib.import_module(name)
-        except Exception:
+        except (Exception, SystemExit):
             return f"cannot import {name}:\n{traceback.format_exc()}"
         if (complaint := unfit()) is not None:
             return f"after the import of {name} {complaint}"
