@@ -45,7 +45,7 @@ def wait_until(condition, timeout_s=20.0):
 
 def test_rates():
     assert bits_per_s("1gbit") == 1e9 and bits_per_s("2.5Mbit") == 2.5e6
-    for wrong in ("fast", "1gb", "gbit", "1 000"):
+    for wrong in ("fast", "1gb", "gbit", "1 000", "0gbit", "-1gbit", "nangbit", "1e3mbit"):
         with pytest.raises(LabError, match="expected a rate"):
             bits_per_s(wrong)
 
@@ -206,6 +206,10 @@ def test_network_file_system(lab):
         lab.power_off("h3")
         lab.power_on("h3")
         assert lab.run("h3", ["cat", f"{folder}/file"]).stdout == "from h0\n"
+        lab.power_off("nas")
+        lab.power_on("nas")
+        # What was asked of the dead server is an error; the mount stays, and the next question finds the new one.
+        wait_until(lambda: lab.run("h3", ["cat", f"{folder}/file"]).stdout == "from h0\n")
     finally:
         lab.nfs_down()
     assert lab.run("h3", ["ls", str(folder)]).stdout == ""
@@ -289,6 +293,7 @@ def test_command_line():
         )
 
     try:
+        assert run("up", "--hosts", "0").stderr.startswith("lab: expected 1 to 100 hosts")
         assert "h1    on" in run("up", "--hosts", "2").stdout
         assert run("exec", "h1", "--", "sh", "-c", "hostname; pwd; exit 3").stdout == f"h1\n{ROOT}\n"
         assert run("exec", "h1", "--", "sh", "-c", "exit 3").returncode == 3
@@ -297,8 +302,16 @@ def test_command_line():
             assert run(*words).returncode == 0
         status = run("status").stdout
         assert "h1    off" in status and "link down" in status and "1gbit" in status
-        refused = run("bandwidth", "h0", "fast")
+        refused = run("bandwidth", "h0", "0gbit")
         assert refused.returncode == 1 and refused.stderr.startswith("lab: expected a rate")
+        assert run("exec", "h1", "--", "true").stderr.startswith("lab: h1 is powered off")
+        assert run("power-on", "h1").returncode == run("link", "h0", "up").returncode == 0
+        folder = run("nfs", "up").stdout.strip()
+        assert run("exec", "h1", "--", "sh", "-c", f"echo from h1 > {folder}/file").returncode == 0
+        assert run("exec", "h0", "--", "cat", f"{folder}/file").stdout == "from h1\n"
+        assert "network file system" in run("status").stdout
+        assert run("nfs", "down").returncode == 0
+        assert run("exec", "h0", "--", "ls", folder).stdout == ""
     finally:
         run("down")
     assert run("down").returncode == 0

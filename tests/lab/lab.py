@@ -26,6 +26,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -475,8 +476,9 @@ class Lab:
         if self.run(name, ["mountpoint", "-q", where]).returncode == 0:
             return
         source = f"{NAS}:{self.folder}/nas-disk"
-        # In a session of its own: its ssh would end with the group of this command.
-        options = "cache=no,ServerAliveInterval=5,ServerAliveCountMax=3"
+        # In a session of its own: its ssh would end with the group of this command. Where the server loses power the mount
+        # stays, and its files are back with the server: without it writes would land in the folder underneath.
+        options = "cache=no,reconnect,ServerAliveInterval=5,ServerAliveCountMax=3"
         done = self.run(name, ["setsid", "--wait", "sshfs", "-o", options, source, where])
         if done.returncode or self.run(name, ["mountpoint", "-q", where]).returncode:
             raise LabError(f"{name} cannot mount {source}: {done.stdout.strip()}")
@@ -512,10 +514,9 @@ def kill_group(process: subprocess.Popen) -> None:
 def bits_per_s(rate: str) -> float:
     units = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
     number, unit = rate[:-4], rate[-4:].lower()
-    try:
-        return float(number) * units[unit]
-    except (KeyError, ValueError):
-        raise LabError(f"expected a rate like 1gbit, 200mbit or unlimited; got {rate!r}") from None
+    if unit not in units or not re.fullmatch(r"[0-9]+(\.[0-9]+)?", number) or float(number) == 0:
+        raise LabError(f"expected a rate like 1gbit, 200mbit or unlimited; got {rate!r}")
+    return float(number) * units[unit]
 
 
 def _call(command: Sequence[str], stdin: str | None = None) -> None:
