@@ -14,26 +14,27 @@ import pytest
 
 from gemini_gnn.errors import RecoveryError, RunDirError
 from gemini_gnn.recovery import home, messages, shim
+from gemini_gnn.snapshot import locks
 from tests.recovery_job import PATIENCE_S
 
 
 def test_the_lock_has_one_holder_and_survives_removal(tmp_path):
     arena = tmp_path / "user" / "job"
     lock = home.take_lock(arena)
-    assert lock is not None and home.take_lock(arena) is None and home.is_locked(arena)
+    assert lock is not None and home.take_lock(arena) is None and locks.agent_lives(arena)
     home.leave_arena(arena)
     assert not arena.parent.exists()
     another = home.take_lock(arena)  # the old file is still locked, but it is not this one
     assert another is not None
     os.close(lock)
     os.close(another)
-    assert not home.is_locked(arena)
+    assert not locks.agent_lives(arena)
 
 
 def test_a_folder_of_somebody_else_is_refused(tmp_path):
     (tmp_path / "target").mkdir()
     (tmp_path / "user").symlink_to(tmp_path / "target")
-    with pytest.raises(RecoveryError, match="not a folder of this user"):
+    with pytest.raises(RecoveryError, match="it is a link"):
         home.take_lock(tmp_path / "user" / "job")
 
 

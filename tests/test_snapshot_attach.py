@@ -4,6 +4,7 @@ import contextlib
 import os
 import stat
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from gemini_gnn.errors import SnapshotError
-from gemini_gnn.snapshot import arena, attach, context, copier, replicated
+from gemini_gnn.snapshot import arena, attach, context, copier, locks, replicated, restore
 from gemini_gnn.snapshot.context import Context
 from gemini_gnn.snapshot.identity import Identity
 from gemini_gnn.snapshot.layout import SlotState
@@ -185,9 +186,9 @@ def attach_and_close(folder, generation, resume="auto", engine=None, **options):
     return snapshots.restored
 
 
-def run_some(folder, steps=3, engine=None):
-    module, opt = engine or parts()
-    snapshots = attach((module, opt), context=context_of(folder))
+def run_some(folder, steps=3, generation=1):
+    module, opt = parts()
+    snapshots = attach((module, opt), context=context_of(folder, generation))
     for _ in range(steps):
         step(module, opt)
         snapshots.wait()
@@ -418,20 +419,28 @@ def test_a_pinned_slot_is_passed_over_and_two_pins_skip(folder):
     snapshots.close()
 
 
-def test_void_newer_and_newest(folder):
+def test_rolling_back_voids_what_is_newer_before_the_first_step(folder):
+    """Whatever names a snapshot that is not gone back to, of whatever term: nobody believes it any more when attach returns."""
     run_some(folder)
-    assert arena.newest(folder) == (1, 1, 3)
-    assert arena.void_newer(folder, Identity(1, 1, 2)) == 2
-    assert attach_and_close(folder, 2) == (1, 1, 2)
-    assert arena.void_newer(folder, None) > 0
-    assert attach_and_close(folder, 3) is None
+    (_, second), (_, newest) = slots_of(folder, "rank-00000")[-2:]
+    newest.write_header(
+        replace(newest.header(), identity=Identity(9, 9, 9))
+    )  # of one shard only, so not one to go on from
+    (writing,) = [f for f in arena.slots(folder) if f.shard == "replicated" and f.header().identity.step == 1]
+    writing.write_header(replace(writing.header(), identity=Identity(8, 1, 1), state=SlotState.WRITING))
+    assert attach_and_close(folder, 2) == second.header().identity == (1, 1, 2)
+    believed = {f.view().identity for f in arena.slots(folder) if f.view().state is not SlotState.VOID}
+    assert max(believed) == (1, 1, 2)
+    run_some(folder, 1, generation=3)
+    assert attach_and_close(folder, 4) == (1, 3, 3)
 
 
 def test_sweep_spares_the_living(folder):
     run_some(folder, 1)
-    with arena.agent_lock(folder) as mine:
-        assert mine and arena.alive(folder) and not arena.sweep(folder)
-    assert not arena.alive(folder) and arena.sweep(folder) and not folder.exists()
+    lock = locks.take_agent_lock(folder)
+    assert lock is not None and locks.agent_lives(folder) and not arena.sweep(folder)
+    os.close(lock)
+    assert not locks.agent_lives(folder) and arena.sweep(folder) and not folder.exists()
 
 
 def test_room_knows_cgroups(tmp_path, monkeypatch):
@@ -589,22 +598,37 @@ def incomplete_case(rank, world, root):
         with open(file.path, "r+b") as raw:
             raw.seek(4096)
             raw.write(b"damage")
-    snapshots = begin(2)
+    # A kill after one rank has voided what is newer, and before another has: the next start finishes it.
+    original = restore.void_newer
+    if rank == 0:
+        restore.void_newer = dies
+    with pytest.raises(SnapshotError, match="dies"):
+        begin(2)
+    restore.void_newer = original
+    torch.distributed.barrier()
+    believed = max(step for step, _ in slots_of(folder, f"rank-0000{rank}"))
+    assert believed == (3 if rank == 0 else 2)
+    snapshots = begin(3)
     assert snapshots.restored == (1, 1, 2), snapshots.restored
+    assert max(step for step, _ in slots_of(folder, f"rank-0000{rank}")) == 2
     snapshots.close()
     torch.distributed.barrier()
     if rank == 0:
         arena.remove(folder)
     torch.distributed.barrier()
     try:
-        begin(3, "must")
+        begin(4, "must")
     except SnapshotError as error:
         assert "no committed snapshot in memory for ranks [0]; there is rank 1: " in str(error)
     else:
         raise AssertionError("resume=must went on from nothing")
-    snapshots = begin(4)
+    snapshots = begin(5)
     assert snapshots.restored is None
     snapshots.close()
+
+
+def dies(shards, identity):
+    raise SnapshotError("dies")
 
 
 def error_on_one_rank_case(rank, world, root):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gemini_gnn.errors import SnapshotError
-from gemini_gnn.snapshot import arena, inspect
+from gemini_gnn.snapshot import arena, inspect, locks
 from tests.test_snapshot_attach import run_some, slots_of
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "inspect_snapshots.py"
@@ -21,9 +21,10 @@ def jobs(tmp_path):
     for folder in (dead, living):
         arena.make_folder(folder)
         run_some(folder, 2)
-    with arena.agent_lock(living) as mine:
-        assert mine
-        yield tmp_path, dead, living
+    lock = locks.take_agent_lock(living)
+    assert lock is not None
+    yield tmp_path, dead, living
+    os.close(lock)
 
 
 def run(*arguments):

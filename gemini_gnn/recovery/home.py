@@ -1,13 +1,6 @@
 """Where a job lives on this machine and in its run directory: arena folder, locks, terms. Files only.
 
-Who owns what. ``/dev/shm/gemini-gnn-<uid>/<job>/`` belongs to whoever holds the exclusive flock on its ``agent.lock``:
-the living worker agent, the shim that is about to start one, or a sweeper. The kernel drops the lock with its last
-holder, so there are no pid files to trust and no stale locks. A folder may be removed only under that lock; whoever
-opened ``agent.lock`` just before notices after locking that the path no longer leads to its file, and starts over.
-
-``trainers.lock`` holds a shared *record* lock of every warm parent and trainer. Record locks belong to a process, are
-not inherited by its children, and go when the kernel has closed its files: that an exclusive one could be taken
-proves that no process of an earlier membership can still write here (invariant 5, across the death of an agent).
+The locks, and what they say about who owns the arena and who may still write into it, are snapshot/locks.py's.
 """
 
 from __future__ import annotations
@@ -19,15 +12,17 @@ import hashlib
 import json
 import os
 import secrets
-import stat
-import struct
 import time
 from pathlib import Path
 from typing import Any
 
-from gemini_gnn.errors import RecoveryError, RunDirError
+from gemini_gnn.errors import RecoveryError, RunDirError, SnapshotError
+from gemini_gnn.snapshot.arena import folder_of, make_folder
+from gemini_gnn.snapshot.locks import AGENT_LOCK, TRAINERS_LOCK, take_agent_lock
+from gemini_gnn.snapshot.locks import hold_trainers_lock as hold_trainers_lock  # for the callers of this module
+from gemini_gnn.snapshot.locks import living_trainer as living_trainer
 
-AGENT_LOCK, AGENT_SOCKET, TRAINERS_LOCK = "agent.lock", "agent.sock", "trainers.lock"
+AGENT_SOCKET = "agent.sock"
 RUN_ID, NEW_RUN_ID = "run-id", "run-id.new"  # of the run directory that the snapshots beside it belong to
 OWN_FILES = {
     AGENT_LOCK,
@@ -46,7 +41,7 @@ def job_id(run_dir: Path) -> str:
 
 def arena_of(run_dir: Path, root: str | os.PathLike[str] = "/dev/shm") -> Path:
     """The job's arena folder under ``root`` (a RAM file system)."""
-    return Path(root) / f"gemini-gnn-{os.getuid()}" / job_id(run_dir)
+    return folder_of(job_id(run_dir), root)
 
 
 def make_arena(arena: Path) -> None:
@@ -60,25 +55,10 @@ def make_arena(arena: Path) -> None:
             f"the path {arena} is too long for a socket; expected at most {MAX_SOCKET_PATH} bytes, "
             f"got {len(os.fsencode(arena / AGENT_SOCKET))}; give a shorter snapshot.arena"
         )
-    for folder in (arena.parent, arena):
-        try:
-            folder.mkdir(mode=0o700, exist_ok=True)
-            found = folder.lstat()
-        except FileNotFoundError as error:
-            if folder is arena:  # the last job of this user just removed the parent
-                return make_arena(arena)
-            raise RecoveryError(
-                f"cannot make {folder}: {error.strerror}; expected an existing snapshot.arena"
-            ) from None
-        except OSError as error:
-            raise RecoveryError(f"cannot make {folder}: {error.strerror}; give another snapshot.arena=...") from None
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-            raise RecoveryError(
-                f"{folder} is not a folder of this user (owner uid {found.st_uid}, ours {os.getuid()}); "
-                "remove it as its owner, or give another snapshot.arena=..."
-            )
-        if stat.S_IMODE(found.st_mode) != 0o700:
-            folder.chmod(0o700)
+    try:
+        make_folder(arena)
+    except SnapshotError as error:
+        raise RecoveryError(str(error)) from None
 
 
 def take_lock(arena: Path) -> int | None:
@@ -86,39 +66,13 @@ def take_lock(arena: Path) -> int | None:
     while True:
         make_arena(arena)
         try:
-            lock = os.open(arena / AGENT_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            return take_agent_lock(arena)
         except FileNotFoundError:
-            continue  # removed between making and opening
+            continue  # its last holder has just removed it
         except OSError as error:
             raise RecoveryError(
                 f"cannot make {arena / AGENT_LOCK}: {error.strerror}; is {arena.parent.parent} full?"
             ) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours, there = os.fstat(lock), os.stat(arena / AGENT_LOCK)
-            if (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino):
-                return lock
-        except BlockingIOError:
-            os.close(lock)
-            return None
-        except FileNotFoundError:
-            pass
-        os.close(lock)  # we locked a file that its owner has removed
-
-
-def is_locked(arena: Path) -> bool:
-    """Whether somebody holds the arena's lock; makes nothing."""
-    try:
-        lock = os.open(arena / AGENT_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(lock)
-    return False
 
 
 def snapshot_files(arena: Path) -> list[Path]:
@@ -153,34 +107,6 @@ def leave_arena(arena: Path) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
                 raise
             return
-
-
-# --- trainers.lock ----------------------------------------------------------------------------------------------------
-
-
-def hold_trainers_lock(arena: Path) -> int:
-    """Called by a warm parent or trainer; the descriptor stays open, and must be the only one, until it dies."""
-    lock = os.open(arena / TRAINERS_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    fcntl.lockf(lock, fcntl.LOCK_SH)
-    return lock
-
-
-def living_trainer(arena: Path) -> int | None:
-    """Pid of some warm parent or trainer that is not dead yet; None proves that there is none.
-
-    Must not be called by a process that holds the lock itself: closing a file drops the process's record locks on it.
-    """
-    try:
-        lock = os.open(arena / TRAINERS_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return None
-    try:
-        layout = "hhqqi4x"  # struct flock on 64-bit Linux: type, whence, start, length, pid
-        asked = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        kind, _, _, _, pid = struct.unpack(layout, fcntl.fcntl(lock, fcntl.F_GETLK, asked))
-        return None if kind == fcntl.F_UNLCK else pid
-    finally:
-        os.close(lock)
 
 
 # --- run directory ----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The arena: snapshot slots as files in host memory, ``<root>/gemini-gnn-<uid>/<job>/<shard>.<slot>``.
 
-Who owns what. The worker agent makes the folder and holds ``agent.lock`` in it (flock) for as long as it lives; it
-removes the folder when the job is done or stopped. A slot is written by one trainer only, the owner of its shard, and
+Who owns what. The worker agent makes the folder and holds the lock in it (locks.py) for as long as it lives; it removes the
+folder when the job is done or stopped. A slot is written by one trainer only, the owner of its shard, and
 only under an exclusive flock on the slot's file; whoever reads its bytes (restore, replication, inspection) holds a shared
 one, which *is* the pin: the writer finds the slot busy and takes another one or skips. The kernel drops both kinds with
 the process, so no pin and no reservation survives a kill.
@@ -24,16 +24,15 @@ import shutil
 import stat
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
 
 from gemini_gnn.errors import SnapshotError
-from gemini_gnn.snapshot import catalog
+from gemini_gnn.snapshot import locks
 from gemini_gnn.snapshot.catalog import SlotView
-from gemini_gnn.snapshot.identity import Identity
 from gemini_gnn.snapshot.layout import (
     HEADER_BYTES,
     PAGE,
@@ -45,16 +44,13 @@ from gemini_gnn.snapshot.layout import (
     encode_header,
 )
 
-AGENT_LOCK = "agent.lock"
-TRAINERS_LOCK = "trainers.lock"  # record locks of warm parents and trainers
 
-
-def home(root: str | Path = "/dev/shm") -> Path:
+def home(root: str | os.PathLike[str] = "/dev/shm") -> Path:
     """The folder of all arenas of this user below ``root``."""
     return Path(root) / f"gemini-gnn-{os.geteuid()}"
 
 
-def folder_of(job: str, root: str | Path = "/dev/shm") -> Path:
+def folder_of(job: str, root: str | os.PathLike[str] = "/dev/shm") -> Path:
     """Where the arena of ``job`` lies."""
     return home(root) / job
 
@@ -65,13 +61,19 @@ def make_folder(path: Path) -> Path:
     Raises:
         SnapshotError: it is somebody else's, a link, or cannot be made.
     """
-    for part in (path.parent, path):
-        try:
+    try:
+        for part in (path.parent, path):
             part.mkdir(mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise SnapshotError(f"cannot make the arena {part}: {error.strerror}; check snapshot.arena") from error
-        _check_ours(part)
-        os.chmod(part, 0o700)  # whatever the umask said
+            _check_ours(part)
+            os.chmod(part, 0o700)  # whatever the umask said
+    except FileNotFoundError:
+        if path.parent.parent.is_dir():  # the last job of this user has just removed what we made
+            return make_folder(path)
+        raise SnapshotError(
+            f"cannot make the arena {path}: there is no {path.parent.parent}; check snapshot.arena"
+        ) from None
+    except OSError as error:
+        raise SnapshotError(f"cannot make the arena {path}: {error.strerror}; give another snapshot.arena") from error
     return path
 
 
@@ -360,79 +362,6 @@ def slots(folder: Path) -> list[SlotFile]:
     return found
 
 
-def void_newer(folder: Path, identity: Identity | None) -> int:
-    """Roll an arena back to ``identity`` (None: to nothing); how many slots were voided. No trainer may be running."""
-    count = 0
-    for slot in slots(folder):
-        try:
-            if catalog.newer([slot.view()], identity):
-                slot.void()
-                count += 1
-        finally:
-            slot.close()
-    return count
-
-
-def newest(folder: Path) -> Identity | None:
-    """The newest identity any header names, whatever its state: the next generation must come after it."""
-    names = []
-    for slot in slots(folder):
-        try:
-            names.append(slot.view().identity)
-        finally:
-            slot.close()
-    return max((n for n in names if n is not None), default=None)
-
-
-@contextmanager
-def agent_lock(folder: Path) -> Iterator[bool]:
-    """Try to hold the lock of the arena's worker agent; yields False when a live agent has it.
-
-    As recovery/home.py takes it: a lock on a file that its owner has unlinked meanwhile is a lock on nothing.
-    """
-    fd = os.open(folder / AGENT_LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        yield _locked(fd, folder)
-    finally:
-        os.close(fd)
-
-
-def _locked(fd: int, folder: Path) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours, there = os.fstat(fd), os.stat(folder / AGENT_LOCK)
-    except OSError:
-        return False
-    return (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
-
-
-def alive(folder: Path) -> bool:
-    """Whether the arena has a live worker agent. Makes nothing."""
-    try:
-        fd = os.open(folder / AGENT_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        return not _locked(fd, folder)
-    finally:
-        os.close(fd)
-
-
-def trainer_lives(folder: Path) -> bool:
-    """Whether a trainer that outlived its agent (it is stuck in the kernel) still holds its record lock here."""
-    try:
-        fd = os.open(folder / TRAINERS_LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(fd)
-    return False
-
-
 def remove(folder: Path) -> None:
     """Delete an arena, and the user's folder when it was the last one. Missing is fine."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -442,8 +371,16 @@ def remove(folder: Path) -> None:
 
 def sweep(folder: Path) -> bool:
     """Delete the arena if its agent is dead and no trainer of it lives; whether it did."""
-    with agent_lock(folder) as free:
-        if not free or trainer_lives(folder):
+    try:
+        lock = locks.take_agent_lock(folder)
+    except FileNotFoundError:  # somebody else has just removed it
+        return False
+    if lock is None:
+        return False
+    try:
+        if locks.living_trainer(folder) is not None:
             return False
         remove(folder)
         return True
+    finally:
+        os.close(lock)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemini_gnn.errors import SnapshotError
-from gemini_gnn.snapshot import arena
+from gemini_gnn.snapshot import arena, locks
 from gemini_gnn.snapshot.layout import SlotState
 
 
@@ -48,7 +48,7 @@ def inspect(root: str | Path = "/dev/shm", job: str | None = None, checksum: boo
     """Every slot of every arena of this user on this machine."""
     lines = []
     for folder in arenas(root, job):
-        alive = arena.alive(folder)
+        alive = locks.agent_lives(folder)
         for file in arena.slots(folder):
             try:
                 lines.append(_line(folder.name, alive, file, checksum))
