@@ -5,6 +5,7 @@ For a run on a GPU see test_cuda.py.
 
 import os
 import threading
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -22,6 +23,10 @@ from gemini_gnn.halo.exchange import HaloExchange
 from gemini_gnn.halo.prefetch import prefetch
 from gemini_gnn.models.build import build_model
 from gemini_gnn.models.tensors import moved, to_tensors
+from gemini_gnn.snapshot import arena, attach, copier
+from gemini_gnn.snapshot.context import Context
+from gemini_gnn.snapshot.cuda import CudaCopies
+from gemini_gnn.snapshot.state import _moments
 from gemini_gnn.training import groups
 from gemini_gnn.training.data import BatchSource
 from tests.model_blocks import random_block
@@ -227,3 +232,172 @@ def test_collectives_on_a_stream_are_counted_when_they_are_over(monkeypatch):
     assert clock.seconds == 0.0
     FakeEvent.now += 1.0
     assert clock.seconds == clock.seconds == 3.0
+
+
+class FakeDriver:
+    """Streams, events and page-locking as torch.cuda has them, over tensors on the CPU; it notes what it was told, in order.
+
+    The compute stream is the training thread itself. What is put on the side stream is done as late as the events allow: when
+    the compute stream must wait for it, or, where nobody else makes it happen, when a thread has waited for it a while.
+    """
+
+    def __init__(self, monkeypatch, refuse=False):
+        self.told, self.refuse, self.queue = [], refuse, []
+        self.turn, self.here = threading.Lock(), threading.local()
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: self.note("set_device", device))
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: FakeStream(self, "side"))
+        monkeypatch.setattr(torch.cuda, "current_stream", self.current_stream)
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: setattr(self.here, "stream", stream))
+        monkeypatch.setattr(torch.cuda, "Event", lambda blocking=False: SimpleNamespace(upto=0, **self.event()))
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: self)
+        monkeypatch.setattr(torch.cuda, "check_error", lambda error: self.check(error))
+        monkeypatch.setattr(copier, "on_gpu", lambda tensor: tensor is not None)
+        monkeypatch.setattr(CudaCopies, "copy", staticmethod(self.copy))
+        zeros = torch.zeros
+        monkeypatch.setattr(
+            torch, "zeros", lambda *a, **k: self.launch() if k.get("device") == "cuda" else zeros(*a, **k)
+        )
+
+    def note(self, *words):
+        self.told.append((threading.current_thread().name, *words))
+
+    def launch(self):
+        self.note("launch")
+        raise RuntimeError("CUDA error: the one of the call before")
+
+    def check(self, error):
+        assert error == 0
+
+    def current_stream(self):
+        return getattr(self.here, "stream", None) or FakeStream(self, "compute")
+
+    def event(self):
+        mark = {}
+
+        def record(stream):
+            self.note("record", stream.name)
+            mark["upto"] = list(self.queue) if stream.name == "side" else []
+
+        def run():
+            with self.turn:
+                for work in mark.get("upto", ()):
+                    work()
+            mark["upto"] = []
+
+        def synchronize():
+            deadline = time.monotonic() + 0.1
+            while mark["upto"] and time.monotonic() < deadline:
+                time.sleep(0.001)
+            run()
+            self.note("synchronized")
+
+        return {"record": record, "run": run, "synchronize": synchronize}
+
+    def copy(self, target, source):
+        stream = self.current_stream()
+        self.note("copy", stream.name)
+        if stream.name == "side":
+            self.queue.append(lambda: target.copy_(source.detach()))
+        else:
+            target.copy_(source.detach())
+
+    def cudaHostRegister(self, address, nbytes, flags):
+        assert address % 4096 == 0 == nbytes % 4096 and flags == 0
+        self.note("register", address)
+        return 1 if self.refuse else 0
+
+    def cudaHostUnregister(self, address):
+        self.note("unregister", address)
+        return 0
+
+
+class FakeStream:
+    def __init__(self, driver, name):
+        self.driver, self.name = driver, name
+
+    def wait_event(self, event):
+        self.driver.note(self.name, "waits")
+        if self.name == "compute":
+            event.run()
+            self.driver.queue.clear()
+
+    def synchronize(self):
+        self.driver.note("stream", "synchronized")
+
+
+def captured(monkeypatch, refuse):
+    """Steps with snapshots over a fake driver, and a fresh model restored to the last snapshot; what the driver was told."""
+    folder = arena.folder_of(f"test-{os.getpid()}-{os.urandom(4).hex()}")
+    driver = FakeDriver(monkeypatch, refuse)
+
+    def parts(seed):
+        torch.manual_seed(seed)
+        module = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 2))
+        return module, torch.optim.Adam(module.parameters(), lr=0.1)
+
+    def everything(module, optimizer):
+        moments = [v for state in optimizer.state.values() for v in state.values()]
+        return [t.detach().clone() for t in (*module.state_dict().values(), *moments)]
+
+    try:
+        module, optimizer = parts(0)
+        snapshots = attach((module, optimizer), context=Context("job", folder, 0, 1, 0, 1, 1, 1), hook=False)
+        for step in (1, 2, 3, 4):
+            optimizer.zero_grad()
+            module(torch.randn(8, 3)).square().sum().backward()  # changes the buffers of BatchNorm
+            snapshots.before_step()
+            optimizer.step()
+            snapshots.wait()  # for the snapshot of the step before; its copies were done at the fence
+            if step == 3:
+                expected = everything(module, optimizer)
+            if step < 4:
+                assert snapshots.ready()
+                snapshots.after_step(step, capture=True)
+        snapshots.close()
+        monkeypatch.undo()
+        fresh, other = parts(1)
+        again = attach((fresh, other), context=Context("job", folder, 0, 1, 0, 1, 1, 2))
+        assert again.restored is not None and again.restored.step == 3
+        restored = everything(fresh, other)
+        again.close()
+    finally:
+        arena.remove(folder)
+    assert all(torch.equal(a, b) for a, b in zip(restored, expected, strict=True))
+    return driver.told
+
+
+def test_copies_as_late_as_the_events_allow_are_of_the_right_step(monkeypatch):
+    told = captured(monkeypatch, refuse=False)
+    words = [w for _, *w in told]
+    assert {name for name, what, *_ in told if what == "register"} == {"snapshot"}, "never the training thread"
+    assert ["set_device", 1] in words, "a new thread starts on device 0"
+    registered = [address for what, *address in words if what == "register"]
+    assert sorted(registered) == sorted(address for what, *address in words if what == "unregister")
+    assert words.index(["stream", "synchronized"]) < words.index(["unregister", *registered[0]])
+    last = [w for w in words if w[0] in ("record", "copy", "side", "synchronized")][-40:]
+    late = last.index(["side", "waits"], last.index(["copy", "compute"]))
+    assert last[late - 1] == ["record", "compute"], "buffers, then the event, then the side stream waits for it"
+    assert last[late + 1 :][-2:] == [["record", "side"], ["synchronized"]]
+    assert {tuple(w) for w in last[late + 1 : -2]} == {("copy", "side")}
+
+
+def test_a_driver_that_refuses_the_arena_costs_speed_only(monkeypatch, caplog):
+    told = captured(monkeypatch, refuse=True)
+    words = [what for _, what, *_ in told]
+    assert words.count("register") == 1, "asked once"
+    assert words[words.index("register") + 1] == "launch", "in the same thread: the runtime forgets the error with it"
+    assert not any(what == "unregister" for _, what, *_ in told)
+    assert "does not page-lock the arena" in caplog.text
+
+
+def test_moments_are_made_where_the_optimizer_keeps_them():
+    scalar = torch.nn.Parameter(torch.empty((), device="meta"))  # its moments look like its step count
+    optimizer = torch.optim.Adam([scalar])
+    for entry in _moments(optimizer, [("scale", scalar)]):
+        entry.put(torch.tensor(1.0))
+    assert {k: v.device.type for k, v in optimizer.state[scalar].items()} == {
+        "step": "cpu",
+        "exp_avg": "meta",
+        "exp_avg_sq": "meta",
+    }
