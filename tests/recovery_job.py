@@ -41,7 +41,7 @@ class Job:
     def launch(self, world: int, target: str, **payload: Any) -> subprocess.Popen[bytes]:
         """Payload for all targets: preload, resume, max_restarts, arena, impatient (the agent is), folder (to start in)."""
         self.run_dir.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "tests.recovery_targets", "launch", os.fspath(self.run_dir), str(world)]
+        command = [sys.executable, "-m", "tests.recovery_targets", os.fspath(self.run_dir), str(world)]
         launch = subprocess.Popen(
             [*command, target, json.dumps(payload)],
             env={**os.environ, "NOTES": os.fspath(self.run_dir / "notes.jsonl"), "MARKER": "from the shim"},
@@ -94,6 +94,17 @@ class Job:
         (pid,) = [pid for pid in pids if psutil.Process(pid).ppid() not in pids]
         return pid
 
+    def clean(self) -> None:
+        """Whatever a test has left, and only then."""
+        for role in ("launch", "agent", "warm"):
+            for pid in [pid for pid, kind in self.processes().items() if kind == role]:
+                with_no_error(os.kill, pid, signal.SIGKILL)
+        wait_for(lambda: not self.processes(), "the end of a job's processes", 10.0)
+        for launch in self.launches:
+            launch.communicate()
+        stop(self.run_dir)
+        assert not self.arena.exists()
+
     def assert_nothing_left(self) -> None:
         wait_for(lambda: not self.processes(), f"the end of {self.processes()}", 10.0)
         assert not self.arena.exists(), sorted(self.arena.iterdir())
@@ -132,14 +143,7 @@ def job(tmp_path):
 
     yield make
     for made in jobs:
-        for role in ("launch", "agent", "warm"):
-            for pid in [pid for pid, kind in made.processes().items() if kind == role]:
-                with_no_error(os.kill, pid, signal.SIGKILL)
-        wait_for(lambda made=made: not made.processes(), "the end of a job's processes", 10.0)
-        for launch in made.launches:
-            launch.communicate()
-        stop(made.run_dir)
-        assert not made.arena.exists()
+        made.clean()
 
 
 def with_no_error(call: Callable, *arguments: Any) -> None:

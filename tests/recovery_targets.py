@@ -1,13 +1,13 @@
 """What the tests of recovery run: a launcher like DeepSpeed's, slot processes, and trainers without torch.
 
-python -m tests.recovery_targets launch RUN_DIR WORLD TARGET PAYLOAD     a launcher with WORLD slot processes
-python -m tests.recovery_targets slot RUN_DIR TARGET PAYLOAD             one of them (RANK, WORLD_SIZE, ...)
+python -m tests.recovery_targets RUN_DIR WORLD TARGET PAYLOAD     a launcher with WORLD slot processes
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -168,32 +168,40 @@ def _wait_for(path: Path, patience_s: float = 20.0) -> None:
 
 
 def launch(run_dir: str, world: int, target: str, payload: str) -> int:
-    """Start the slots; when one fails, SIGTERM to the others and their children, as DeepSpeed's launcher does."""
-    import psutil
+    """Start the slots; when one fails, SIGTERM to the others and their children, as DeepSpeed's launcher does.
 
-    slots = []
-    for rank in range(world):
-        places = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_SIZE": world}
-        places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
-        command = [sys.executable, "-m", "tests.recovery_targets", "slot", run_dir, target, payload]
-        slots.append(subprocess.Popen(command, env={**os.environ, **{k: str(v) for k, v in places.items()}}))
+    The slots are forked: an interpreter less for each, and there are many in these tests.
+    """
+    fork = multiprocessing.get_context("fork")
+    slots = [fork.Process(target=_ranked_slot, args=(rank, world, run_dir, target, payload)) for rank in range(world)]
+    for one in slots:
+        one.start()
 
     def end(*_: Any) -> None:
-        for slot in slots:
-            if slot.poll() is None:
-                for process in [*psutil.Process(slot.pid).children(recursive=True), psutil.Process(slot.pid)]:
+        import psutil
+
+        for one in slots:
+            if one.exitcode is None:
+                for process in [*psutil.Process(one.pid).children(recursive=True), psutil.Process(one.pid)]:
                     process.terminate()
 
     signal.signal(signal.SIGINT, end)
     signal.signal(signal.SIGTERM, end)
     code = 0
-    while any(slot.poll() is None for slot in slots):
-        failed = [slot.returncode for slot in slots if slot.returncode]
+    while any(one.exitcode is None for one in slots):
+        failed = [one.exitcode for one in slots if one.exitcode]
         if failed and not code:
             code = failed[0]
             end()
         time.sleep(0.02)
-    return code or next((slot.returncode for slot in slots if slot.returncode), 0)
+    return code or next((one.exitcode for one in slots if one.exitcode), 0)
+
+
+def _ranked_slot(rank: int, world: int, run_dir: str, target: str, payload: str) -> None:
+    places = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_SIZE": world}
+    places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    os.environ.update({key: str(value) for key, value in places.items()})
+    sys.exit(slot(run_dir, target, payload))
 
 
 def slot(run_dir: str, target: str, payload: str) -> int:
@@ -224,6 +232,4 @@ def slot(run_dir: str, target: str, payload: str) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "launch":
-        sys.exit(launch(sys.argv[2], int(sys.argv[3]), *sys.argv[4:6]))
-    sys.exit(slot(*sys.argv[2:5]))
+    sys.exit(launch(sys.argv[1], int(sys.argv[2]), *sys.argv[3:5]))

@@ -148,19 +148,6 @@ def test_two_jobs_at_once(job):
     assert runs[1].end(launches[1])[0] == 0
 
 
-def test_the_same_command_while_it_runs_is_told_so(job):
-    run = job()
-    launch = run.launch(2, "train")
-    run.training(2)
-    code, out, err = run.end(run.launch(2, "train"))
-    assert (code, out) == (2, "")
-    assert "already running" in err and f"pid {run.pid_of('agent')}" in err and "launch/stop.py" in err
-    assert err.count("already running") == 1
-    run.finish()
-    assert run.end(launch)[0] == 0
-    assert len(run.notes("training")) == 2
-
-
 def test_two_starts_at_the_same_moment_are_one_job(job):
     run = job()
     launches = [run.launch(2, "train") for _ in range(2)]
@@ -187,21 +174,6 @@ def test_a_removed_arena_is_said(job):
     run.finish()
     code, _, err = run.end(launch)
     assert code == 0 and "RemoveIPC" in err
-    run.assert_nothing_left()
-
-
-def test_the_same_run_directory_with_another_arena_is_told_who_has_it(job, tmp_path):
-    """As another machine or user would: nothing of the living job is touched, not even its status."""
-    run = job()
-    launch = run.launch(1, "train")
-    run.training(1)
-    agent, before = run.pid_of("agent"), (run.run_dir / "status.json").read_text()
-    code, _, err = run.end(run.launch(1, "train", arena=os.fspath(tmp_path)))
-    assert code == 2 and "is in use by the worker agent on" in err and f"pid {agent}," in err
-    assert (run.run_dir / "status.json").read_text() == before
-    wait_for(lambda: list(run.processes().values()).count("agent") == 1, "the end of the other agent")
-    run.finish()
-    assert run.end(launch)[0] == 0
     run.assert_nothing_left()
 
 
@@ -237,17 +209,6 @@ def test_resume_never_drops_the_snapshots_before_the_start_but_a_restart_goes_on
     (first,) = run.notes("training", term=2, generation=1)
     assert (first["resume"], second["resume"]) == ("never", "auto")
     assert "old" not in first["found"]
-    run.finish()
-    assert run.end(launch)[0] == 0
-
-
-def test_the_agent_is_out_of_the_launchers_reach(job):
-    run = job()
-    launch = run.launch(2, "train")
-    run.training(2)
-    reach = {process.pid for process in psutil.Process(launch.pid).children(recursive=True)}
-    assert len(reach) == 2
-    assert os.getsid(run.pid_of("agent")) != os.getsid(launch.pid)
     run.finish()
     assert run.end(launch)[0] == 0
 

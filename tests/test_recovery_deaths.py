@@ -11,6 +11,7 @@ import time
 import psutil
 
 from gemini_gnn.recovery import home, messages
+from gemini_gnn.recovery.stop import stop
 from tests.recovery_job import job, wait_for, with_no_error
 
 __all__ = ["job"]  # the fixture
@@ -174,3 +175,27 @@ def test_an_agent_forgets_who_vanished_while_it_spoke(job):
     code, _, err = run.end(launch)
     assert code == 0 and "worker agent died" not in err
     assert (run.run_dir / "logs" / f"agent-{os.uname().nodename}.log").read_text() == ""
+
+
+WILD = """
+import itertools, time
+jumps = itertools.cycle([0, 86_400, -86_400, 3e9, -1e9])
+time.time = lambda now=time.time: now() + next(jumps)
+"""
+
+
+def test_a_clock_that_jumps_changes_nothing(job, tmp_path, monkeypatch):
+    """In every process of the job, by days and decades at every look: no time limit, no age and no order hangs on it."""
+    (tmp_path / "sitecustomize.py").write_text(WILD)
+    monkeypatch.setenv("PYTHONPATH", os.fspath(tmp_path))
+    run = job()
+    launch = run.launch(2, "train", max_restarts=1)
+    os.kill(run.training(2)[0]["pid"], signal.SIGKILL)
+    run.training(2, generation=2)
+    os.kill(run.pid_of("agent"), signal.SIGKILL)
+    run.training(2, term=2)
+    times = [event["t"] for event in run.events("trainer_forked")]
+    assert max(times) - min(times) > 1e6, "the clock of the agent did not jump"
+    assert "stopped" in stop(run.run_dir)
+    assert run.end(launch)[0] == 143
+    run.assert_nothing_left()

@@ -52,17 +52,6 @@ def test_sigterm_of_the_launcher_ends_in_order(job, number):
     assert home.snapshot_files(run.arena)
 
 
-def test_trainers_do_not_mind_sigterm(job):
-    run = job()
-    launch = run.launch(2, "train")
-    for note in run.training(2):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            os.kill(note["pid"], number)
-    run.finish()
-    assert run.end(launch)[0] == 0
-    assert len(run.notes("finished")) == 2
-
-
 def test_stop_ends_the_job_and_drops_its_snapshots(job):
     run = job()
     launch = run.launch(2, "train")
