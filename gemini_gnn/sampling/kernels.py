@@ -292,6 +292,9 @@ def forget(nodes, slot):
 def transpose(indptr, indices, indptr_t, indices_t, edge_t):
     """Counting sort of the edges by source; stable, so destinations ascend.
 
+    Destination and position travel together in one word, which is cut in two by a pass in order: storing each at its own
+    scattered place took 1.25 to 1.5 times as long.
+
     Args:
         indptr_t: int64 ``[num_src + 2]``; on return its first ``num_src + 1`` entries are the row pointer.
     """
@@ -305,8 +308,11 @@ def transpose(indptr, indices, indptr_t, indices_t, edge_t):
             s = indices[e]
             j = indptr_t[s + 1]
             indptr_t[s + 1] = j + 1
-            indices_t[j] = d
-            edge_t[j] = e
+            edge_t[j] = (d << 32) | e  # fewer than 2^31 nodes in a batch, as in `slot`, and 2^32 edges
+    for j in range(len(indices)):
+        both = edge_t[j]
+        indices_t[j] = both >> 32
+        edge_t[j] = both & 0xFFFFFFFF
 
 
 @functools.cache
