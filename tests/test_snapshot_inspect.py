@@ -9,7 +9,7 @@ import pytest
 
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot import arena, inspect, locks
-from tests.test_snapshot_attach import run_some, slots_of
+from tests.plain_training import run_some, slots_of
 
 SCRIPT = Path(__file__).parent.parent / "launch" / "inspect_snapshots.py"
 
