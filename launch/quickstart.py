@@ -29,15 +29,13 @@ PURPOSE = "Train the default data set on two local ranks and compare with baseli
 
 def main(arguments: list[str]) -> int:
     started = time.time()
-    named = take(arguments, "run_dir")[1].get("run_dir")
-    overrides = list(arguments)
-    if named is None:
-        named = f"runs/quickstart-{time.strftime('%Y%m%d-%H%M%S')}"
-        overrides.insert(0, f"run_dir={named}")
+    others, taken = take(arguments, "run_dir")
+    named = taken.get("run_dir") or f"runs/quickstart-{time.strftime('%Y%m%d-%H%M%S')}"
+    overrides = [f"run_dir={named}", *others]
     run_dir = (ROOT / named).absolute()
     ranks = gpus() or 2
-    line = ["deepspeed", "--num_accelerators", str(ranks), "launch/train.py", *overrides]
-    print(f"$ {shlex.join(line)}\n", flush=True)
+    line = ["deepspeed", "--quiet", "--num_accelerators", str(ranks), "launch/train.py", *overrides]
+    print(f"$ {shlex.join(line)}\n(ten seconds: launcher and worker agent import PyTorch and DeepSpeed)", flush=True)
     environment = os.environ if gpus() else {**os.environ, "DS_ACCELERATOR": "cpu"}
     training = subprocess.Popen(line, cwd=ROOT, env=environment)
     baselines: subprocess.Popen[bytes] | None = None
@@ -69,18 +67,25 @@ def main(arguments: list[str]) -> int:
     for name, value in json.loads(kept.read_text() if kept.exists() else "{}").items():
         print(f"  {name:<19} {value:.4f}")
     losses = read_losses(run_dir / "losses.csv")
-    curve.draw_losses(losses, run_dir / "losses.png", killed[0] if killed else None)
     print(f"\nloss {losses[0][2]:.3f} {curve.spark([row[2] for row in losses])} {losses[-1][2]:.3f}")
     if [row[0] for row in losses] != list(range(1, result["steps"] + 1)):
         print("error: losses.csv does not hold every step once", file=sys.stderr)
         return 1
-    if killed:
-        step, when = killed
-        recovery_s = first_step_after(run_dir, when, step)
+    if killed is None:
+        curve.draw_losses(losses, run_dir / "losses.png")
+    else:
+        before, when = killed
+        done = [(e["t"] - when, e["step"]) for e in events_of(run_dir, 0) if e["kind"] == "step"]
+        curve.draw_losses(losses, run_dir / "losses.png", done)
+        said, same = proof(before, losses, done)
+        print("\n".join(said))
+        if not same:
+            return 1
+        whole = f"{named}-not-killed"
+        again = [each for each in others if not each.startswith("snapshot=")] + ["snapshot=none", f"run_dir={whole}"]
+        print("  the same without a kill, compared bit for bit:")
         print(
-            f"every trainer was killed with SIGKILL after step {step}; "
-            + (f"the first new step was done {recovery_s:.2f} s later; " if recovery_s else "no step was left to do; ")
-            + f"each of the {len(losses)} steps is there once"
+            f"  bash launch/quickstart.sh {shlex.join(again)} && cmp {named}/losses.csv {whole}/losses.csv && echo identical"
         )
     print(f"\nresults in {run_dir}: result.json losses.csv losses.png metrics.jsonl model.safetensors")
     print(f"finished in {time.time() - started:.1f} s; next:")
@@ -94,8 +99,11 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def kill_half_way(training: subprocess.Popen[bytes], run_dir: Path) -> tuple[int, float] | None:
-    """SIGKILL to every trainer when half of the steps are done. Returns (last step seen, time), None if it ended before."""
+Row = tuple[int, int, float]  # step, epoch, loss
+
+
+def kill_half_way(training: subprocess.Popen[bytes], run_dir: Path) -> tuple[list[Row], float] | None:
+    """SIGKILL to every trainer when half of the steps are done. Returns (losses until then, time); None if it ended before."""
     while training.poll() is None:
         time.sleep(0.03)
         try:
@@ -107,15 +115,42 @@ def kill_half_way(training: subprocess.Popen[bytes], run_dir: Path) -> tuple[int
         if status["state"] != "running" or total is None or len(losses) < total / 2:
             continue
         pids = [trainer_of(run_dir, rank) for rank in range(status["world_size"])]
-        print(f"\n>>> kill -9 {' '.join(map(str, pids))}   (every trainer, after step {losses[-1][0]})\n", flush=True)
-        when = time.time()
         for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:  # the agent was faster: it ends the others when one is gone
                 continue
-        return losses[-1][0], when
+        when = time.time()
+        losses = read_losses(run_dir / "losses.csv")  # nobody writes there before the next trainers have restored
+        print(f"\n>>> kill -9 {' '.join(map(str, pids))}   (every trainer, after step {losses[-1][0]})\n", flush=True)
+        return losses, when
     return None
+
+
+def proof(before: list[Row], after: list[Row], done: list[tuple[float, int]]) -> tuple[list[str], bool]:
+    """What shows that the run went on where it was killed, in words, and whether it does. Pure.
+
+    Args:
+        before: ``losses.csv`` at the kill; after: at the end of the run.
+        done: (seconds after the kill, negative before it; step) for every step that any trainer of rank 0 has done.
+    """
+    last = before[-1][0]
+    new = [t for t, step in done if t > 0 and step > last]
+    said = [
+        f"every trainer was killed with SIGKILL after step {last}; "
+        + (f"the first new step was done {min(new):.2f} s later" if new else "no step was left to do"),
+        f"  each of the {len(after)} steps is in losses.csv once",
+    ]
+    loss_then, loss_now = ({step: loss for step, _, loss in rows} for rows in (before, after))
+    wrong = [step for step in loss_then if loss_now.get(step) != loss_then[step]]
+    if wrong:
+        return [
+            *said,
+            f"error: step {wrong[0]}: loss {loss_then[wrong[0]]!r} before the kill, {loss_now.get(wrong[0])!r} now",
+        ], False
+    for step in sorted({step for t, step in done if t > 0} & loss_then.keys()):
+        said.append(f"  step {step} was done twice, before the kill and after it: loss {loss_now[step]!r} both times")
+    return said, True
 
 
 def events_of(run_dir: Path, rank: int) -> list[dict[str, Any]]:
@@ -125,12 +160,6 @@ def events_of(run_dir: Path, rank: int) -> list[dict[str, Any]]:
 
 def trainer_of(run_dir: Path, rank: int) -> int:
     return [event["pid"] for event in events_of(run_dir, rank) if event["kind"] == "start"][-1]
-
-
-def first_step_after(run_dir: Path, when: float, step: int) -> float | None:
-    """Seconds from ``when`` to the end of the first step beyond ``step`` that was done after it."""
-    done = [e["t"] for e in events_of(run_dir, 0) if e["kind"] == "step" and e["t"] > when and e["step"] > step]
-    return min(done) - when if done else None
 
 
 def gpus() -> int:

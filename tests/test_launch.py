@@ -1,5 +1,6 @@
 """What a user types, with the real launcher; slow, so few."""
 
+import importlib.util
 import json
 import os
 import re
@@ -39,17 +40,30 @@ def quickstart(tmp_path_factory):
 
 def test_quickstart_trains_and_recovers(quickstart):
     folder, said = quickstart
-    assert re.search(r"\$ deepspeed --num_accelerators 2 launch/train.py run_dir=", said)
+    assert re.search(r"\$ deepspeed --quiet --num_accelerators 2 launch/train.py run_dir=", said)
     assert "features alone" in said and "structure alone" in said and "dataset=edge_list" in said
     result = json.loads((folder / "run" / "result.json").read_text())
     losses = read_losses(folder / "run" / "losses.csv")
     assert [row[0] for row in losses] == list(range(1, result["steps"] + 1))
-    assert "kill -9" in said and "going on after step" in said
+    assert "kill -9" in said and "going on after step" in said and "bit for bit" in said
+    assert (folder / "run" / "losses.png").stat().st_size > 10_000
     for key in ("test_accuracy", "val_accuracy", "macro_f1", "epochs", "world_size", "epoch_s", "edges_per_s"):
         assert isinstance(result[key], (int, float)), key
     for key in ("communication_fraction", "remote_bytes", "peak_rss_bytes"):
         assert result[key] > 0, key
     assert result["world_size"] == 2 and result["versions"]["torch"] and result["config"]["dataset"]["nodes"] == 600
+
+
+def test_the_proof_of_recovery_notices_another_loss():
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "launch" / "quickstart.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    before = [(1, 1, 0.5), (2, 1, 0.25)]
+    done = [(-0.2, 1), (-0.1, 2), (0.6, 2), (0.7, 3)]
+    said, same = script.proof(before, [*before, (3, 2, 0.1)], done)
+    assert same and "first new step was done 0.70 s later" in said[0] and "step 2 was done twice" in said[-1]
+    said, same = script.proof(before, [(1, 1, 0.5), (2, 1, 0.2500001), (3, 2, 0.1)], done)
+    assert not same and said[-1].startswith("error: step 2: loss 0.25 before")
 
 
 def test_evaluate_and_load_give_the_same_predictions_in_original_order(quickstart):

@@ -6,22 +6,37 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def draw_losses(losses: Sequence[tuple[int, int, float]], path: Path, killed_after: int | None = None) -> None:
-    """Write a PNG of ``(step, epoch, loss)`` rows; a vertical line marks where trainers were killed."""
+def draw_losses(
+    losses: Sequence[tuple[int, int, float]], path: Path, done: Sequence[tuple[float, int]] | None = None
+) -> None:
+    """Write a PNG of ``(step, epoch, loss)`` rows.
+
+    Args:
+        done: of a run whose trainers were killed: (seconds after the kill, negative before it; step) of each step as it was
+            done. A second picture then shows what the kill cost in time, and which steps were done again.
+    """
     from matplotlib.figure import Figure  # without pyplot: no backend to choose, half the import
 
-    figure = Figure(figsize=(8, 4), dpi=120)
-    axes = figure.subplots()
-    axes.plot([row[0] for row in losses], [row[2] for row in losses], color="#1f77b4", linewidth=1.4, label="loss")
-    if killed_after is not None:
-        axes.axvline(
-            killed_after + 0.5, color="#d62728", linestyle="--", linewidth=1, label="every trainer killed (SIGKILL)"
+    figure = Figure(figsize=(11 if done else 8, 4), dpi=120)
+    axes = figure.subplots(1, 2 if done else 1, squeeze=False)[0]
+    axes[0].plot([row[0] for row in losses], [row[2] for row in losses], color="#1f77b4", linewidth=1.4, label="loss")
+    axes[0].set(xlabel="optimizer step", ylabel="global mean loss", yscale="log", title="losses.csv")
+    if done:
+        last = max(step for t, step in done if t <= 0)
+        axes[0].axvline(
+            last + 0.5, color="#d62728", linestyle="--", linewidth=1, label="every trainer killed (SIGKILL)"
         )
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("global mean loss")
-    axes.set_yscale("log")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+        axes[1].plot(*zip(*done, strict=True), ".", color="#1f77b4", markersize=4, label="a step was done")
+        axes[1].axvline(0.0, color="#d62728", linestyle="--", linewidth=1, label="every trainer killed (SIGKILL)")
+        new = min((t for t, step in done if t > 0 and step > last), default=None)
+        if new is not None:
+            axes[1].axvspan(
+                0.0, new, color="#d62728", alpha=0.12, linewidth=0, label=f"{new:.2f} s to the first new step"
+            )
+        axes[1].set(xlabel="seconds after the kill", ylabel="optimizer step", title="the same run by the clock")
+    for each in axes:
+        each.grid(alpha=0.25)
+        each.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path)
 

@@ -28,14 +28,14 @@ class Progress:
         if not self.enabled or now - self._last < self.every_s:
             return
         self._last = now
-        epoch, within = divmod(step, self.steps_per_epoch)
+        epoch, within = divmod(step - 1, self.steps_per_epoch)  # of the step that was done last
         done = step / (self.epochs * self.steps_per_epoch)
         width = 24
         bar = "#" * int(done * width) + "." * (width - int(done * width))
         rate = (step - self._begin[1]) / max(now - self._begin[0], 1e-9)
         left_s = (self.epochs * self.steps_per_epoch - step) / max(rate, 1e-9)
         line = (
-            f"[{bar}] epoch {min(epoch + 1, self.epochs)}/{self.epochs} step {within}/{self.steps_per_epoch} "
+            f"[{bar}] epoch {epoch + 1}/{self.epochs} step {within + 1}/{self.steps_per_epoch} "
             f"loss {loss:.4f}  {rate:.1f} steps/s  {_clock(left_s)} left"
         )
         print(f"\r{line:<100}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)

@@ -13,6 +13,7 @@ appended after the step and trimmed on resume.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -312,8 +313,9 @@ def _evaluate(run: Run, epoch: int) -> None:
     run.state.stopped = patience > 0 and run.state.worse >= patience
     run.report.evaluation(epoch, val, test, weights if best else None)
     run.events.emit("evaluation", epoch=epoch, seconds=time.perf_counter() - begin, val=val, test=test)
-    losses = run.report.recent_loss()
+    losses, seconds = run.report.recent_loss(), run.report.last_epoch_s()
+    took = "-" if math.isnan(seconds) else f"{seconds:.2f} s"  # a run that went on within an epoch cannot say
     run.progress.line(
         f"epoch {epoch:>3}/{run.config.training.epochs}  loss {losses:.4f}  val {val['accuracy']:.4f}  "
-        f"test {test['accuracy']:.4f}  {run.report.last_epoch_s():.2f} s{'  *' if best else ''}"
+        f"test {test['accuracy']:.4f}  {took}{'  *' if best else ''}"
     )
