@@ -14,7 +14,7 @@ from gemini_gnn import cluster, hosts
 from gemini_gnn.compose import command, compose
 from gemini_gnn.config import to_mapping
 from gemini_gnn.errors import RunDirError
-from gemini_gnn.observe.run_dir import RunDir
+from gemini_gnn.observe.run_dir import RunDir, resume_of
 from gemini_gnn.recovery.decisions import STOPPED
 
 PURPOSE = "Train a GNN on a partitioned graph. Start it with deepspeed, srun, or python (one rank)."
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
             "gemini_gnn.training.job:main",
             to_mapping(config),
             preload=["gemini_gnn.training.preload"],
-            resume=config.resume,
+            resume=resume_of(config),
             terminal=sys.stdout.isatty(),
             arena_root=config.snapshot.arena,
         )

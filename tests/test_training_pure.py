@@ -9,7 +9,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from gemini_gnn.config import Config, OptimizerConfig
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.observe.events import EventLog
-from gemini_gnn.observe.run_dir import LossLog, RunDir, differences, read_losses
+from gemini_gnn.observe.run_dir import LossLog, RunDir, differences, read_config, read_losses, resume_of
 from gemini_gnn.training import metrics
 from gemini_gnn.training.schedule import lr_factor
 from gemini_gnn.training.state import RunState, evaluation_due, record_evaluation
@@ -107,6 +107,7 @@ def test_a_run_dir_belongs_to_one_run(tmp_path):
     run.release()
     RunDir.claim(config).release()
     other = Config(run_dir=config.run_dir, seed=5)
+    (tmp_path / "run" / "losses.csv").write_text("step,epoch,loss\n1,1,0.5\n")
     with pytest.raises(RunDirError, match="seed: 0 -> 5"):
         RunDir.claim(other)
     again = RunDir.claim(config)
@@ -114,6 +115,18 @@ def test_a_run_dir_belongs_to_one_run(tmp_path):
     again.release()
     with pytest.raises(RunDirError, match="finished run"):
         RunDir.claim(config)
+
+
+def test_settings_may_be_mended_until_the_first_step(tmp_path):
+    config, other = (Config(run_dir=str(tmp_path / "run"), seed=seed) for seed in (0, 5))
+    assert resume_of(config) == "auto"  # a new folder
+    RunDir.claim(config).release()
+    (tmp_path / "run" / "losses.csv").write_text("step,epoch,loss\n")
+    assert resume_of(config) == "auto" and resume_of(other) == "never"
+    with pytest.raises(RunDirError, match="seed: 0 -> 5"):
+        RunDir.claim(Config(run_dir=config.run_dir, seed=5, resume="must"))
+    RunDir.claim(other).release()
+    assert resume_of(other) == "auto" and read_config(tmp_path / "run").seed == 5
 
 
 def test_free_settings_do_not_make_another_run():

@@ -137,17 +137,16 @@ class RunDir:
         """Whether this run may go on in ``path``; says nothing of a job that may be living there. Changes nothing.
 
         Raises:
-            RunDirError: it holds a finished run, or one with other settings.
+            RunDirError: it holds a finished run, or one with other settings that has done a step.
         """
         if (path / "result.json").exists():
             raise RunDirError(
-                f"run_dir {path} holds a finished run (result.json); give another run_dir=..., "
-                f"or look at this one with `python launch/evaluate.py run_dir={path}`"
+                f"run_dir {path} holds a finished run (result.json); give another run_dir=..., look at this one with "
+                f"`python launch/evaluate.py run_dir={path}`, or remove the folder to train again"
             )
-        earlier = path / "config.yaml"
-        if earlier.exists() and config.resume != "never":
-            changed = differences(to_mapping(read_config(path)), to_mapping(config))
-            if changed:
+        if config.resume != "never":
+            changed = changed_settings(path, config)
+            if changed and (config.resume == "must" or not untrained(path)):
                 raise RunDirError(
                     f"run_dir {path} holds a run with other settings ({'; '.join(changed[:5])}); "
                     "give another run_dir=..., the same settings, or resume=never to start it over"
@@ -163,6 +162,26 @@ class RunDir:
 
     def release(self) -> None:
         self._lock.close()
+
+
+def changed_settings(path: Path, config: Config) -> list[str]:
+    """``setting: old -> new`` against the run in ``path``; empty where there is none."""
+    if not (path / "config.yaml").exists():
+        return []
+    return differences(to_mapping(read_config(path)), to_mapping(config))
+
+
+def untrained(path: Path) -> bool:
+    """Whether no step was done in ``path``: its run failed at the start, and the settings may be mended."""
+    return not (path / "losses.csv").exists() or not read_losses(path / "losses.csv")
+
+
+def resume_of(config: Config) -> str:
+    """``config.resume``; "never" where the settings of a run that has not done a step were changed: a snapshot taken
+    before its first step is of the settings before."""
+    path = Path(config.run_dir)
+    anew = config.resume == "auto" and untrained(path) and changed_settings(path, config)
+    return "never" if anew else config.resume
 
 
 def read_config(path: Path) -> Config:
