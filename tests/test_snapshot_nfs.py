@@ -8,8 +8,8 @@ import torch
 
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot import nfs
+from tests.plain_training import parts
 from tests.ranks import run_ranks
-from tests.test_snapshot_attach import parts
 from tests.test_snapshot_resume import Position, build, raw_state, seed_all, settings
 
 CASES = [
