@@ -70,6 +70,14 @@ def fail(payload: dict, place: Place, listen_fd: int | None) -> int:
     raise RuntimeError("Connection closed by peer")
 
 
+def fill_arena(payload: dict, place: Place, listen_fd: int | None) -> int:
+    """So many snapshots that their removal takes a while."""
+    note("training")
+    for number in range(payload["files"]):
+        (context.current().arena / f"shard-{number}").touch()
+    return 0
+
+
 def never_leaves(payload: dict, place: Place, listen_fd: int | None) -> int:
     """Rank 0 raises, but a thread of it stays; the others wait for it."""
     note("training")

@@ -45,6 +45,15 @@ def test_each_start_claims_a_term(job):
     assert json.loads((run.run_dir / "terms" / "2.json").read_text())["term"] == 2
 
 
+def test_a_complete_run_stays_done_whoever_starts_it_again(job):
+    run = job()
+    assert run.end(run.launch(1, "report"))[0] == 0
+    done = (run.run_dir / "status.json").read_text()
+    (run.run_dir / "result.json").touch()
+    assert run.end(run.launch(1, "fail", rank=0, for_users=True))[0] == 2
+    assert (run.run_dir / "status.json").read_text() == done
+
+
 def test_exit_code_and_first_error_are_the_jobs(job):
     run = job()
     code, _, err = run.end(run.launch(3, "fail", rank=1))

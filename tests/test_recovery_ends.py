@@ -52,6 +52,16 @@ def test_sigterm_of_the_launcher_ends_in_order(job, number):
     assert home.snapshot_files(run.arena)
 
 
+def test_sigterm_of_the_agent_means_that_this_machine_leaves(job):
+    run = job()
+    launch = run.launch(2, "train")
+    run.training(2)
+    os.kill(run.pid_of("agent"), signal.SIGTERM)
+    code, _, err = run.end(launch)
+    assert code == 143 and "SIGTERM: this machine leaves: ending after this step" in err
+    assert len(run.notes("stopping")) == 2 and home.snapshot_files(run.arena)
+
+
 def test_stop_ends_the_job_and_drops_its_snapshots(job):
     run = job()
     launch = run.launch(2, "train")

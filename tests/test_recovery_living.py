@@ -46,10 +46,13 @@ def test_the_same_run_directory_with_another_arena_is_told_who_has_it(living, tm
     wait_for(lambda: list(living.processes().values()).count("agent") == 1, "the end of the other agent")
 
 
-def test_trainers_do_not_mind_signals_of_a_launcher(living):
+def test_signals_of_launchers_and_terminals_do_not_reach_the_work(living):
     for note in living.notes("training"):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             os.kill(note["pid"], number)
+    for number in (signal.SIGINT, signal.SIGHUP):  # of a terminal: not the agent's business
+        os.kill(living.pid_of("agent"), number)
+        os.kill(living.pid_of("warm"), number)
 
 
 def test_the_agent_is_out_of_the_launchers_reach(living):

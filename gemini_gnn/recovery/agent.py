@@ -236,6 +236,9 @@ class Agent:
             who = f"the worker agent on {self.machine}, pid {os.getpid()}, with its snapshots in {self.arena.parent}"
             self.run_dir_lock = home.take_run_dir(self.run_dir, who)
         run = home.run_id(self.run_dir)
+        # The agent before us may have died while it cleaned up after the work was done: a script must not begin again.
+        before, status = home.newest_term(self.run_dir), home.read_status(self.run_dir)
+        was_done = request["deaths"] > 0 and status.get("state") == "done" and status.get("term") == before.get("term")
         claim = {"machine": self.machine, "pid": os.getpid(), "time": time.time(), "launch": request["launch"]}
         claim |= {key: place[key] for key in ("world_size", "local_world_size")}
         self.term = home.claim_term(self.run_dir, {**claim, "arena_root": os.fspath(self.arena.parent.parent)})
@@ -259,6 +262,9 @@ class Agent:
         self.state = decisions.State(
             place["local_world_size"], place["world_size"], limits, generation=request["deaths"]
         )
+        if was_done:
+            self.outcome = Outcome("done", 0, "done", keep=False)
+            return
         self.journal.status("starting")
         if stuck is not None:
             text = (
@@ -324,16 +330,16 @@ class Agent:
         if not self.children.end(REAP_ORPHANS_S):
             self.journal.log("children_left", reason="not reaped in time")
         self.listener.close()
+        state = "failed" if outcome.kind == "lost" else outcome.kind
+        self.journal.status(state, reason=outcome.reason, exit_code=outcome.code)  # before what it says is removed
         dropped = (0, 0)
         if not outcome.keep:
             dropped = home.remove_snapshots(self.arena)
         kept = len(home.snapshot_files(self.arena))
         failure = outcome.failure
-        state = "failed" if outcome.kind == "lost" else outcome.kind
         self.journal.log(
             "ended", outcome=outcome.kind, code=outcome.code, reason=outcome.reason, dropped_bytes=dropped[1]
         )
-        self.journal.status(state, reason=outcome.reason, exit_code=outcome.code)
         home.leave_arena(self.arena)  # from here on the arena is somebody else's
         message = {
             "kind": "outcome",

@@ -132,7 +132,8 @@ class Children:
             os.kill(self.warm.pid, signal.SIGKILL)
             if self.warm.dying_s is not None:  # stuck: its trainers are not told by its death, nor reaped by it
                 for pid in processes.children(self.warm.pid):
-                    os.kill(pid, signal.SIGKILL)
+                    with contextlib.suppress(OSError):  # gone, or not ours to kill
+                        os.kill(pid, signal.SIGKILL)
         return processes.kill_and_reap_children(patience_s) is not None
 
     # --- what has happened --------------------------------------------------------------------------------------------

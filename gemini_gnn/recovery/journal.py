@@ -67,6 +67,8 @@ class Journal:
         try:
             if state == "done" and home.read_status(self.run_dir).get("state") == "done":
                 return  # the trainer said so itself, and more
+            if state != "done" and (self.run_dir / "result.json").exists():
+                return  # complete, and refused to who starts it again
             home.write_status(self.run_dir, {**record, **fields})
         except OSError as error:
             self.log("status_failed", error=error.strerror)
