@@ -68,6 +68,8 @@ class SamplingConfig:
     # local: each rank shuffles its own seeds. global: one shuffled list is cut into global batches and every seed goes
     # to the rank that owns it; the batches then do not depend on the number of ranks.
     order: str = _one_of("local", "global")
+    # Draw edges by their weight. Blocks then carry weights divided by the chance to be drawn, so that GCN's sums stay
+    # unbiased; SAGE, which has no edge weights, takes the mean over neighbors of which heavy edges brought more.
     weighted: bool = False
     topology: str = _one_of("replicated", "partitioned")
     prefetch: int = 3  # batches prepared ahead; 0: in the training loop itself

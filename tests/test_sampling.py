@@ -75,14 +75,17 @@ def twin_choose(key: int, degree: int, fanout: int) -> list[int]:
     return sorted(taken)
 
 
-def twin_choose_weighted(key: int, weights: list[float], fanout: int) -> list[int]:
+def twin_choose_weighted(key: int, weights: list[float], fanout: int) -> tuple[list[int], list[float]]:
+    """Positions, ascending, and the weights corrected for the chance of each to be drawn."""
     if fanout < 0 or len(weights) <= fanout:
-        return list(range(len(weights)))
+        return list(range(len(weights))), weights
     cost = []
     for j, w in enumerate(weights):
         u = ((twin_hash((key + j * 0x9E3779B97F4A7C15) & MASK) >> 11) + 0.5) / 2**53
         cost.append((-math.log(u) / w, j))
-    return sorted(j for _, j in sorted(cost)[:fanout])
+    chosen = sorted(j for _, j in sorted(cost)[:fanout])
+    limit = sorted(cost)[fanout][0]
+    return chosen, [weights[j] / (1 - math.exp(-weights[j] * limit)) * fanout / len(weights) for j in chosen]
 
 
 def twin_sample(topology, fanouts, seed, seeds, epoch, index, weighted=False) -> Batch:
@@ -99,17 +102,17 @@ def twin_sample(topology, fanouts, seed, seeds, epoch, index, weighted=False) ->
             first, degree = colptr[v], colptr[v + 1] - colptr[v]
             key = twin_hash(base ^ int(topology.original[v]))
             if weighted:
-                chosen = twin_choose_weighted(key, weight[first : first + degree], fanout)
+                chosen, shown = twin_choose_weighted(key, weight[first : first + degree], fanout)
             else:
                 chosen = twin_choose(key, degree, fanout)
+                shown = [] if weight is None else [weight[first + position] for position in chosen]
+            weights += shown
             for position in chosen:
                 u = row[first + position]
                 if u not in where:
                     where[u] = len(nodes)
                     nodes.append(u)
                 indices.append(where[u])
-                if weight is not None:
-                    weights.append(weight[first + position])
             indptr.append(len(indices))
         matrix = csr_matrix((np.arange(len(indices)) + 1, indices, indptr), shape=(num_dst, len(nodes)))
         transposed = matrix.tocsc()  # of CSR: stable, hence destinations ascend
@@ -143,7 +146,8 @@ def assert_same(got: Batch, want: Batch) -> None:
         assert (a.edge_weight is None) == (b.edge_weight is None)
         if b.edge_weight is not None:
             assert a.edge_weight.dtype == np.float32
-            np.testing.assert_array_equal(a.edge_weight, b.edge_weight)
+            # Corrected weights hold an exponential, which may be rounded otherwise here than there.
+            np.testing.assert_allclose(a.edge_weight, b.edge_weight, rtol=1e-6)
 
 
 # -- against the twin --------------------------------------------------------------------------------------------------
@@ -425,6 +429,21 @@ def test_weighted_draws_follow_successive_sampling():
     p = weight / weight.sum()
     expected = [trials * (p[a] * p[b] / (1 - p[a]) + p[b] * p[a] / (1 - p[b])) for a, b in pairs]
     assert len(seen) == 6 and chisquare(seen, expected).pvalue > 1e-3
+
+
+def test_sums_of_weighted_messages_are_unbiased_however_the_edges_are_drawn():
+    """GCN multiplies the sum over the drawn edges by degree / drawn: its mean over many draws is the sum over all."""
+    rng = np.random.default_rng(4)
+    weight, message = rng.pareto(1.5, 30) + 0.05, rng.normal(1.0, 2.0, 30)
+    topology, sums = star(30, weight), {}
+    for weighted in (False, True):
+        sampler = NeighborSampler(topology, [6], seed=2, weighted=weighted)
+        batches = [sampler.sample(np.array([0]), 0, i) for i in range(4000)]
+        drawn = [(b.blocks[0].edge_weight, message[b.input_nodes[b.blocks[0].indices] - 1]) for b in batches]
+        sums[weighted] = np.array([30 / 6 * (w @ m) for w, m in drawn])
+        error = sums[weighted].mean() - weight @ message
+        assert abs(error) < 4 * sums[weighted].std() / math.sqrt(len(batches))
+    assert sums[True].std() < sums[False].std()  # what drawing by weight is for
 
 
 def test_weighted_draws_of_a_hub_equal_the_twin():

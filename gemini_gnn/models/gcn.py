@@ -15,8 +15,8 @@ class GCNConv(nn.Module):
     """``h_v = W ( h_v / (d_v + 1) + sum_u h_u / sqrt((d_v + 1)(d_u + 1)) ) + b``, d = in-degree in the whole graph.
 
     With all in-neighbors this is PyG's ``GCNConv`` (a self-loop is added to every node; ``weight`` is its ``lin.weight``). On a
-    sampled block the neighbor sum is multiplied by degree / sampled, which makes it an unbiased estimate of the whole sum
-    when neighbors are drawn uniformly.
+    sampled block the neighbor sum is multiplied by degree / sampled, which makes it an unbiased estimate of the whole sum;
+    for neighbors drawn by weight too, because ``edge_weight`` of such blocks is corrected for it (see ``Block``).
 
     Edge weights multiply the messages; the degrees stay counts of edges, since a block carries no weighted degrees (PyG:
     ``GCNConv(normalize=False)`` with ``w / sqrt(...)`` as weights). A self-loop that the graph already has counts as one more

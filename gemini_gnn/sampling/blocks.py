@@ -22,7 +22,9 @@ class Block:
         edge_t: int64 ``[edges]``; ``edge_t[j]`` is the CSR position of the j-th edge of the transpose.
         degree: int64 ``[num_dst]``, in-degree of the destinations in the whole graph (not the sampled one).
         src_degree: int64 ``[num_src]`` in-degree of the sources in the whole graph (GCN's normalisation needs it).
-        edge_weight: float32 ``[edges]`` in CSR order, or None.
+        edge_weight: float32 ``[edges]`` in CSR order, or None. Of edges drawn by weight not the weight w but
+            w / p * drawn / degree, p the chance to be drawn: so that ``degree / drawn * sum(edge_weight * message)``
+            estimates the sum over all in-edges without bias, however they were drawn.
     """
 
     num_src: int

@@ -189,14 +189,22 @@ def bitmap_words(fanout: int, num_edges: int) -> int:
 
 
 @_compiled
-def draw_weighted(indptr, firsts, degrees, keys, weight, positions, heap):
+def draw_weighted(indptr, firsts, degrees, keys, weight, positions, heap, corrected):
     """Draw without replacement, the next edge always with probability proportional to its weight.
 
     Efraimidis, Spirakis: Weighted random sampling with a reservoir (IPL 2006), in its exponential form: each edge gets
     the key -log(u) / weight, the k smallest keys win. Time is the degree of the node, not the fanout.
 
+    Heavy edges come more often than others and would count twice in a sum of weighted messages. Given all other keys, an
+    edge is drawn if its own is below t, the smallest key that lost: with probability p = 1 - exp(-weight t). Divided by
+    p, the sum over the drawn edges has the sum over all of them as its mean (Cohen, Kaplan: Summarizing data using
+    bottom-k sketches, PODC 2007).
+
     Args:
-        weight: float32 or float64 ``[edges]``, 0 or more; heap: float64, at least as long as the largest draw.
+        weight: float32 or float64 ``[edges]``, more than 0; heap: float64, at least as long as the largest draw.
+        corrected: float32 ``[drawn edges]``, filled with weight / p * drawn / degree: what makes
+            ``degree / drawn * sum(corrected * message)`` right, as ``degree / drawn * sum(weight * message)`` is for a
+            uniform draw.
         The others as in :func:`draw_uniform`.
     """
     for i in range(len(firsts)):
@@ -205,7 +213,9 @@ def draw_weighted(indptr, firsts, degrees, keys, weight, positions, heap):
         if k == degree:
             for j in range(k):
                 positions[begin + j] = first + j
+                corrected[begin + j] = weight[first + j]
             continue
+        smallest_lost = math.inf
         for j in range(degree):
             h = splitmix64(key + np.uint64(j) * _GOLDEN)
             u = (np.float64(h >> _S11) + 0.5) * (1.0 / 9007199254740992.0)
@@ -219,6 +229,7 @@ def draw_weighted(indptr, firsts, degrees, keys, weight, positions, heap):
                     positions[begin + hole] = positions[begin + parent]
                     hole = parent
             elif cost < heap[0]:
+                smallest_lost = min(smallest_lost, heap[0])
                 hole = 0
                 while True:
                     child = 2 * hole + 1
@@ -232,10 +243,14 @@ def draw_weighted(indptr, firsts, degrees, keys, weight, positions, heap):
                     positions[begin + hole] = positions[begin + child]
                     hole = child
             else:
+                smallest_lost = min(smallest_lost, cost)
                 continue
             heap[hole] = cost
             positions[begin + hole] = first + j
         positions[begin : begin + k].sort()
+        for e in range(begin, begin + k):
+            w = np.float64(weight[positions[e]])
+            corrected[e] = w / -math.expm1(-w * smallest_lost) * k / degree
 
 
 @_compiled
@@ -335,7 +350,7 @@ def warm_up(weighted: bool = False) -> None:
     take(row, none, none)
     take(row32, none, none)
     if weighted:
-        draw_weighted(indptr, none, none, keys, weight, none, heap)
+        draw_weighted(indptr, none, none, keys, weight, none, heap, np.empty(0, dtype=np.float32))
         take(weight, none, np.empty(0, dtype=np.float32))
     place_seeds(none, none32, none)
     relabel(none, none32, none, 0, none)

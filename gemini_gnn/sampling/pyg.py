@@ -95,7 +95,7 @@ class PyGSampler(BaseSampler):
             for hop, fanout in enumerate(self.fanouts, start=1):
                 base = hashing.stream(hashing.LOADER, *batch, hop)
                 by_weight = topology.weighted
-                indptr, positions = topology.positions(nodes[before:known], base, fanout, by_weight, scratch)
+                indptr, positions, _ = topology.positions(nodes[before:known], base, fanout, by_weight, scratch)
                 neighbors = scratch.array("neighbors", len(positions), np.int64)
                 kernels.take(topology.row, positions, neighbors)
                 nodes = room_for(nodes, known, len(positions), scratch)

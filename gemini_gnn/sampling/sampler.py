@@ -29,7 +29,8 @@ class NeighborSampler:
             every rank calls it with the same epoch and index, with or without seeds.
         fanouts: edges per node, hop 1 (next to the seeds) first; -1 = all.
         seed: of the draws.
-        weighted: draw edges by their weight instead of uniformly. Weights reach ``Block.edge_weight`` either way.
+        weighted: draw edges by their weight instead of uniformly. Weights reach ``Block.edge_weight`` either way,
+            corrected there for how they were drawn.
 
     Raises:
         ConfigError: a fanout that is neither positive nor -1, or ``weighted`` without edge weights.

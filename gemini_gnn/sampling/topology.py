@@ -34,7 +34,7 @@ class Drawn(NamedTuple):
     Attributes:
         indptr: int64 ``[nodes + 1]``; the edges of the i-th node are ``indptr[i]:indptr[i + 1]``.
         neighbors: int64 ``[edges]`` new ids of the sources, in canonical order per node.
-        weight: float32 ``[edges]``, or None for unweighted graphs.
+        weight: float32 ``[edges]`` as :attr:`Block.edge_weight`, or None for unweighted graphs.
     """
 
     indptr: np.ndarray
@@ -86,8 +86,9 @@ class ReplicatedTopology:
 
     def positions(
         self, nodes: np.ndarray, base: np.uint64, fanout: int, by_weight: bool, scratch: Scratch
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """``(indptr, positions)``: what is drawn, as positions in ``row`` (in ``scratch``), ascending per node."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """``(indptr, positions, corrected)``: what is drawn, as positions in ``row`` (in ``scratch``), ascending per
+        node; and for a draw by weight the weights that make its sums unbiased, see :func:`kernels.draw_weighted`."""
         indptr = np.empty(len(nodes) + 1, dtype=np.int64)
         first = scratch.array("first", len(nodes), np.int64)
         degree = scratch.array("degree", len(nodes), np.int64)
@@ -98,19 +99,19 @@ class ReplicatedTopology:
         if by_weight and fanout >= 0:
             assert self.edge_weight is not None
             heap = scratch.array("heap", most, np.float64)
-            kernels.draw_weighted(indptr, first, degree, key, self.edge_weight, positions, heap)
-        else:
-            bitmap = scratch.array("bitmap", kernels.bitmap_words(fanout, len(self.row)), np.uint64)
-            picks = scratch.array("picks", most, np.int64)
-            kernels.draw_uniform(indptr, first, degree, key, positions, picks, bitmap)
-        return indptr, positions
+            corrected = np.empty(len(positions), dtype=np.float32)
+            kernels.draw_weighted(indptr, first, degree, key, self.edge_weight, positions, heap, corrected)
+            return indptr, positions, corrected
+        bitmap = scratch.array("bitmap", kernels.bitmap_words(fanout, len(self.row)), np.uint64)
+        picks = scratch.array("picks", most, np.int64)
+        kernels.draw_uniform(indptr, first, degree, key, positions, picks, bitmap)
+        return indptr, positions, None
 
     def draw(self, nodes: np.ndarray, base: np.uint64, fanout: int, by_weight: bool, scratch: Scratch) -> Drawn:
-        indptr, positions = self.positions(nodes, base, fanout, by_weight, scratch)
+        indptr, positions, weight = self.positions(nodes, base, fanout, by_weight, scratch)
         neighbors = scratch.array("neighbors", len(positions), np.int64)
         kernels.take(self.row, positions, neighbors)
-        weight = None
-        if self.edge_weight is not None:
+        if self.edge_weight is not None and weight is None:
             weight = np.empty(len(positions), dtype=np.float32)
             kernels.take(self.edge_weight, positions, weight)
         return Drawn(indptr, neighbors, weight)
