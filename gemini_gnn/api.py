@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,10 @@ def train(data: Any, run_dir: str | Path, settings: Mapping[str, Any] | None = N
 
     run_dir = Path(run_dir).absolute()
     if (run_dir / "result.json").exists():
-        raise RunDirError(f"{run_dir} holds a finished run; give another run_dir, or read it with gemini_gnn.load")
+        raise RunDirError(
+            f"{run_dir} holds a finished run; give another run_dir, read it with gemini_gnn.load, or remove the folder to "
+            "train again"
+        )
     ours = isinstance(data, PartitionedGraph)
     folder = data.folder if ours else run_dir / "partition"
     config = settings_to_config(
@@ -94,7 +98,11 @@ def train(data: Any, run_dir: str | Path, settings: Mapping[str, Any] | None = N
         if folder.exists():  # of an earlier call, maybe with other data
             shutil.rmtree(folder)
         partition(data, folder, parts=1, method="hash")
-    code = job.in_process(config)
+    excepthook = sys.excepthook
+    try:
+        code = job.in_process(config)
+    finally:
+        sys.excepthook = excepthook  # torch.distributed puts "[rank0]:" before every later traceback, once per training
     if code != 0:
         raise RunDirError(f"the run in {run_dir} was stopped before its end (exit code {code})")
     return json.loads((run_dir / "result.json").read_text())

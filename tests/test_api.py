@@ -1,6 +1,7 @@
 """gemini_gnn from Python, as in a notebook: several trainings in one process."""
 
 import os
+import sys
 
 import networkx
 import numpy as np
@@ -23,7 +24,9 @@ def data(seed=0, n=120, width=6):
 
 
 def test_train_twice_in_one_process_and_leave_nothing(tmp_path):
+    hook = sys.excepthook
     first = gemini_gnn.train(data(), tmp_path / "one", SETTINGS)
+    assert sys.excepthook is hook, "later tracebacks of the notebook would begin with [rank0]:"
     second = gemini_gnn.train(data(), tmp_path / "two", SETTINGS)
     assert first["test_accuracy"] == second["test_accuracy"] and first["steps"] == second["steps"]
     assert not os.environ.keys() & {"RANK", "WORLD_SIZE", "LOCAL_RANK"}, (
