@@ -161,7 +161,12 @@ def test_an_agent_forgets_who_vanished_while_it_spoke(job):
     run = job()
     launch = run.launch(3, "train", listens=False)
     run.training(3)
-    agent = run.pid_of("agent")
+    agent, warm = run.pid_of("agent"), run.pid_of("warm")
+
+    def descriptors() -> list[int]:
+        return [psutil.Process(pid).num_fds() for pid in (agent, warm)]
+
+    before = descriptors()
     for generation in range(1, 4):
         visitor = messages.connect(run.arena / home.AGENT_SOCKET)
         assert visitor is not None
@@ -170,6 +175,7 @@ def test_an_agent_forgets_who_vanished_while_it_spoke(job):
         for pid in victims:
             with_no_error(os.kill, pid, signal.SIGKILL)
         run.training(3, generation=generation + 1)
+    wait_for(lambda: descriptors() == before, f"the closing of all but {before} descriptors")
     assert run.pid_of("agent") == agent
     run.finish()
     code, _, err = run.end(launch)

@@ -268,6 +268,7 @@ def test_left_by_itself():
 EVENTS = st.one_of(
     st.just(("warm_ready",)),
     st.just(("warm_died",)),
+    st.tuples(st.just("warm_stuck"), st.integers(0, 9)),  # rarely: it is the end
     st.tuples(st.just("exit"), st.integers(0, 2), st.sampled_from([0, 1, 2, 17, STOPPED, -9, -11])),
     st.tuples(st.just("failed"), st.integers(0, 2)),
     st.tuples(st.just("listens"), st.integers(0, 2)),
@@ -315,6 +316,8 @@ def test_any_order_of_events_keeps_the_invariants(script):
         elif kind == "warm_died" and warm:
             warm = ready = False
             act(WarmDied("SIGKILL"))
+        elif kind == "warm_stuck" and warm and rest[0] == 0:
+            act(WarmStuck(17))
         elif kind == "exit" and rest[0] in alive:
             alive.discard(rest[0])
             act(Exited(*rest))

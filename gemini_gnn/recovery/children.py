@@ -99,7 +99,7 @@ class Children:
         """Ask the warm parent for a trainer per rank.
 
         Args:
-            tasks: by rank, what ``trainer.become`` takes, without the descriptors.
+            tasks: by rank, what ``trainer.run`` takes, without the descriptors.
             store: listening socket that rank 0 is to serve; stays the caller's.
         """
         for rank, task in tasks.items():
