@@ -11,6 +11,7 @@ from gemini_gnn.snapshot import arena, attach, context
 from gemini_gnn.snapshot.context import Context
 from gemini_gnn.snapshot.identity import Identity
 from gemini_gnn.snapshot.layout import SlotState
+from gemini_gnn.snapshot.state import collect
 from tests.plain_training import (
     arena_folder,
     attach_and_close,
@@ -161,3 +162,9 @@ def test_rolling_back_voids_what_is_newer_before_the_first_step(folder):
     assert max(believed) == (1, 1, 2)
     run_some(folder, 1, generation=3)
     assert attach_and_close(folder, 4) == (1, 3, 3)
+
+
+def test_an_optimizer_of_no_fixed_state_is_refused_in_words():
+    module = torch.nn.Linear(3, 2)
+    with pytest.raises(SnapshotError, match="cannot foretell what LBFGS will keep"):
+        collect((module, torch.optim.LBFGS(module.parameters())))

@@ -391,7 +391,10 @@ def _schema(inner: Any, group: int, master: torch.Tensor) -> dict[str, tuple[boo
     twin.__dict__["param_groups"] = [{**settings, "params": [probe]}]
     for hooks in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
         twin.__dict__[hooks] = OrderedDict()
-    type(inner).step(twin)
+    try:
+        type(inner).step(twin)
+    except TypeError:  # it wants a closure: LBFGS, whose history is of no fixed size
+        raise sorry from None
     schema = {}
     for key, value in twin.state[probe].items():
         if isinstance(value, torch.Tensor):
