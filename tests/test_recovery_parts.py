@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -48,12 +50,15 @@ def test_terms_are_claimed_once(tmp_path):
     (tmp_path / "terms" / "notes.json").write_text("{}")
     assert [home.claim_term(tmp_path, {}) for _ in range(3)] == [1, 2, 3]
     assert home.newest_term(tmp_path)["term"] == 3
+    (tmp_path / "terms" / "4.json").touch()  # its agent was killed before it could write
+    assert home.newest_term(tmp_path)["term"] == 3 and home.claim_term(tmp_path, {}) == 5
 
 
 def test_a_run_directory_has_one_id(tmp_path):
     home.make_run_dir(tmp_path)
     run = home.run_id(tmp_path)
     assert home.run_id(tmp_path) == run
+    assert [path.name for path in (tmp_path / "terms").iterdir()] == ["id"]
     home.make_arena(tmp_path / "arena")
     assert not home.belongs_to(tmp_path / "arena", run)
     home.assign(tmp_path / "arena", run)
@@ -61,6 +66,15 @@ def test_a_run_directory_has_one_id(tmp_path):
     (tmp_path / "terms" / "id").write_text("12")
     with pytest.raises(RunDirError, match="incomplete"):
         home.run_id(tmp_path, patience_s=0.0)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_ids_made_at_the_same_moment_are_one(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+    home.make_run_dir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(lambda _: home.run_id(tmp_path), range(8)))) == 1
 
 
 def test_living_trainers_are_seen_until_the_kernel_is_done_with_them(tmp_path):

@@ -192,11 +192,8 @@ def run_id(run_dir: Path, patience_s: float = 10.0) -> str:
     path, made = run_dir / "terms" / "id", secrets.token_hex(16)
     deadline = time.monotonic() + patience_s
     try:
-        with contextlib.suppress(FileExistsError), open(path, "x") as file:
-            file.write(made)
-            file.flush()
-            os.fsync(file.fileno())
-            return made
+        if not path.exists():
+            _create_whole(path, made)
         while len(found := path.read_text()) < len(made):  # another machine is just writing it
             if time.monotonic() > deadline:
                 raise RunDirError(f"{path} is incomplete: who made it died; remove the file, and start again")
@@ -204,6 +201,27 @@ def run_id(run_dir: Path, patience_s: float = 10.0) -> str:
     except OSError as error:
         raise RunDirError(f"cannot make or read {path}: {error.strerror}; is run_dir writable?") from None
     return found
+
+
+def _create_whole(path: Path, text: str) -> None:
+    """Create ``path`` with ``text`` unless it exists. Who dies meanwhile leaves no part of it under that name."""
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "x") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        with contextlib.suppress(FileExistsError):
+            os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        with contextlib.suppress(FileExistsError), open(path, "x") as file:  # a file system without links
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def belongs_to(arena: Path, run: str) -> bool:
@@ -231,7 +249,8 @@ def assign(arena: Path, run: str) -> None:
 def newest_term(run_dir: Path) -> dict[str, Any]:
     """The record of the newest term; empty where there is none that can be read."""
     terms = sorted((int(path.stem), path) for path in (run_dir / "terms").glob("*.json") if path.stem.isdigit())
-    return _read_record(terms[-1][1]) if terms else {}
+    records = (_read_record(path) for _, path in reversed(terms))  # who died just after the claim has left an empty one
+    return next((record for record in records if record), {})
 
 
 def write_status(run_dir: Path, record: dict[str, Any]) -> None:
