@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     config.run_dir = str(Path(config.run_dir).absolute())
     place = cluster.discover(os.environ)
     in_memory = config.snapshot.mode == "memory"
-    if place.rank == 0:  # again under the lock, later; here it costs no imports
+    if place.local_rank == 0:  # again under the lock, later; here it costs no imports, and every machine ends at once
         if in_memory:  # a living job answers for itself: its worker agent is asked below
             RunDir.check_earlier_run(Path(config.run_dir), config)
         else:

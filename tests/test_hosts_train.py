@@ -212,6 +212,9 @@ def test_a_killed_trainer_and_the_command_typed_again(lab, graph, losses_here, t
     assert ended(again, run_dir, 90) == 0, terminal(run_dir)[-6000:]
     assert "going on after step" in terminal(run_dir)
     assert losses(run_dir) == losses_here
+    third = train(lab, "h0", launcher, *graph, "training.epochs=8", run_dir=run_dir)
+    assert ended(third, run_dir, 60) == 2, "both machines refuse at once; neither waits for the other"
+    assert terminal(run_dir).count("holds a finished run (result.json)") == 2
 
 
 def test_a_machine_that_dies_while_the_job_starts_is_named(lab, graph, tmp_path):
@@ -227,6 +230,7 @@ def test_a_machine_that_dies_while_the_job_starts_is_named(lab, graph, tmp_path)
     lab.power_off("h3")
     assert ended(process, run_dir, 90) != 0
     assert "ranks [1] of 2 did not come within 3 s" in terminal(run_dir)
+    assert "machine 2 in the order of the hostfile" in terminal(run_dir)
     assert nobody_trains(lab)
     checked = lab.run("h0", [PYTHON, "launch/hosts.py", "check", str(lab.hostfile(["h0", "h3"]))], 60, cwd=ROOT)
     assert checked.returncode == 2 and "1 of 2 hosts cannot take part: h3" in checked.stdout

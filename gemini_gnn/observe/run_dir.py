@@ -116,14 +116,15 @@ class RunDir:
         """
         path = Path(config.run_dir).absolute()
         if (path / ".lock").exists():
+            # Shared: the machines of one start may look at the same time, and NFS has no exclusive lock for readers.
             with open(path / ".lock") as lock:
-                cls._lock_or_say_who(lock, path)
+                cls._lock_or_say_who(lock, path, fcntl.LOCK_SH)
         cls.check_earlier_run(path, config)
 
     @staticmethod
-    def _lock_or_say_who(lock: TextIO, path: Path) -> None:
+    def _lock_or_say_who(lock: TextIO, path: Path, kind: int = fcntl.LOCK_EX) -> None:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, kind | fcntl.LOCK_NB)
         except OSError:
             lock.seek(0)
             owner = lock.read().strip() or "another process"

@@ -198,9 +198,11 @@ def _wait_for_all(store: dist.Store, place: Place, timeout_s: float) -> None:
         store.wait(keys, datetime.timedelta(seconds=timeout_s))
     except (RuntimeError, dist.DistError) as error:
         missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
+        machines = ", ".join(str(m) for m in sorted({rank // place.local_world_size + 1 for rank in missing}))
+        where = f"machine {machines} in the order of the hostfile; " if place.machines > 1 else ""
         raise ClusterError(
-            f"ranks {missing} of {place.world_size} did not come within {timeout_s:.0f} s "
-            "(distributed.start_timeout_s); see their logs in the run directory"
+            f"ranks {missing} of {place.world_size} did not come within {timeout_s:.0f} s (distributed.start_timeout_s); "
+            f"{where}see what they printed, and their logs in the run directory"
         ) from error
 
 
