@@ -39,9 +39,13 @@ class Job:
         self.launches: list[subprocess.Popen[bytes]] = []
 
     def launch(self, world: int, target: str, **payload: Any) -> subprocess.Popen[bytes]:
-        """Payload for all targets: preload, resume, max_restarts, arena, impatient (the agent is), folder (to start in)."""
+        """Payload for all targets: preload, resume, max_restarts, arena, impatient (the agent is), folder (to start in),
+        closed (standard input, output and errors are, as of some daemons).
+        """
         self.run_dir.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "tests.recovery_targets", os.fspath(self.run_dir), str(world)]
+        if payload.get("closed"):
+            command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
         launch = subprocess.Popen(
             [*command, target, json.dumps(payload)],
             env={**os.environ, "NOTES": os.fspath(self.run_dir / "notes.jsonl"), "MARKER": "from the shim"},

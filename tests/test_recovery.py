@@ -11,6 +11,7 @@ import pytest
 
 from gemini_gnn.recovery import home
 from gemini_gnn.recovery.stop import stop
+from gemini_gnn.snapshot.locks import agent_lives
 from tests.recovery_job import PATIENCE_S, job, wait_for
 
 __all__ = ["job"]  # the fixture
@@ -34,6 +35,18 @@ def test_a_job_runs_and_leaves_nothing(job):
     rest = [path for number, path in second["links"].items() if int(number) > 2]
     assert sorted(path.split(":")[0] for path in rest) == [os.fspath(run.arena / "trainers.lock"), "socket"]
     assert json.loads((run.run_dir / "status.json").read_text())["state"] == "done"
+    run.assert_nothing_left()
+
+
+def test_a_launcher_without_standard_descriptors(job):
+    """The first file it opens would be its standard output: the lock, or the socket to the agent."""
+    run = job()
+    launch = run.launch(2, "train", closed=True)
+    run.training(2)
+    assert agent_lives(run.arena)
+    run.finish()
+    assert run.end(launch) == (0, "", "")
+    assert (run.run_dir / "logs" / f"agent-{os.uname().nodename}.log").read_text() == ""
     run.assert_nothing_left()
 
 

@@ -198,6 +198,21 @@ def test_an_agents_log_that_cannot_be_written_is_said(tmp_path):
         shim.reach_agent(home.arena_of(tmp_path, tmp_path), tmp_path)
 
 
+def test_an_agent_that_cannot_be_started_is_said_and_the_lock_is_free_again(tmp_path, monkeypatch):
+    home.make_run_dir(tmp_path)
+    arena = home.arena_of(tmp_path, tmp_path)
+
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(RecoveryError, match="cannot start the worker agent: Resource temporarily unavailable"):
+        shim.reach_agent(arena, tmp_path)
+    lock = home.take_lock(arena)
+    assert lock is not None
+    os.close(lock)
+
+
 def test_launch_token_is_one_per_launch():
     from gemini_gnn.cluster import Place
 

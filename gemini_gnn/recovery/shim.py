@@ -69,6 +69,7 @@ def run(
         RunDirError: ``run_dir`` cannot be written to.
         RecoveryError: the arena cannot be made; no agent can be started, or it dies again and again.
     """
+    _occupy_standard_descriptors()
     run_dir = Path(os.path.realpath(run_dir))
     arena = home.arena_of(run_dir, os.path.realpath(arena_root))
     home.make_run_dir(run_dir)
@@ -123,6 +124,13 @@ def run(
                     time.sleep(POLL_S)
 
 
+def _occupy_standard_descriptors() -> None:
+    """Where a daemon has started us with 0, 1 or 2 closed, the lock or the agent's socket would get that number."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        continue
+    os.close(descriptor)
+
+
 def died_too_often(deaths: list[float]) -> bool:
     """Whether the last of these deaths of agents (in seconds, ascending) is one too many."""
     return len(deaths) >= MAX_DEATHS and deaths[-1] - deaths[-MAX_DEATHS] < DEATHS_S
@@ -160,9 +168,11 @@ def reach_agent(arena: Path, run_dir: Path) -> messages.Channel:
             return channel
         lock = home.take_lock(arena)
         if lock is not None:
-            (arena / home.AGENT_SOCKET).unlink(missing_ok=True)  # of a dead one
-            _start_agent(arena, run_dir, lock)
-            os.close(lock)
+            try:
+                (arena / home.AGENT_SOCKET).unlink(missing_ok=True)  # of a dead one
+                _start_agent(arena, run_dir, lock)
+            finally:
+                os.close(lock)
             started += 1
         time.sleep(0.005)
     log = agent_log(run_dir)
@@ -189,7 +199,12 @@ def _start_agent(arena: Path, run_dir: Path, lock: int) -> None:
     except OSError as error:  # somebody else's run
         raise RunDirError(f"cannot write {agent_log(run_dir)}: {error.strerror}; give another run_dir=...") from None
     nowhere = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-    child = os.fork()
+    try:
+        child = os.fork()
+    except OSError as error:
+        raise RecoveryError(
+            f"cannot start the worker agent: {error.strerror}; is memory or the number of processes (ulimit -u) exhausted?"
+        ) from None
     if child == 0:
         try:
             os.setsid()
