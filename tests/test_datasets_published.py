@@ -219,7 +219,14 @@ def test_downloads_go_to_the_cache(config, in_process, monkeypatch, tmp_path):
 def test_damaged_files_are_named(config, in_process):
     data_files.planetoid(Path(config.root), "Cora")
     Path(config.root, "planetoid/Cora/raw/ind.cora.allx").write_bytes(b"not a pickle")
-    with pytest.raises(DataError, match=r"dataset cora: expected the files as published in .*planetoid/Cora/raw"):
+    with pytest.raises(
+        DataError, match=r"expected the files as published in .*planetoid/Cora/raw.* Put whole ones there"
+    ):
+        load_dataset(replace(config, name="cora"))
+    Path(config.root, "planetoid/Cora/raw/ind.cora.allx").unlink()
+    with pytest.raises(
+        DataError, match=r"prepare.py dataset=cora` .*, or put ind\.cora\.allx into .*planetoid/Cora/raw"
+    ):
         load_dataset(replace(config, name="cora"))
     assert not list(Path(config.cache).rglob("*.npy"))
 

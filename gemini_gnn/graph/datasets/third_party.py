@@ -225,15 +225,20 @@ def run_loader(data_set: Published, root: Path, out: Path, download: bool) -> st
 def absent(config: DatasetConfig, data_set: Published, problem: str) -> str:
     downloads = cache_folder(config) / "raw" / data_set.folder / data_set.raw
     wanted = root_folder(config) / data_set.folder / data_set.raw
-    listed = ", ".join(data_set.files[:8]) + (", ..." if len(data_set.files) > 8 else "")
+    lacking = [file for file in data_set.files if not (wanted / file).exists()]
+    listed = ", ".join(lacking[:8]) + (", ..." if len(lacking) > 8 else "")
     return (
         f"dataset {config.name}: expected its files in {wanted}"
         + (f" or {downloads}" if downloads != wanted else "")
-        + f"; they are in neither and cannot be downloaded ({problem}). Run `python launch/prepare.py "
+        + f"; they are not (all) there and cannot be downloaded ({problem}). Run `python launch/prepare.py "
         f"dataset={config.name.replace('-', '_')}` where there is a network and the same dataset.cache, or put {listed} "
         f"into {wanted}"
     )
 
 
 def damaged(config: DatasetConfig, files: Path, problem: str) -> str:
-    return f"dataset {config.name}: expected the files as published in {files}; their loader says: {problem}"
+    return (
+        f"dataset {config.name}: expected the files as published in {files}; their loader says: {problem}. Put whole ones "
+        f"there, or move the folder away and run `python launch/prepare.py dataset={config.name.replace('-', '_')}` where "
+        "there is a network"
+    )
