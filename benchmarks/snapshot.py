@@ -18,6 +18,9 @@ loss        two ranks, one thread each, GraphSAGE 3 x 256 on a skewed graph: the
             beginning, in pairs of alternating order; the median of the paired ratios.
 
 Everything is measured in turns within one run; ratios are of medians of that run.
+
+On the GPU where there is one (`DS_ACCELERATOR=cpu` keeps it on the CPU): memcpy then copies to page-locked memory and waits; a stall
+is what the host loses and what the fence holds the GPU; part loss takes two ranks where there are two GPUs, else one.
 """
 
 from __future__ import annotations
@@ -39,6 +42,14 @@ from gemini_gnn.snapshot import arena, attach, nfs
 from gemini_gnn.snapshot.context import Context
 
 FEATURES, HIDDEN, CLASSES, LAYERS = 128, 256, 47, 3
+DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
+ON_GPU = DEVICE == "cuda"
+
+
+def drained() -> None:
+    """Wait for what the GPU has to do for this thread."""
+    if ON_GPU:
+        torch.cuda.current_stream().synchronize()
 
 
 class Flat(torch.nn.Module):
@@ -55,7 +66,7 @@ def one_rank() -> None:
     if not dist.is_initialized():
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
         store = dist.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        dist.init_process_group("nccl" if ON_GPU else "gloo", store=store, rank=0, world_size=1)
 
 
 def engine_of(nbytes: int):
@@ -66,7 +77,7 @@ def engine_of(nbytes: int):
     one_rank()
     config = Config()
     config.deepspeed.zero = 1
-    engine = build_engine(Flat(nbytes), config, total_steps=1000)
+    engine = build_engine(Flat(nbytes).to(torch.device(DEVICE, 0)), config, total_steps=1000)
     return engine
 
 
@@ -76,6 +87,7 @@ def step(engine) -> None:
     loss = sum((p * p).sum() for p in engine.module.parameters())
     engine.backward(loss)
     engine.step()
+    drained()
 
 
 def fresh_folder(name: str) -> Path:
@@ -91,6 +103,21 @@ def compute(seconds: float, a: torch.Tensor) -> None:
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         torch.mm(a, a)
+        drained()
+
+
+def fence_s(snapshots) -> float:
+    """Pass the fence; the seconds for which it held the GPU longer than the host (whose are in ``snapshots.stats``)."""
+    if not ON_GPU:
+        snapshots.before_step()
+        return 0.0
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    host = snapshots.stats.fence_s
+    begin.record()
+    snapshots.before_step()
+    end.record()
+    end.synchronize()
+    return max(0.0, begin.elapsed_time(end) / 1e3 - (snapshots.stats.fence_s - host))
 
 
 def resiliency_manager(folder: Path):
@@ -106,7 +133,7 @@ def resiliency_manager(folder: Path):
 
 def stall_section(arguments) -> dict:
     torch.set_num_threads(1)
-    a, results = torch.randn(256, 256), {}
+    a, results = torch.randn(256, 256, device=DEVICE), {}
     for size in arguments.sizes:
         folder, scratch = fresh_folder("stall"), Path(tempfile.mkdtemp(prefix="snapshot-benchmark-"))
         ram = Path(tempfile.mkdtemp(prefix="snapshot-benchmark-", dir="/dev/shm"))
@@ -116,11 +143,12 @@ def stall_section(arguments) -> dict:
         tensors = [p.detach() for g in optimizer.param_groups for p in g["params"]]
         tensors += [v for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
         nbytes = sum(t.nbytes for t in tensors)
-        copies = [torch.empty_like(t).fill_(0) for t in tensors]
+        copies = [torch.zeros_like(t, device="cpu", pin_memory=ON_GPU) for t in tensors]
 
         def memcpy(_turn, tensors=tensors, copies=copies):
             for source, copy in zip(tensors, copies, strict=True):
-                copy.copy_(source)
+                copy.copy_(source, non_blocking=True)
+            drained()
 
         memcpy(0)
         memcpy_s = median(s for s, _ in in_turns({"m": memcpy}, 5)["m"])
@@ -138,8 +166,8 @@ def stall_section(arguments) -> dict:
             assert snapshots.ready()
             snapshots.after_step(count[0], capture=True)
             compute(pause, a)
-            snapshots.before_step()
-            lost = snapshots.stats.stall_s - before
+            held = fence_s(snapshots)
+            lost = snapshots.stats.stall_s - before + held
             snapshots.wait()
             return lost, snapshots.stats.copy_s - copied
 
@@ -298,33 +326,39 @@ def loss_rank(rank: int, world: int, folder: str, job: str, arguments) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_SIZE=str(world))
     store = dist.FileStore(os.path.join(folder, "store"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    device = torch.device(DEVICE, rank if ON_GPU else 0)
+    if ON_GPU:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if ON_GPU else "gloo", store=store, rank=rank, world_size=world)
+    control = dist.new_group(backend="gloo")
     colptr, row = skewed_graph(arguments.nodes, arguments.edges)
     nodes = len(colptr) - 1
-    x, y = torch.randn(nodes, FEATURES), torch.randint(CLASSES, (nodes,))
+    x, y = torch.randn(nodes, FEATURES, device=device), torch.randint(CLASSES, (nodes,), device=device)
     sampler = NeighborSampler(ReplicatedTopology(colptr, row, np.arange(nodes)), FANOUTS, seed=0)
     rng = np.random.default_rng(rank)
     settings = ModelConfig(name="sage", hidden=HIDDEN, layers=LAYERS, dropout=0.0)
     config = Config()
     config.deepspeed.zero = arguments.zero
-    engine = build_engine(build_model(settings, FEATURES, CLASSES, seed=0), config, total_steps=10**6)
+    engine = build_engine(build_model(settings, FEATURES, CLASSES, seed=0).to(device), config, total_steps=10**6)
     snapshots = attach(engine, context=context_of(Path(job), 1, rank, world), hook=False)
 
     def train(i: int, capture: bool, number: int) -> float:
         """From one step's end to the next one's, with or without a snapshot between them."""
         snapshots.wait()
-        dist.barrier()
+        dist.barrier(group=control)
         begin = time.perf_counter()
         assert snapshots.ready()
         snapshots.after_step(number, capture)
         batch = sampler.sample(seeds[i], 0, i)
-        inputs = x[torch.from_numpy(np.asarray(batch.input_nodes))]
+        inputs = x[torch.from_numpy(np.asarray(batch.input_nodes)).to(device)]
         loss = torch.nn.functional.cross_entropy(
-            engine(inputs, [to_tensors(block) for block in batch.blocks]), y[torch.from_numpy(batch.seeds)]
+            engine(inputs, [to_tensors(block, device) for block in batch.blocks]),
+            y[torch.from_numpy(batch.seeds).to(device)],
         )
         engine.backward(loss)
         snapshots.before_step()
         engine.step()
+        drained()
         return time.perf_counter() - begin
 
     seeds = [rng.choice(nodes, arguments.seeds, replace=False) for _ in range(arguments.steps)]
@@ -353,7 +387,7 @@ def loss_rank(rank: int, world: int, folder: str, job: str, arguments) -> None:
         }
         write(Path(folder) / "loss.json", result)
     snapshots.close()
-    dist.barrier()
+    dist.barrier(group=control)
     dist.destroy_process_group()
 
 
@@ -365,14 +399,16 @@ def loss_section(arguments) -> dict:
     job, folder = fresh_folder("loss"), tempfile.mkdtemp(prefix="snapshot-benchmark-")
     arena.make_folder(job)
     try:
-        mp.start_processes(_loss_entry, (2, folder, str(job), arguments), nprocs=2, start_method="spawn")
+        world = min(2, torch.cuda.device_count()) if ON_GPU else 2
+        mp.start_processes(_loss_entry, (world, folder, str(job), arguments), nprocs=world, start_method="spawn")
         result = json.loads((Path(folder) / "loss.json").read_text())
     finally:
         arena.remove(job)
         shutil.rmtree(folder)
     print(
-        f"loss at every=1, 2 ranks, ZeRO-{arguments.zero}, {result['bytes_per_snapshot'] / 1e6:.1f} MB per snapshot: step "
-        f"{result['step_without_s'] * 1e3:.0f} ms, {100 * result['ratios']['loss of throughput']:+.2f} % with snapshots"
+        f"loss at every=1, {world} ranks on {DEVICE}, ZeRO-{arguments.zero}, {result['bytes_per_snapshot'] / 1e6:.1f} MB per "
+        f"snapshot: step {result['step_without_s'] * 1e3:.0f} ms, {100 * result['ratios']['loss of throughput']:+.2f} % with "
+        "snapshots"
     )
     return result
 
@@ -399,7 +435,8 @@ def main() -> int:
     if arguments.quick:
         arguments.sizes, arguments.restore, arguments.rounds = [10**7, 10**8], 10**8, 5
         arguments.nodes, arguments.edges, arguments.steps = 100_000, 2_000_000, 10
-    results = {"machine": machine(), "arguments": vars(arguments)}
+    device = torch.cuda.get_device_name(0) if ON_GPU else "cpu"
+    results = {"machine": machine(), "device": device, "arguments": vars(arguments)}
     for name, section in PARTS.items():
         if arguments.part in (name, "all"):
             results[name] = section(arguments)
