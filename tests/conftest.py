@@ -8,6 +8,9 @@ from hypothesis import HealthCheck, settings
 
 from tests.lab.fixtures import lab, lab_session
 
+# The figures and bits these tests compare are the CPU's, also on a machine with a GPU; what runs there is in test_cuda.py.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
 __all__ = ["data_root", "lab", "lab_session"]
 
 # Deterministic, and without deadlines: the machine may be slow, the code is judged by its results.
