@@ -16,6 +16,11 @@ find_python() {
     die "Python 3.11 or 3.12 not found; on Debian or Ubuntu: apt-get install python3 python3-venv"
 }
 
+pinned() { # pinned WHAT ARGUMENTS-OF-PIP...
+    echo "  $1"
+    "$VIRTUAL_ENV/bin/python" -m pip install --quiet --progress-bar off -c "$ROOT/constraints.txt" "${@:2}"
+}
+
 setup() { # setup EXTRAS, e.g. "" or "[dev]"
     local extras="$1" environment stamp wanted
     if [ -n "${VIRTUAL_ENV:-}" ]; then
@@ -33,11 +38,10 @@ setup() { # setup EXTRAS, e.g. "" or "[dev]"
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] || [ "$(cat "$stamp" 2>/dev/null)" = "[dev]${wanted#"$extras"}" ]; then
         return
     fi
-    echo "installing pinned versions (a few minutes the first time)"
-    "$environment/bin/python" -m pip install --quiet --progress-bar off -c "$ROOT/constraints.txt" setuptools wheel
+    echo "installing pinned versions (a few minutes the first time):"
+    pinned "build tools" setuptools wheel
     # DeepSpeed looks for torch while it is built: torch first, then everything else without build isolation.
-    "$environment/bin/python" -m pip install --quiet --progress-bar off -c "$ROOT/constraints.txt" torch numpy
-    DS_BUILD_OPS=0 "$environment/bin/python" -m pip install --quiet --progress-bar off --no-build-isolation \
-        -c "$ROOT/constraints.txt" -e "$ROOT$extras"
+    pinned "PyTorch (0.2 GB; 3 GB where it comes with CUDA)" torch numpy
+    DS_BUILD_OPS=0 pinned "DeepSpeed, PyG, numba, ..." --no-build-isolation -e "$ROOT$extras"
     echo "$wanted" > "$stamp"
 }
