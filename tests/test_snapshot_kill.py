@@ -199,7 +199,7 @@ def autopsies(folder, operations, results):
 
 
 def test_a_kill_before_each_operation_that_writes(folder):
-    """2 headers, buffer, 3 tensors, 2 tails and 2 headers: the snapshot counts after the last of these and not before."""
+    """Header and buffer, header and 3 tensors, 2 tails and 2 headers: it counts after the last of these, not before."""
     ours, theirs = forkserver.Pipe(duplex=False)
     process = forkserver.Process(target=autopsies, args=(str(folder), 12, theirs), daemon=True)
     process.start()
