@@ -101,7 +101,8 @@ def spelled(argument: str, known: Mapping[str, Any], offered: Mapping[str, Seque
         if any(name.startswith(f"{key}.") for key, default in known.items() if isinstance(default, dict)):
             return f"++{argument}"
         last = name.rpartition(".")[2]
-        like = [key for key in known if key.rpartition(".")[2] == last] or difflib.get_close_matches(name, known, n=2)
+        like = [key for key in known if key.rpartition(".")[2] == last]
+        like = like or difflib.get_close_matches(name, [*known, *offered], n=2)
         raise ConfigError(f"{name}: there is no such setting{did_you_mean(like)}; --cfg prints them all")
     if isinstance(known[name], list) and value and value[0] not in "[\"'":
         return f"{name}=[{value}]"

@@ -43,6 +43,7 @@ def test_overrides_reach_the_typed_config():
         (["dataset=edge-lst"], "did you mean edge_list?"),
         (["dataset.nam=x"], "dataset.nam: there is no such setting (did you mean dataset.name"),
         (["lr=0.1"], "did you mean optimizer.lr?"),
+        (["datset=cora"], "did you mean dataset or"),
         (["cora"], "did you mean dataset=cora?"),
         (["optimizer.lr=fast"], "optimizer.lr=fast | Value 'fast' of type 'str' could not be converted to Float"),
         (["training.epochs=abc"], "Integer"),
