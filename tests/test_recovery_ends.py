@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -50,6 +51,36 @@ def test_sigterm_of_the_launcher_ends_in_order(job, number):
     assert run.events("ended")[0]["code"] == 128 + number
     wait_for(lambda: not run.processes(), "the end of all processes", 10.0)
     assert home.snapshot_files(run.arena)
+
+
+def test_a_stop_that_comes_together_with_the_registration(job):
+    """Ctrl-C while the agent is not looking: both messages are read at once, and nothing is begun."""
+    run = job()
+    home.make_run_dir(run.run_dir)
+    lock = home.take_lock(run.arena)  # an agent that accepts nobody yet
+    listener = messages.listen(run.arena / home.AGENT_SOCKET)
+    launch = run.launch(1, "train")
+    wait_for(lambda: [pid for pid, kind in run.processes().items() if kind == "launch"][1:], "the slot process")
+    (slot,) = psutil.Process(launch.pid).children()
+    wait_for(lambda: select.select([listener], [], [], 0)[0], "its connection")
+    visitor = messages.Channel(listener.accept()[0])
+    wait_for(lambda: select.select([visitor], [], [], 0)[0], "its registration")
+    os.kill(slot.pid, signal.SIGTERM)
+    register, asked = read_until(visitor, 2)
+    assert (register["kind"], asked["kind"]) == ("register", "stop")
+    assert register["protocol"] == asked["protocol"] == messages.PROTOCOL
+    listener.close()
+    os.unlink(run.arena / home.AGENT_SOCKET)
+    os.close(lock)
+    visitor.close()
+    assert run.end(launch)[0] == 143 and run.notes("training") == []  # told again to the agent it then starts
+    run.assert_nothing_left()
+
+
+def read_until(channel: messages.Channel, count: int) -> list[dict]:
+    found: list[dict] = []
+    wait_for(lambda: found.extend(channel.receive()) or len(found) >= count, f"{count} messages")
+    return found
 
 
 def test_sigterm_of_the_agent_means_that_this_machine_leaves(job):

@@ -9,7 +9,9 @@ import socket
 import psutil
 import pytest
 
+from gemini_gnn.errors import RecoveryError
 from gemini_gnn.recovery import home, messages
+from gemini_gnn.recovery.stop import stop
 from tests.recovery_job import Job, wait_for
 
 
@@ -73,3 +75,19 @@ def test_a_visitor_that_talks_nonsense_or_leaves(living, said):
         agent = messages.connect(living.arena / home.AGENT_SOCKET)
         assert agent is not None and messages.peer(agent.sock)[0] == living.pid_of("agent")
         agent.close()
+
+
+@pytest.mark.parametrize("said", [{"kind": "register"}, {"kind": "stop", "protocol": messages.PROTOCOL + 1}])
+def test_a_program_of_another_version_is_refused(living, said):
+    visitor = messages.connect(living.arena / home.AGENT_SOCKET)
+    assert visitor is not None and visitor.send(said)
+    (answer,) = wait_for(visitor.receive, "the answer")
+    assert answer["kind"] == "refused" and f"pid {living.pid_of('agent')}" in answer["text"]
+    assert f"protocol {messages.PROTOCOL}, this program {said.get('protocol')}" in answer["text"]
+    visitor.close()
+
+
+def test_stop_of_another_version_says_so(living, monkeypatch):
+    monkeypatch.setattr(messages, "PROTOCOL", messages.PROTOCOL + 1)
+    with pytest.raises(RecoveryError, match="use the installation of gemini_gnn that started the job"):
+        stop(living.run_dir)

@@ -172,7 +172,14 @@ class Agent:
     def _read_visitors(self) -> None:
         for channel in list(self.visitors):
             for message in channel.receive():
-                if message.get("kind") == "register":
+                if message.get("protocol") != messages.PROTOCOL:
+                    text = (
+                        f"the worker agent of this job (pid {os.getpid()} on {self.machine}) speaks protocol "
+                        f"{messages.PROTOCOL}, this program {message.get('protocol')}: use the installation of gemini_gnn that "
+                        "started the job, or end the job by SIGTERM to its worker agent"
+                    )
+                    channel.send({"kind": "refused", "code": 2, "text": text})
+                elif message.get("kind") == "register":
                     self._register(channel, message)
                 elif message.get("kind") == "stop":
                     self._stop_asked(channel, message)

@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 MAX_MESSAGE_BYTES = 16 << 20
+PROTOCOL = (
+    1  # of what visitors say to an agent, which may be of an older installation than they: count up with every change
+)
 
 
 class Channel:

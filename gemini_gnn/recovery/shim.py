@@ -75,6 +75,7 @@ def run(
     home.make_run_dir(run_dir)
     request = {
         "kind": "register",
+        "protocol": messages.PROTOCOL,
         "place": asdict(place),
         "target": target,
         "payload": payload,
@@ -276,7 +277,8 @@ class StopRequest:
         reasons: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGHUP: "the terminal is gone"}
         reason = reasons.get(number, "SIGTERM")
         code, force = 128 + number, self._interrupts > 1
-        self._message = {"kind": "stop", "reason": reason, "code": code, "keep": True, "force": force}
+        stop = {"kind": "stop", "reason": reason, "code": code, "keep": True, "force": force}
+        self._message = {**stop, "protocol": messages.PROTOCOL}  # it may be read together with our registration
         self.deliver_to(self._agent)
 
     @contextmanager

@@ -23,7 +23,7 @@ def stop(run_dir: Path, *, keep: bool = False, arena_root: str | os.PathLike[str
         arena_root: where the job's arena is; default what its newest term says, else /dev/shm.
 
     Raises:
-        RecoveryError: the job does not end in time.
+        RecoveryError: the job does not end in time; its agent is of another version.
     """
     run_dir = Path(os.path.realpath(run_dir))
     newest = home.newest_term(run_dir)
@@ -53,12 +53,14 @@ def stop(run_dir: Path, *, keep: bool = False, arena_root: str | os.PathLike[str
 
 
 def _ask(agent: messages.Channel, keep: bool, deadline: float) -> dict[str, Any] | None:
-    """The outcome the agent tells; None if it is gone without, or the deadline has passed."""
+    """The outcome the agent tells; None if it is gone without, or the deadline has passed. Raises RecoveryError: refused."""
     request = {"kind": "stop", "reason": "launch/stop.py", "code": 128 + signal.SIGTERM, "keep": keep, "force": False}
-    agent.send(request, timeout_s=5.0)
+    agent.send({**request, "protocol": messages.PROTOCOL}, timeout_s=5.0)
     while not agent.closed and time.monotonic() < deadline:
         select.select([agent], [], [], 0.1)
         for message in agent.receive():
+            if message["kind"] == "refused":
+                raise RecoveryError(message["text"])
             if message["kind"] == "outcome":
                 return message
     return None
