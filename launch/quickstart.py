@@ -35,7 +35,9 @@ def main(arguments: list[str]) -> int:
     run_dir = (ROOT / named).absolute()
     ranks = gpus() or 2
     line = ["deepspeed", "--quiet", "--num_accelerators", str(ranks), "launch/train.py", *overrides]
-    print(f"$ {shlex.join(line)}\n(ten seconds: launcher and worker agent import PyTorch and DeepSpeed)", flush=True)
+    print(
+        f"$ {shlex.join(line)}\n(about ten seconds until training begins: the launcher loads PyTorch too)", flush=True
+    )
     environment = os.environ if gpus() else {**os.environ, "DS_ACCELERATOR": "cpu"}
     training = subprocess.Popen(line, cwd=ROOT, env=environment)
     baselines: subprocess.Popen[bytes] | None = None

@@ -14,6 +14,7 @@ from gemini_gnn import cluster, hosts
 from gemini_gnn.compose import command, compose
 from gemini_gnn.config import to_mapping
 from gemini_gnn.errors import RunDirError
+from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_dir import RunDir, resume_of
 from gemini_gnn.recovery.decisions import STOPPED
 
@@ -30,6 +31,8 @@ def main(arguments: list[str]) -> int:
             RunDir.check_earlier_run(Path(config.run_dir), config)
         else:
             RunDir.check(config)
+        if place.rank == 0:
+            say("loading PyTorch and DeepSpeed, a few seconds")
     os.environ["GEMINI_GNN_TTY"] = "1" if sys.stdout.isatty() else "0"
     if in_memory:
         from gemini_gnn.recovery import shim
