@@ -22,13 +22,15 @@ from gemini_gnn.graph.writing import write_partitioned
 
 
 def as_graph(data: Any, name: str = "graph") -> Graph:
-    """A :class:`Graph` from a PyG ``Data``, a NetworkX graph, a folder of ``.npy`` files, or a Graph.
+    """A :class:`Graph` from a PyG ``Data``, a NetworkX graph, a folder of ``.npy`` files, a PartitionedGraph or a Graph.
 
     Raises:
         DataError: another type, or data that is malformed.
     """
     if isinstance(data, Graph):
         return data
+    if isinstance(data, PartitionedGraph):
+        return data.as_graph()
     if isinstance(data, (str, Path)):
         return datasets.from_folder(Path(data))
     if hasattr(data, "edge_index"):

@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
 
         config = from_mapping(OmegaConf.merge(to_mapping(trained), OmegaConf.from_dotlist(overrides)))
     if config.dataset.name == "partitioned":
-        graph = PartitionedGraph.open(config.partition.folder or "").as_graph()
+        graph = PartitionedGraph.open(str(config.partition.folder)).as_graph()
     else:
         graph = datasets.load_dataset(config.dataset, say, require_labels=False)
     found = api.predict(run_dir, graph)

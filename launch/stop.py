@@ -17,7 +17,8 @@ def main(arguments: list[str]) -> int:
     if any(a in ("-h", "--help") for a in arguments):
         print(__doc__, USAGE, sep="\n")
         return 0
-    settings = dict(["keep", "true"] if a == "--keep" else a.partition("=")[::2] for a in arguments)
+    pairs = [("keep=true" if a == "--keep" else a).partition("=") for a in arguments]
+    settings = {name: value for name, _, value in pairs}
     if "run_dir" not in settings or not settings.keys() <= {"run_dir", "keep", "snapshot.arena"}:
         print(USAGE, file=sys.stderr)
         return 2

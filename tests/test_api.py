@@ -11,6 +11,7 @@ from torch_geometric.data import Data
 
 import gemini_gnn
 from gemini_gnn.errors import ConfigError, DataError, PartitionError, RunDirError
+from gemini_gnn.graph.partitioned import PartitionedGraph
 
 SETTINGS = {"training.epochs": 2, "model.hidden": 8, "logger.tensorboard": False, "logger.progress": False}
 
@@ -40,7 +41,11 @@ def test_a_failed_call_leaves_no_data_behind_for_the_next(tmp_path):
     with pytest.raises(ConfigError, match="one fanout per layer"):
         gemini_gnn.train(data(0), tmp_path / "run", {**SETTINGS, "sampling.fanouts": [5]})
     gemini_gnn.train(data(1, n=90), tmp_path / "run", SETTINGS)
-    assert gemini_gnn.predict(tmp_path / "run", data(1, n=90))["predictions"].shape == (90,)
+    found = gemini_gnn.predict(tmp_path / "run", data(1, n=90))
+    assert found["predictions"].shape == (90,)
+    # What launch/evaluate.py does: the graph of the run, back from its partition.
+    again = gemini_gnn.predict(tmp_path / "run", PartitionedGraph.open(tmp_path / "run" / "partition"))
+    assert all(np.array_equal(found[name], again[name]) for name in found)
 
 
 def test_networkx_and_folders_of_npy(tmp_path):

@@ -1,5 +1,6 @@
 """The partitioned graph on disk: round trip, every edge once, damage and mix-ups named, nothing half-written."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -50,6 +51,13 @@ def test_round_trip_keeps_every_edge_once(tmp_path_factory, graph, data):
     finally:
         writing.CHUNK_BYTES = whole
     check_partitioned(pg, graph)
+    back = pg.as_graph()
+    for field in dataclasses.fields(graph):
+        ours, theirs = getattr(back, field.name), getattr(graph, field.name)
+        if isinstance(theirs, np.ndarray):
+            assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs), field.name
+        else:
+            assert ours == theirs, field.name
     # Independently of the checker: the multiset of (original source, original target, weight) over the parts.
     edges = []
     for p in range(parts):

@@ -35,8 +35,10 @@ import numpy as np
 
 from gemini_gnn.errors import PartitionError
 from gemini_gnn.graph.array_folder import Progress, map_array, read_json, ticking, verify_arrays
+from gemini_gnn.graph.partitioning import ranges
 from gemini_gnn.graph.quality import Quality
 from gemini_gnn.graph.shard import GraphShard
+from gemini_gnn.graph.topology import Graph
 
 FORMAT_VERSION = 1
 MASKS = ("train_mask", "val_mask", "test_mask")
@@ -251,6 +253,28 @@ class PartitionedGraph:
     def new_of_original(self) -> np.ndarray:
         """The inverse of ``original``: int64 ``[nodes]``, new id by original id."""
         return inverse(self.original)
+
+    def as_graph(self) -> Graph:
+        """The graph it was made from, in the order of the original ids: a copy in memory."""
+        new = self.new_of_original()
+        degree = np.diff(self.colptr)[new]
+        colptr = np.zeros(self.num_nodes + 1, dtype=np.int64)
+        np.cumsum(degree, out=colptr[1:])
+        at = ranges(self.colptr[new], degree)  # columns ascend by original id already
+        return Graph(
+            name=self.meta.graph,
+            colptr=colptr,
+            row=self.original[self.row[at]].astype(self.row.dtype, copy=False),
+            x=self.x[new],
+            y=self.y[new],
+            num_classes=self.num_classes,
+            train_mask=self.train_mask[new],
+            val_mask=self.val_mask[new],
+            test_mask=self.test_mask[new],
+            edge_weight=None if self.edge_weight is None else self.edge_weight[at],
+            node_ids=self.node_ids,
+            notes=dict(self.meta.notes),
+        )
 
 
 def _parse_meta(folder: Path, value: dict[str, Any]) -> Meta:
