@@ -250,7 +250,10 @@ X4, Y4 = np.ones((4, 2)), np.array([0, 1, 0, 1])
         ({"features": "0,1\n1,1\n2,\n3,1\n"}, r"features.csv, line 3: .*got '2,'"),
         ({"features": "0,1\n1,1,1\n2,1\n3,1\n"}, r"features.csv, line 2: .*got '1,1,1'"),
         ({"features": "0,1\n1,1\n1,2\n3,1\n"}, r"features.csv, line 3: .*\(this id a second time\)"),
-        ({"labels": "id,label\n0,0\n1,dog\n"}, r"labels.csv, line 3: expected `id,label`; got '1,dog'"),
+        (
+            {"labels": "id,label\n0,0\n1,dog\n"},
+            r"labels.csv, line 3: expected `id,label`; got '1,dog' \(labels are class numbers",
+        ),
         ({"labels": "0,0\n1,1\n9,1\n"}, r"labels.csv: expected only nodes of e.csv \(4 nodes, 0\.\.3\); .* such as 9"),
         ({"labels": "0,0\n-1,1\n"}, r"labels.csv, line 2: .*got '-1,1'"),
         ({"labels": "0,0\n1,-7\n"}, r"labels.csv, line 2: .*got '1,-7'"),

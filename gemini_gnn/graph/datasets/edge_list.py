@@ -171,8 +171,8 @@ def read_features(path: Path, ids: str, first_id: int) -> NodeTable:
 
 def read_labels(path: Path, ids: str, first_id: int) -> NodeTable:
     def check(fields: list[str]) -> None:
-        if as_integer(fields[0]) < -1:
-            raise ValueError("labels are 0, 1, 2, ..., or -1 for none")
+        if not is_number(fields[0]) or as_integer(fields[0]) < -1:
+            raise ValueError("labels are class numbers 0, 1, 2, ..., or -1 for none")
 
     return read_nodes(path, ids, first_id, "id,label", pair(ids, "int"), check, lambda f: bool(f[1].ge(-1).all()), int)
 
