@@ -91,6 +91,8 @@ def main(arguments: list[str]) -> int:
         )
     print(f"\nresults in {run_dir}: result.json losses.csv losses.png metrics.jsonl model.safetensors")
     print(f"finished in {time.time() - started:.1f} s; next:")
+    if Path(sys.prefix) == ROOT / ".venv":
+        print("  source .venv/bin/activate")
     print(f"  python launch/evaluate.py run_dir={config.run_dir}")
     print(f"  tensorboard --logdir {config.run_dir}/tensorboard")
     print("  own data (edges as `source,target`, labels as `id,label`, one node or edge per line):")
