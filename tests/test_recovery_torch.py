@@ -52,22 +52,14 @@ def run_script(script: Path, world: int, *options: str) -> list[subprocess.Compl
     return [subprocess.CompletedProcess(slot.args, slot.returncode, out, err) for slot, out, err in ended]
 
 
-def test_forked_ranks_meet_over_the_agents_socket(job):
-    run = job()
-    code, _, err = run.end(run.launch(2, "torch_ranks", preload=["torch", "torch.distributed"]))
-    assert code == 0, err
-    notes = run.notes("sum")
-    assert [note["total"] for note in notes] == [1.0, 1.0]
-    assert len({note["draw"] for note in notes}) == 1  # torch's seed in a new process is a constant
-    run.assert_nothing_left()
-
-
-def test_a_rank_killed_in_a_collective_is_restarted_with_the_others(job):
+def test_ranks_meet_over_the_agents_socket_and_again_after_each_kill_in_a_collective(job):
     run = job()
     launch = run.launch(3, "torch_ranks", preload=["torch", "torch.distributed"], kills=2)
     code, _, err = run.end(launch)
     assert code == 0, err
-    assert len(run.notes("sum", generation=3)) == 3
+    notes = run.notes("sum", generation=3)
+    assert [note["total"] for note in notes] == [3.0, 3.0, 3.0]
+    assert len({note["draw"] for note in notes}) == 1  # torch's seed in a new process is a constant
     assert err.count("restarting all 3 trainers") == 2 and "first error" not in err
     run.assert_nothing_left()
 
