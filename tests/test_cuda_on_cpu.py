@@ -23,6 +23,7 @@ from gemini_gnn.halo.exchange import HaloExchange
 from gemini_gnn.halo.prefetch import prefetch
 from gemini_gnn.models.build import build_model
 from gemini_gnn.models.tensors import moved, to_tensors
+from gemini_gnn.observe.logs import is_consequence
 from gemini_gnn.snapshot import arena, attach, copier
 from gemini_gnn.snapshot.context import Context
 from gemini_gnn.snapshot.cuda import CudaCopies
@@ -401,3 +402,16 @@ def test_moments_are_made_where_the_optimizer_keeps_them():
         "exp_avg": "meta",
         "exp_avg_sq": "meta",
     }
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "NCCL error ...: remote process exited or there was a network error, NCCL version 2.27.3",
+        "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely.",
+        "NCCL communicator was aborted on rank 1.",
+        "Work WorkNCCL(SeqNum=7, OpType=ALLREDUCE, Timeout(ms)=120000) timed out in blocking wait.",
+    ],
+)
+def test_what_nccl_says_of_a_dead_peer_is_not_shown_as_the_cause(said):
+    assert is_consequence(torch.distributed.DistBackendError(said))

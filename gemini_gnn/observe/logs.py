@@ -41,8 +41,8 @@ SETTLE_S = 3.0  # how long a consequence waits for its cause to be written down
 # What torch, gloo and NCCL say when it is the other side, or the way to it, that is gone.
 _PEER_LOST = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|connectfullmesh|timed? ?out|broken pipe|socket error"
-    r"|failed while preparing|an earlier exchange failed|did not stop within"
-    r"|remote process exited|rank 0 (could not|did not) finish|failed to (connect|recv|send)|no route to host",
+    r"|failed while preparing|an earlier exchange failed|did not stop within|nccl communicator was aborted"
+    r"|remote process exit|rank 0 (could not|did not) finish|failed to (connect|recv|send)|no route to host",
     re.IGNORECASE,
 )
 
