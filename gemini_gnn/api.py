@@ -13,37 +13,65 @@ import numpy as np
 import torch
 
 from gemini_gnn.config import Config, ModelConfig, from_mapping, to_mapping
-from gemini_gnn.errors import DataError, RunDirError
+from gemini_gnn.errors import ConfigError, DataError, RunDirError
 from gemini_gnn.graph import datasets
 from gemini_gnn.graph.partitioned import PartitionedGraph
 from gemini_gnn.graph.partitioning import partition_nodes
 from gemini_gnn.graph.topology import Graph
 from gemini_gnn.graph.writing import write_partitioned
 
+READING = (
+    "undirected",
+    "normalize",
+    "split",
+    "seed",
+    "featureless",
+)  # settings of `dataset` that apply to data from Python
 
-def as_graph(data: Any, name: str = "graph") -> Graph:
+
+def as_graph(data: Any, name: str = "graph", **reading: Any) -> Graph:
     """A :class:`Graph` from a PyG ``Data``, a NetworkX graph, a folder of ``.npy`` files, a PartitionedGraph or a Graph.
 
+    Args:
+        reading: ``undirected, normalize, split, seed, featureless`` as in the settings ``dataset.*``; and
+            ``require_labels=False`` for a graph that is not to be trained on.
+
     Raises:
-        DataError: another type, or data that is malformed.
+        DataError: another type, or data that is malformed. ConfigError: ``reading`` that does not apply.
     """
-    if isinstance(data, Graph):
-        return data
-    if isinstance(data, PartitionedGraph):
-        return data.as_graph()
+    if unknown := reading.keys() - {*READING, "require_labels"}:
+        raise ConfigError(
+            f"dataset.{min(unknown)}: expected only {', '.join(READING)} for data given from Python; leave it out"
+        )
+    if isinstance(data, (Graph, PartitionedGraph)):
+        if given := reading.keys() & {*READING}:
+            raise ConfigError(
+                f"dataset.{min(given)}: does not apply to a graph that was read already; leave it out, or give the "
+                "data it was made from"
+            )
+        return data if isinstance(data, Graph) else data.as_graph()
     if isinstance(data, (str, Path)):
-        return datasets.from_folder(Path(data))
+        return datasets.from_folder(Path(data), **reading)
     if hasattr(data, "edge_index"):
-        return datasets.from_pyg(data, name=name)
+        return datasets.from_pyg(data, name=name, **reading)
     if hasattr(data, "adjacency"):
-        return datasets.from_networkx(data, name=name)
+        if "split" in reading:  # there the name of a node attribute
+            reading["split_by"] = reading.pop("split")
+        return datasets.from_networkx(data, name=name, **reading)
     raise DataError(
         f"expected a PyG Data, a NetworkX graph, a folder of .npy files or a gemini_gnn Graph; got {type(data).__name__}"
     )
 
 
 def partition(
-    data: Any, folder: str | Path, *, parts: int, method: str = "metis", seed: int = 0, balance_edges: bool = False
+    data: Any,
+    folder: str | Path,
+    *,
+    parts: int,
+    method: str = "metis",
+    seed: int = 0,
+    balance_edges: bool = False,
+    **reading: Any,
 ) -> PartitionedGraph:
     """Partition a graph and write it to ``folder`` (which must not exist yet).
 
@@ -54,11 +82,12 @@ def partition(
         data: what :func:`as_graph` takes.
         parts: one per rank.
         method: "metis" | "hash".
+        reading: as in :func:`as_graph`, but for ``seed``, which is the partition's here. Labels may be missing.
 
     Raises:
         DataError, PartitionError: bad data; more parts than nodes; the folder exists.
     """
-    graph = as_graph(data)
+    graph = as_graph(data, **{"require_labels": False, **reading})
     assignment = partition_nodes(graph, method, parts, seed, balance_edges)
     settings = {"seed": seed, "balance_edges": balance_edges}
     return write_partitioned(
@@ -72,7 +101,8 @@ def train(data: Any, run_dir: str | Path, settings: Mapping[str, Any] | None = N
     Args:
         data: what :func:`as_graph` takes, or a :class:`PartitionedGraph` of one part.
         run_dir: a folder for everything the run leaves; the partitioned graph goes there too.
-        settings: as on the command line, e.g. ``{"training.epochs": 5, "sampling.fanouts": [10, 5]}``.
+        settings: as on the command line, e.g. ``{"training.epochs": 5, "sampling.fanouts": [10, 5]}``; of ``dataset.*``
+            what :func:`as_graph` takes.
 
     Raises:
         GeminiError: settings or data that cannot be trained on.
@@ -87,6 +117,11 @@ def train(data: Any, run_dir: str | Path, settings: Mapping[str, Any] | None = N
         )
     ours = isinstance(data, PartitionedGraph)
     folder = data.folder if ours else run_dir / "partition"
+    reading = {key.removeprefix("dataset."): v for key, v in (settings or {}).items() if key.startswith("dataset.")}
+    if ours and reading:
+        raise ConfigError(
+            f"dataset.{min(reading)}: does not apply to a graph that is partitioned already; leave it out"
+        )
     config = settings_to_config(
         {
             "snapshot.mode": "none",
@@ -97,9 +132,10 @@ def train(data: Any, run_dir: str | Path, settings: Mapping[str, Any] | None = N
         }
     )
     if not ours:
+        graph = as_graph(data, **reading)
         if folder.exists():  # of an earlier call, maybe with other data
             shutil.rmtree(folder)
-        partition(data, folder, parts=1, method="hash")
+        partition(graph, folder, parts=1, method="hash")
     excepthook = sys.excepthook
     try:
         code = job.in_process(config)

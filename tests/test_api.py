@@ -48,6 +48,21 @@ def test_a_failed_call_leaves_no_data_behind_for_the_next(tmp_path):
     assert all(np.array_equal(found[name], again[name]) for name in found)
 
 
+def test_settings_of_the_data_set_apply_to_data_from_python(tmp_path):
+    plain = gemini_gnn.partition(data(), tmp_path / "a", parts=1)
+    both = gemini_gnn.partition(data(), tmp_path / "b", parts=1, undirected=True, normalize="l1")
+    assert both.num_edges > plain.num_edges and np.abs(both.x).sum(axis=1) == pytest.approx(1)
+    gemini_gnn.train(data(), tmp_path / "run", {**SETTINGS, "dataset.undirected": True})
+    assert PartitionedGraph.open(tmp_path / "run" / "partition").num_edges == both.num_edges
+    bare = gemini_gnn.partition(networkx.path_graph(9), tmp_path / "c", parts=3)  # no labels: not to be trained on
+    assert bare.num_classes == 0
+    for graph, setting in ((data(), "dataset.nodes"), (plain, "dataset.normalize")):
+        with pytest.raises(ConfigError, match=f"{setting}: .*leave it out"):
+            gemini_gnn.train(graph, tmp_path / "other", {**SETTINGS, setting: 1})
+    with pytest.raises(DataError, match="expected a class label per node"):
+        gemini_gnn.train(networkx.path_graph(9), tmp_path / "other", SETTINGS)
+
+
 def test_networkx_and_folders_of_npy(tmp_path):
     graph = networkx.karate_club_graph()
     for node, values in graph.nodes(data=True):
