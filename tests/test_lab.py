@@ -164,6 +164,18 @@ def test_power_on_boots_with_empty_memory(lab):
 
 
 @pytest.mark.lab
+def test_a_host_whose_first_process_died_is_off(lab):
+    """Its process id may be somebody else's by then, whose machine a command would run on."""
+    os.kill(lab.hosts["h2"].pid, signal.SIGKILL)
+    wait_until(lambda: not lab.is_on("h2"))
+    assert lab.processes("h2") == []
+    with pytest.raises(LabError, match="h2 is powered off"):
+        lab.command("h2", ["true"])
+    lab.power_on("h2")
+    assert lab.run("h1", ["ssh", "-o", "ConnectTimeout=10", "h2", "hostname"]).stdout == "h2\n"
+
+
+@pytest.mark.lab
 def test_a_connection_survives_a_short_partition(lab):
     server, client = connect(lab, "h1", "h2")
     try:
@@ -276,8 +288,9 @@ sys.stdin.read()
     state = json.loads((folder / "lab.json").read_text())
     assert state["switch_pid"] and state["hosts"]["h0"]["pid"]
     wait_until(lambda: not processes_of(folder) and not Lab.load(folder).alive)
-    with pytest.raises(LabError, match="processes are gone"):
-        Lab.load(folder).link("h0", False)
+    for use in (lambda lab: lab.link("h0", False), lambda lab: lab.command("h0", ["true"])):
+        with pytest.raises(LabError, match="processes are gone"):
+            use(Lab.load(folder))
     Lab.clean(folder)
     assert not folder.exists()
 

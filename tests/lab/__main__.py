@@ -47,7 +47,7 @@ def state_folder(name: str) -> Path:
 def show(lab: Lab) -> None:
     print(f"lab {lab.folder.name}: {'running' if lab.alive else 'dead, take it down'}, state in {lab.folder}")
     for name, host in lab.hosts.items():
-        power = "on" if lab.alive and host.pid else "off"
+        power = "on" if lab.alive and lab.is_on(name) else "off"
         cable = "up" if host.link else "down"
         address = " ".join(lab.address(name, nic) for nic in range(lab.nics))
         print(f"  {name:5} {power:4} link {cable:5} {host.rate or 'unlimited':10} {address}  {lab.address6(name)}")

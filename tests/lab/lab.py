@@ -41,6 +41,7 @@ from typing import Any
 SSHD = "/usr/sbin/sshd"
 NAS = "nas"  # the host that serves the network file system
 TOOLS = ("ip", "tc", "unshare", "nsenter", "setpriv", "ssh", "ssh-keygen", "pdsh", SSHD)
+GONE = "this lab's processes are gone (a reboot, or its owner died); `down`, then `up` again"
 PACKAGES = "apt-get install openssh-server pdsh iproute2 util-linux sshfs"
 
 # argv: hostname, state folder, size of /dev/shm. The first read is the maker's word that the network is ready.
@@ -190,7 +191,9 @@ class Lab:
     def command(self, name: str, command: Sequence[str]) -> list[str]:
         """``command`` as it must be run from outside to run on that host, in the caller's working directory."""
         host = self._host(name)
-        if not host.pid:
+        if not self.alive:
+            raise LabError(GONE)
+        if not self.is_on(name):  # its process id may be somebody else's by now
             raise LabError(f"{name} is powered off; `power-on {name}` first")
         enter = ["nsenter", "-t", str(host.pid), "-m", "-u", "-n", "-p", "--"]
         return [*enter, "sh", "-c", 'cd "$0" && exec "$@"', os.getcwd(), *command]
@@ -225,9 +228,14 @@ class Lab:
         path.write_text("".join(f"{host} slots={slots}\n" for host in hosts))
         return path
 
+    def is_on(self, name: str) -> bool:
+        """False for a host that was powered off, or whose first process was killed."""
+        host = self._host(name)
+        return _start_time(host.pid) == host.started != 0
+
     def processes(self, name: str) -> list[str]:
         """Command lines of what runs on a host, without its sshd and without this question."""
-        if not self._host(name).pid:
+        if not self.is_on(name):
             return []
         lines = self.run(name, ["ps", "-eo", "pid=,args="]).stdout.splitlines()
         return [line.split(None, 1)[1] for line in lines if "sshd" not in line and "ps -eo" not in line]
@@ -240,7 +248,8 @@ class Lab:
             host = self._host(name)
             if not host.pid:
                 return
-            self._switch([f"link set {self._port(host, nic)} down" for nic in range(self.nics)])
+            crashed = not self.is_on(name)  # its cards may be gone already
+            self._switch([f"link set {self._port(host, nic)} down" for nic in range(self.nics)], force=crashed)
             if _start_time(host.pid) == host.started:
                 os.kill(host.pid, signal.SIGKILL)
             _wait(lambda: _start_time(host.pid) != host.started, 20, f"{name} survives SIGKILL")
@@ -251,6 +260,8 @@ class Lab:
 
     def power_on(self, name: str) -> None:
         """Boot a host that is off: same name, address and link settings, empty memory."""
+        if self._host(name).pid and not self.is_on(name):
+            self.power_off(name)  # crashed: what is left of it goes first
         with self._lock():
             if self._host(name).pid:
                 return
@@ -335,7 +346,7 @@ class Lab:
             fresh = Lab.load(self.folder)
             self.hosts, self.nfs = fresh.hosts, fresh.nfs
             if not self.alive:
-                raise LabError("this lab's processes are gone (a reboot, or its owner died); `down`, then `up` again")
+                raise LabError(GONE)
             yield
 
     def _save(self) -> None:
