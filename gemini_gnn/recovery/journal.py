@@ -65,9 +65,10 @@ class Journal:
             return
         record = {"state": state, "time": time.time(), "pid": os.getpid(), "machine": self.machine, "term": self.term}
         try:
-            if state == "done" and home.read_status(self.run_dir).get("state") == "done":
+            was_done = home.read_status(self.run_dir).get("state") == "done"
+            if was_done and state == "done":
                 return  # the trainer said so itself, and more
-            if state != "done" and (self.run_dir / "result.json").exists():
+            if was_done and (self.run_dir / "result.json").exists():
                 return  # complete, and refused to who starts it again
             home.write_status(self.run_dir, {**record, **fields})
         except OSError as error:
