@@ -62,6 +62,8 @@ def assemble(
         ConfigError: ``split`` or ``featureless`` ask for what this graph does not have.
     """
     n = raw.num_nodes
+    if n < 1:
+        raise DataError(f"{raw.name}: expected at least one node; got none")
     source, target, weight = checked_edges(raw)
     if undirected and not raw.symmetric:
         source, target, weight = mirrored(source, target, n, weight)
