@@ -337,3 +337,9 @@ def test_real_edge_lists(file, nodes, edges):
     read = load_edge_list(path, first_id=1, skip_lines=1)
     assert (read.num_nodes, len(read.source)) == (nodes, edges)
     assert time.monotonic() - began < 60, "parsed line by line?"  # 0.5 s when the machine is free
+
+
+def test_integer_ids_with_large_gaps_are_said_to_make_nodes(write, caplog):
+    assert load_edge_list(write("dense.csv", EDGES)).num_nodes == 4 and not caplog.text
+    assert load_edge_list(write("sparse.csv", "5,900\n900,17\n")).num_nodes == 901
+    assert "901 nodes, 0..900, of which only 3 have an edge" in caplog.text and "dataset.ids=str" in caplog.text

@@ -12,6 +12,7 @@ edges is taken for the mistake it usually is.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,8 @@ from gemini_gnn.graph.datasets.assemble import RawGraph
 from gemini_gnn.graph.datasets.files import load_npy
 from gemini_gnn.graph.datasets.splits import PARTS
 from gemini_gnn.graph.datasets.tables import read_table
+
+log = logging.getLogger(__name__)
 
 # First lines that are no edges. With integer ids any header is found out; text ids need to know some.
 EDGE_HEADERS = {("source", "target"), ("src", "dst"), ("from", "to"), ("u", "v"), ("node1", "node2"), ("id1", "id2")}
@@ -64,6 +67,14 @@ def load_edge_list(path: str | Path, ids: str = "int", first_id: int = 0, skip_l
         numbers = place[found]
         return EdgeList(numbers[: len(source)], numbers[len(source) :], weight, node_ids, len(node_ids))
     n = int(max(source.max(), target.max())) - first_id + 1
+    named = np.zeros(n, dtype=bool)
+    named[source - first_id] = named[target - first_id] = True
+    if 2 * (count := int(named.sum())) < n:
+        log.warning(
+            "%s: %d nodes, %d..%d, of which only %d have an edge; where ids are names and no numbering, dataset.ids=str takes "
+            "only those that occur",
+            *(path, n, first_id, first_id + n - 1, count),
+        )
     return EdgeList(source - first_id, target - first_id, weight, numbered(first_id, n), n)
 
 
