@@ -71,6 +71,16 @@ def test_a_rank_takes_the_gpu_of_its_number_or_the_only_one_it_sees(monkeypatch)
     assert groups.own_gpu(1) == (0, "")
 
 
+def test_gpus_that_cuda_cannot_use_are_an_error_and_not_the_cpu(monkeypatch):
+    def refuse(number):
+        raise RuntimeError("No CUDA GPUs are available")
+
+    fake_gpus(monkeypatch, ["a"])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", refuse)
+    with pytest.raises(ClusterError, match="CUDA cannot use them: No CUDA GPUs are available; see nvidia-smi"):
+        groups.own_gpu(0)
+
+
 def test_what_the_user_told_nccl_stays(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(os, "environ", {"NCCL_ALGO": "Ring", "GLOO_SOCKET_IFNAME": "eth1"})

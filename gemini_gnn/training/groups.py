@@ -72,11 +72,20 @@ def own_gpu(local_rank: int) -> tuple[int, str]:
 
     A launcher may show all GPUs of the machine to all of its ranks, or to each one only its own (``srun --gpus-per-task=1``).
     With ``DS_ACCELERATOR=cpu`` there is none, for DeepSpeed as for us.
+
+    Raises:
+        ClusterError: the machine has GPUs that CUDA cannot use.
     """
     if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return 0, ""
     number = local_rank % torch.cuda.device_count()
-    return number, str(torch.cuda.get_device_properties(number).uuid)
+    try:
+        return number, str(torch.cuda.get_device_properties(number).uuid)
+    except RuntimeError as error:
+        raise ClusterError(
+            f"this machine has GPUs, but CUDA cannot use them: {str(error).splitlines()[0]}; see nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES, or train on the CPU with DS_ACCELERATOR=cpu"
+        ) from error
 
 
 def join(place: Place, config: DistributedConfig, listen_fd: int | None = None) -> Groups:
