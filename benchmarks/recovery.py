@@ -85,6 +85,11 @@ def steps(run_dir: Path) -> int:
     return len(read_losses(path)) if path.exists() else 0
 
 
+def said(run_dir: Path) -> str:
+    """The end of a job's output: its folder is removed with us."""
+    return Path(f"{run_dir}.log").read_text()[-3000:]
+
+
 def disturbed(run_dir: Path, how: str, at: int, every: int) -> tuple[float, int]:
     """(seconds from the kill to the first new step, steps done again)."""
     settings = ["snapshot=nfs", f"snapshot.nfs_every={every}"] if how == "checkpoint" else []
@@ -92,7 +97,7 @@ def disturbed(run_dir: Path, how: str, at: int, every: int) -> tuple[float, int]
     deadline = time.monotonic() + 300
     while steps(run_dir) < at:
         if time.monotonic() > deadline or job.poll() is not None:
-            raise SystemExit(f"{how}: no step {at}; see {run_dir}.log")
+            raise SystemExit(f"{how}: no step {at}\n{said(run_dir)}")
         time.sleep(0.005)
     when = time.time()
     kill(trainers(run_dir) if how == "trainers" else processes(run_dir))
@@ -102,7 +107,7 @@ def disturbed(run_dir: Path, how: str, at: int, every: int) -> tuple[float, int]
         job.wait(30)
         job = start(run_dir, *settings)
     if job.wait(300) != 0:
-        raise SystemExit(f"{how}: the job failed after the kill; see {run_dir}.log")
+        raise SystemExit(f"{how}: the job failed after the kill\n{said(run_dir)}")
     after = [e for e in events(run_dir) if e["kind"] == "step" and e["t"] > when]
     first_new = min(e["t"] for e in after if e["step"] > before)
     return first_new - when, before - min(e["step"] for e in after) + 1
@@ -121,7 +126,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         calm = Path(folder) / "calm"
         if start(calm, "snapshot=none").wait(300) != 0:
-            raise SystemExit(Path(f"{calm}.log").read_text()[-3000:])
+            raise SystemExit(said(calm))
         expected = read_losses(calm / "losses.csv")
         for i in range(options.rounds):
             for how in contenders:
