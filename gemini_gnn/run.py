@@ -77,6 +77,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if not options.script.is_file():
         parser.error(f"expected a Python script; {options.script} is no file")
+    from gemini_gnn.observe.progress import say
     from gemini_gnn.recovery import shim
     from gemini_gnn.recovery.decisions import STOPPED
 
@@ -87,6 +88,8 @@ def main(arguments: list[str]) -> int:
         "arguments": passed_on + options.arguments,
         "store": place.local_world_size == place.world_size,
     }
+    if place.rank == 0:
+        say("loading PyTorch, a few seconds")
     code = shim.run(
         place,
         options.run_dir or Path("runs") / options.script.stem,
