@@ -10,6 +10,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from gemini_gnn.config import Config, OptimizerConfig
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.observe.events import EventLog
+from gemini_gnn.observe.progress import Progress, say
 from gemini_gnn.observe.run_dir import LossLog, RunDir, differences, read_config, read_losses, resume_of
 from gemini_gnn.training import metrics
 from gemini_gnn.training.schedule import lr_factor
@@ -159,3 +160,17 @@ def test_events_survive_a_missing_folder(tmp_path, capsys):
     log.emit("step")
     log.close()
     assert "cannot write events" in capsys.readouterr().err
+
+
+def test_progress_names_the_step_that_was_done_and_a_message_ends_its_line(capsys):
+    progress = Progress(True, epochs=2, steps_per_epoch=4, terminal=True)
+    progress.every_s = 0.0
+    progress.step(1, 0.5)
+    assert "epoch 1/2 step 1/4 loss 0.5000" in (first := capsys.readouterr().out) and "left" not in first
+    progress.step(4, 0.25)
+    assert "epoch 1/2 step 4/4 loss 0.2500" in (out := capsys.readouterr().out) and "left" in out
+    say("stopped")
+    assert capsys.readouterr() == ("\n", "stopped\n")
+    progress.line("epoch 1/2")
+    say("done")
+    assert capsys.readouterr()[1] == "done\n"

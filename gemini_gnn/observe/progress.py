@@ -13,6 +13,8 @@ class Progress:
         terminal: rewrite one line in place; else print a line at most every ``every_s`` seconds within an epoch.
     """
 
+    line_is_open = False  # the terminal's cursor stands behind a line that is not ended
+
     def __init__(self, enabled: bool, epochs: int, steps_per_epoch: int, terminal: bool, every_s: float = 5.0):
         self.enabled, self.epochs, self.steps_per_epoch = enabled, epochs, steps_per_epoch
         self.terminal = terminal
@@ -32,18 +34,19 @@ class Progress:
         done = step / (self.epochs * self.steps_per_epoch)
         width = 24
         bar = "#" * int(done * width) + "." * (width - int(done * width))
-        rate = (step - self._begin[1]) / max(now - self._begin[0], 1e-9)
-        left_s = (self.epochs * self.steps_per_epoch - step) / max(rate, 1e-9)
-        line = (
-            f"[{bar}] epoch {epoch + 1}/{self.epochs} step {within + 1}/{self.steps_per_epoch} "
-            f"loss {loss:.4f}  {rate:.1f} steps/s  {_clock(left_s)} left"
-        )
+        line = f"[{bar}] epoch {epoch + 1}/{self.epochs} step {within + 1}/{self.steps_per_epoch} loss {loss:.4f}"
+        if step > self._begin[1]:  # one step has no duration yet
+            rate = (step - self._begin[1]) / max(now - self._begin[0], 1e-9)
+            left_s = (self.epochs * self.steps_per_epoch - step) / rate
+            line += f"  {rate:.1f} steps/s  {_clock(left_s)} left"
         print(f"\r{line:<100}" if self.terminal else line, end="" if self.terminal else "\n", flush=True)
+        Progress.line_is_open = self.terminal
 
     def line(self, text: str) -> None:
         if self.enabled:
             print(f"\r{text:<100}" if self.terminal else text, flush=True)
             self._last = time.monotonic()
+            Progress.line_is_open = False
 
 
 def _clock(seconds: float) -> str:
@@ -54,4 +57,7 @@ def _clock(seconds: float) -> str:
 
 def say(text: str) -> None:
     """A message that is not progress of training: partitioning, loading, warnings."""
+    if Progress.line_is_open:
+        print(flush=True)
+        Progress.line_is_open = False
     print(text, file=sys.stderr, flush=True)
