@@ -334,14 +334,7 @@ def free_launcher(place: Place) -> list[str]:
         return []
     import psutil
 
-    def processes() -> dict[int, Process]:
-        known = {}
-        for process in psutil.process_iter(["ppid", "cmdline", "uids"]):
-            if process.info["cmdline"] and process.info["uids"] and process.info["uids"].real == os.getuid():
-                known[process.pid] = Process(process.info["ppid"], process.info["cmdline"])
-        return known
-
-    now = processes()
+    now = _processes_here()
     words = {pid: launch_words(process.argv) for pid, process in now.items()}
     clients = {}
     for waiting in waiting_ssh(os.getpid(), now):
@@ -369,6 +362,18 @@ def free_launcher(place: Place) -> list[str]:
             client.terminate()
     lost = [clients[client].host for client in stuck]
     if lost:
-        print(f"[gemini_gnn] nothing of this job runs on {', '.join(lost)}: ended the launcher's ssh, which waited for it",
-              file=sys.stderr, flush=True)  # fmt: skip
+        names = ", ".join(lost)
+        text = f"[gemini_gnn] nothing of this job runs on {names}: ended the launcher's ssh, which waited for it"
+        print(text, file=sys.stderr, flush=True)
     return lost
+
+
+def _processes_here() -> dict[int, Process]:
+    import psutil
+
+    found = {}
+    for process in psutil.process_iter(["ppid", "cmdline", "uids"]):
+        known = process.info
+        if known["cmdline"] and known["uids"] and known["uids"].real == os.getuid():
+            found[process.pid] = Process(known["ppid"], known["cmdline"])
+    return found
