@@ -4,6 +4,8 @@ For a run on a GPU see test_cuda.py.
 """
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -88,6 +90,27 @@ def test_what_the_user_told_nccl_stays(monkeypatch):
     assert os.environ["NCCL_ALGO"] == "Ring"
     assert os.environ["NCCL_SOCKET_IFNAME"] == "=eth1"
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+ASKS_NOTHING = """
+import os, torch
+exists, asked = os.path.exists, []
+os.path.exists = lambda path: path == "/dev/nvidiactl" or exists(path)  # as on a machine with a GPU
+for name in ("is_available", "device_count", "current_device", "get_device_properties", "_lazy_init"):
+    setattr(torch.cuda, name, lambda *_, name=name: asked.append(name) or 0)
+from gemini_gnn.recovery import warm
+assert warm.preload(["gemini_gnn.training.preload"]) is None
+assert not asked, asked
+assert "DS_ACCELERATOR" not in os.environ, "trainers are to find the GPU"
+from deepspeed.accelerator import get_accelerator
+torch.cuda.is_available = torch.cuda.device_count = lambda: 1
+assert get_accelerator().device_name() == "cuda"  # what a user's script would ask in a trainer
+"""
+
+
+def test_a_warm_parent_imports_all_of_it_without_asking_for_gpus():
+    environment = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR"} | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", ASKS_NOTHING], env=environment, check=True, timeout=120)
 
 
 def test_deepspeed_puts_its_tensors_where_the_model_is(monkeypatch):
