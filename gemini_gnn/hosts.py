@@ -20,6 +20,7 @@ import os
 import re
 import secrets
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,7 +241,12 @@ def run(path: Path, answers: Sequence[Answer], command: Sequence[str], environ: 
     """``deepspeed --hostfile path command...`` on machines that have answered; returns its exit code.
 
     Options of deepspeed may stand before the script in ``command`` and win over what is chosen here.
+
+    Raises:
+        ClusterError: deepspeed's own launcher, pdsh, is not on this machine.
     """
+    if not shutil.which("pdsh") and not any(word.startswith("--launcher") for word in command):
+        raise ClusterError("deepspeed starts the other machines with pdsh, which is not here: apt-get install pdsh")
     launcher = Path(sys.executable).with_name("deepspeed")
     chosen = ["--hostfile", str(path), "--master_port", str(10_000 + secrets.randbelow(20_000))]
     address = master_address(answers)

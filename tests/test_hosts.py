@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from gemini_gnn import hosts
 from gemini_gnn.errors import ClusterError
 from gemini_gnn.hosts import (
     KEEPALIVE,
@@ -109,6 +110,12 @@ def test_the_launcher_gives_up_dead_hosts(tmp_path):
     assert launcher_environment(own, tmp_path)["PDSH_SSH_ARGS_APPEND"] == "-o ServerAliveInterval=60"
     other = {"PDSH_SSH_ARGS_APPEND": "-p 2222"}
     assert launcher_environment(other, tmp_path)["PDSH_SSH_ARGS_APPEND"] == f"-p 2222 {KEEPALIVE}"
+
+
+def test_a_launcher_without_pdsh_is_not_started(monkeypatch):
+    monkeypatch.setattr(hosts.shutil, "which", lambda tool: None)
+    with pytest.raises(ClusterError, match="apt-get install pdsh"):
+        hosts.run("hostfile", [answer("h0"), answer("h1")], ["launch/train.py"], {})
 
 
 def test_table():

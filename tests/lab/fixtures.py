@@ -14,7 +14,7 @@ from tests.lab.lab import NAS, Lab, missing
 def lab_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """One lab of four hosts for all tests. Skips with the reason where it cannot be built.
 
-    With ``GEMINI_LAB_REQUIRED=1`` (as in CI) it fails instead: there a skip would be a hole in the tests.
+    With ``GEMINI_LAB_REQUIRED=1`` it fails instead, for machines where a skip would be a hole in the tests.
     """
     reason = missing()
     if reason and os.environ.get("GEMINI_LAB_REQUIRED") == "1":
