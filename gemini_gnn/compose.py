@@ -104,6 +104,8 @@ def spelled(argument: str, known: Mapping[str, Any], offered: Mapping[str, Seque
         like = [key for key in known if key.rpartition(".")[2] == last]
         like = like or difflib.get_close_matches(name, [*known, *offered], n=2)
         raise ConfigError(f"{name}: there is no such setting{did_you_mean(like)}; --cfg prints them all")
+    if isinstance(known[name], dict):
+        return f"++{argument}"
     if isinstance(known[name], list) and value and value[0] not in "[\"'":
         return f"{name}=[{value}]"
     is_text = known[name] is None or isinstance(known[name], str)

@@ -74,6 +74,7 @@ def test_a_bad_setting_is_one_clear_error(arguments, said):
         ("sampling.fanouts=10,-1", "sampling.fanouts", [10, -1]),
         ("sampling.fanouts=[10,-1]", "sampling.fanouts", [10, -1]),
         ("model.kwargs.k=3", "model.kwargs", {"k": 3}),
+        ("model.kwargs={k: 3}", "model.kwargs", {"k": 3}),
         ("+model.kwargs.k=3", "model.kwargs", {"k": 3}),
         ("dataset=ogbn-arxiv", "dataset.name", "ogbn-arxiv"),
         ("dataset=Cora", "dataset.name", "cora"),

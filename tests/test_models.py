@@ -298,6 +298,17 @@ def test_users_own_model():
     assert torch.equal(model.weight, build_model(settings, 6, 5, seed=0).weight)
 
 
+def test_the_example_of_an_own_model_is_a_gin():
+    settings = ModelConfig(_target_="examples.own_model.GIN", hidden=8, layers=2, kwargs={"eps": 0.5})
+    model, blocks, x = build_model(settings, 6, 5, seed=0), two_blocks(), features(30)
+    h = x
+    for conv, block, activate in zip(model.convs, blocks, (torch.relu, nn.Identity()), strict=True):
+        dense = torch.zeros(block.num_dst, block.num_src)
+        dense.index_put_((csr.destinations(block), block.indices), torch.ones(block.num_edges), accumulate=True)
+        h = activate(conv.nn(1.5 * h[: block.num_dst] + dense @ h))
+    torch.testing.assert_close(model(x, blocks), h)
+
+
 @pytest.mark.parametrize(
     ("target", "kwargs", "message"),
     [
