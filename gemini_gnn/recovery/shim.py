@@ -348,5 +348,6 @@ def _last_words(message: dict[str, Any], shown: bool) -> str:
     text = f"{who}{(message['text'] or message['reason']).rstrip()}"
     words = f"{message['outcome']}: {'the error above' if shown else text}"
     if message["kept_files"]:
-        words += "\nthe same command goes on from the snapshot in host memory"
+        mended = " once the cause is mended" if message["outcome"] == "failed" else ""
+        words += f"\nhost memory is kept: the same command goes on from the newest snapshot in it{mended}"
     return words
