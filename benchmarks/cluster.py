@@ -8,6 +8,7 @@
     ring               scatter-reduce and all-gather over send/recv, below
     parameter server   everybody sends to rank 0, which sums and sends back
     all_to_all         all_to_all_single, as in the halo exchange
+    pairs              the same over send/recv, all receives first
     send               one rank to one other: what a link really carries
 
 The bandwidth limit is the time no algorithm can undercut on links of that rate: to sum S bytes over n hosts each must send
@@ -98,9 +99,25 @@ def parameter_server(x: torch.Tensor) -> None:
         request.wait()
 
 
-def all_to_all(x: torch.Tensor) -> None:
+def all_to_all(x: torch.Tensor) -> torch.Tensor:
     usable = x[: len(x) // dist.get_world_size() * dist.get_world_size()]
-    dist.all_to_all_single(torch.empty_like(usable), usable)
+    arrived = torch.empty_like(usable)
+    dist.all_to_all_single(arrived, usable)
+    return arrived
+
+
+def pairs(x: torch.Tensor) -> torch.Tensor:
+    """all_to_all over send/recv. Receives first, as in :func:`pass_on`: both directions of a link are then full at once."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    ours = x[: len(x) // world * world].view(world, -1)
+    theirs = torch.empty_like(ours)
+    theirs[rank] = ours[rank]
+    others = [(rank + step) % world for step in range(1, world)]
+    requests = [dist.irecv(piece, other) for other in reversed(others) for piece in pieces(theirs[other])]
+    requests += [dist.isend(piece, other) for other in others for piece in pieces(ours[other])]
+    for request in requests:
+        request.wait()
+    return theirs.view(-1)
 
 
 def send(x: torch.Tensor) -> None:
@@ -117,13 +134,15 @@ CONTENDERS = {
     "ring": ring,
     "parameter server": parameter_server,
     "all_to_all": all_to_all,
+    "pairs": pairs,
     "send": send,
 }
 
 
 def limit_s(name: str, size_bytes: int, hosts: int, bits_per_s: float) -> float:
     """Seconds that the payload needs at least on links of ``bits_per_s``; for the sums, that of the best algorithm."""
-    share = {"all_to_all": (hosts - 1) / hosts, "send": 1.0}.get(name, 2 * (hosts - 1) / hosts)
+    others = (hosts - 1) / hosts
+    share = {"all_to_all": others, "pairs": others, "send": 1.0}.get(name, 2 * others)
     return share * size_bytes * 8 / bits_per_s
 
 
