@@ -159,7 +159,10 @@ def main() -> None:
             "hash_edges_max_over_min": max(rows["hash"]["edges"]) / min(rows["hash"]["edges"]),
         }
         print("  ".join(f"{what} {value:.2f}" for what, value in ratios.items()))
-    print("\nnodes, edges, seeds: largest part / mean. MiB/epoch: predicted, fanouts 10, 10 and 512 seeds per rank.")
+    print(
+        "\nMiB behind cut s and write s: peak memory on top of the graph. nodes, edges, seeds: largest part / mean. "
+        "MiB/epoch: predicted, fanouts 10, 10 and 512 seeds per rank."
+    )
     write(options.out, results)
 
 
