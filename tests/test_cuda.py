@@ -186,33 +186,26 @@ def test_plain_pytorch_goes_on_bit_for_bit(folder, optimizer):
     assert steps(fresh, other, 3) == after, "also the generator of the GPU goes on where it was"
 
 
-def test_snapshots_of_a_large_state_cost_the_host_nothing_and_the_driver_takes_the_pages(folder):
-    """300 MB of state; prints the host's and the GPU's stall. A driver that refuses the pages makes this fail, not training."""
+def test_the_driver_takes_the_pages_of_the_arena_and_gives_them_back(folder):
+    """A driver that refuses fails this test; training would only be slower. Prints what 300 MB take with nothing to hide behind."""
     module, opt = loop(0, "adam", width=350_000)
     snapshots = attach((module, opt), context=Context("job", folder, 0, 1, 0, 1, 1, 1))
-    for _ in range(6):
-        steps(module, opt, 1)
+    taken = []
+    for _ in range(12):
         snapshots.wait()
-    before, taken = snapshots.stats.stall_s, []
-    for _ in range(10):
+        steps(module, opt, 1)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        snapshots.wait()
-        steps(module, opt, 1)
         begin.record()
         snapshots.before_step()
         end.record()
-        torch.cuda.synchronize()
+        end.synchronize()
         taken.append(begin.elapsed_time(end))
-    host_ms = (snapshots.stats.stall_s - before) / 10 * 1e3
-    nbytes = snapshots.stats.bytes // snapshots.stats.captures
+    nbytes, fence_ms = snapshots.stats.bytes // snapshots.stats.captures, float(np.median(taken[-6:]))
     cuda = snapshots._copier.cuda
-    assert cuda is not None and len(cuda._registered) >= 3, "every slot is page-locked"
-    print(
-        f"\n{nbytes / 1e6:.0f} MB per snapshot: the host loses {host_ms:.2f} ms per step; a fence with nothing to hide behind "
-        f"holds the GPU for {np.median(taken):.2f} ms"
-    )
+    assert cuda is not None and not cuda._refused and len(cuda._registered) >= 3, "every slot is page-locked"
+    print(f"\n{nbytes / 1e6:.0f} MB copied in {fence_ms:.2f} ms: {nbytes / fence_ms / 1e6:.1f} GB/s")
     snapshots.close()
-    assert cuda._registered == [], "nothing stays page-locked after the arena is unmapped"
+    assert cuda._registered == [], "nothing stays page-locked when the arena is unmapped"
 
 
 def test_what_snapshots_cost_on_this_gpu(tmp_path):
