@@ -187,7 +187,7 @@ def test_plain_pytorch_goes_on_bit_for_bit(folder, optimizer):
 
 
 def test_the_driver_takes_the_pages_of_the_arena_and_gives_them_back(folder):
-    """A driver that refuses fails this test; training would only be slower. Prints what 300 MB take with nothing to hide behind."""
+    """A driver that refuses fails this test; training would only be slower. Prints how fast 300 MB are copied."""
     module, opt = loop(0, "adam", width=350_000)
     snapshots = attach((module, opt), context=Context("job", folder, 0, 1, 0, 1, 1, 1))
     taken = []
