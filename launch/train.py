@@ -28,7 +28,13 @@ def main(arguments: list[str]) -> int:
     in_memory = config.snapshot.mode == "memory"
     if place.local_rank == 0:  # again under the lock, later; here it costs no imports, and every machine ends at once
         if in_memory:  # a living job answers for itself: its worker agent is asked below
-            RunDir.check_earlier_run(Path(config.run_dir), config)
+            try:
+                RunDir.check_earlier_run(Path(config.run_dir), config)
+            except RunDirError:
+                from gemini_gnn.recovery.stop import drop_finished
+
+                drop_finished(Path(config.run_dir), config.snapshot.arena)
+                raise
         else:
             RunDir.check(config)
         if place.rank == 0:

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from gemini_gnn.recovery import home, messages
-from gemini_gnn.recovery.stop import stop
+from gemini_gnn.recovery.stop import drop_finished, stop
 from tests.recovery_job import PATIENCE_S, job, wait_for
 
 __all__ = ["job"]  # the fixture
@@ -213,6 +213,27 @@ def test_stop_drops_what_an_end_that_was_under_way_has_kept(tmp_path):
     (arena / "snapshot").write_bytes(b"s" * 4096)
     assert "removed its snapshots" in stop(tmp_path / "run", arena_root=tmp_path) and not arena.exists()
     going.join(10.0)
+
+
+def test_a_complete_run_that_was_killed_while_it_cleaned_up_is_cleaned_by_the_same_command(tmp_path):
+    run_dir = tmp_path / "run"
+    home.make_run_dir(run_dir)
+    arena = home.arena_of(run_dir, tmp_path)
+    home.make_arena(arena)
+    for name in ("rank-00000.0", home.AGENT_LOCK, home.AGENT_SOCKET, home.RUN_ID):
+        (arena / name).touch()
+    command = [sys.executable, "launch/train.py", f"run_dir={run_dir}", f"snapshot.arena={tmp_path}"]
+    lock = home.take_lock(arena)  # an agent lives: it is none of ours
+    (run_dir / "result.json").touch()
+    drop_finished(run_dir, tmp_path)
+    assert (arena / "rank-00000.0").exists()
+    os.close(lock)
+    (run_dir / "result.json").unlink()  # not complete: the command goes on from them
+    drop_finished(run_dir, tmp_path)
+    assert (arena / "rank-00000.0").exists()
+    (run_dir / "result.json").touch()
+    again = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert again.returncode == 2 and "holds a finished run" in again.stderr and not arena.exists()
 
 
 def test_stop_waits_for_who_holds_the_lock_for_a_moment(tmp_path):

@@ -52,6 +52,19 @@ def stop(run_dir: Path, *, keep: bool = False, arena_root: str | os.PathLike[str
     raise RecoveryError(f"the job of {run_dir} was asked to end and has not; see {run_dir}/events, or kill {who}")
 
 
+def drop_finished(run_dir: Path, arena_root: str | os.PathLike[str]) -> None:
+    """Remove the snapshots of a complete run that are still in host memory: all of it was killed while it cleaned up."""
+    arena = home.arena_of(run_dir, os.path.realpath(arena_root))
+    if not (run_dir / "result.json").exists() or not arena.exists():
+        return
+    lock = home.take_lock(arena)
+    if lock is not None:  # else an agent lives, which does so itself
+        try:
+            _clear(arena, keep=False)
+        finally:
+            os.close(lock)
+
+
 def _ask(agent: messages.Channel, keep: bool, deadline: float) -> dict[str, Any] | None:
     """The outcome the agent tells; None if it is gone without, or the deadline has passed. Raises RecoveryError: refused."""
     request = {"kind": "stop", "reason": "launch/stop.py", "code": 128 + signal.SIGTERM, "keep": keep, "force": False}
