@@ -79,7 +79,8 @@ class Limits:
         gather_s: for every local shim to come after the first.
         start_s: for the warm parent's imports.
         stop_s: for trainers that were asked to stop; below the 30 s DeepSpeed's launcher gives its slot processes.
-        reap_s: for killed trainers to be gone; after it they are stuck in the kernel.
+        reap_s: for killed trainers to be gone; after it they are stuck in the kernel. A driver that takes back gigabytes of
+            page-locked memory needs seconds.
         leave_s: for a trainer that has told its error to be gone: it joins its threads and runs its exit handlers.
         settle_s, cause_s: see the module docstring.
         max_restarts: at most so many within `restart_window_s`.
@@ -88,7 +89,7 @@ class Limits:
     gather_s: float = 120.0
     start_s: float = 600.0
     stop_s: float = 15.0
-    reap_s: float = 10.0
+    reap_s: float = 30.0
     leave_s: float = 30.0
     settle_s: float = 0.5
     cause_s: float = 3.0

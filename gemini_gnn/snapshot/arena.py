@@ -105,11 +105,13 @@ def room(root: str | Path) -> Room:
     the memory of the machine.
     """
     where = os.statvfs(root)
+    absolute = Path(root).resolve()
+    mount = next(folder for folder in (absolute, *absolute.parents) if folder.is_mount())
     rooms = [
         Room(
             where.f_bavail * where.f_frsize,
-            f"the size of {root}",
-            f"mount -o remount,size=... {root}, or docker run --shm-size=...",
+            f"the size of {mount}",
+            f"mount -o remount,size=... {mount}, or docker run --shm-size=...",
         )
     ]
     for folder, names in _cgroups():

@@ -59,6 +59,8 @@ def main(payload: dict[str, Any], place: Place, listen_fd: int | None = None) ->
 
 def without_agent(payload: dict[str, Any], place: Place, listen_fd: int | None = None) -> int:
     """As :func:`main` where nobody is above: errors are said here. 2 for one the user can mend, 1 for any other."""
+    asked = os.environ.get("OMP_NUM_THREADS") or os.environ.get("SLURM_CPUS_PER_TASK") or 0
+    torch.set_num_threads(int(asked) or max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
     try:
         return run(from_mapping(payload), place, listen_fd)
     except RunDirError as error:
@@ -70,8 +72,8 @@ def without_agent(payload: dict[str, Any], place: Place, listen_fd: int | None =
 
 
 def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
-    shared = len(os.sched_getaffinity(0)) // place.local_world_size
-    torch.set_num_threads(config.training.threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, shared))
+    if config.training.threads:
+        torch.set_num_threads(config.training.threads)
     torch.manual_seed(config.seed)
     _speak(place.rank)
     groups = process_groups.join(place, config.distributed, listen_fd)
