@@ -6,9 +6,9 @@ ssh waits for ever for a host that lost power. :func:`ask` finds out first, in p
 
 A launcher that was started without all this still comes back: when the job has failed, :func:`free_launcher` ends its ssh
 clients for machines on which the job no longer runs. What it may end: an ssh of this user on this machine, started by
-pdsh, whose remote command is word for word the one that started this process, and is not found on the other side,
-where a fresh ssh is asked. What may go wrong: a machine too slow to answer that question loses its ssh early; its
-processes do not mind, and they are ending anyway. Nothing is done on machines that did not launch.
+pdsh, whose remote command is word for word the one that started this process, when a fresh ssh finds no machine there
+or a machine that does not run it. Where ssh cannot ask (pdsh forwards no keys) nothing is ended, and the launcher waits
+for Ctrl-C. Nothing is done on machines that did not launch.
 """
 
 from __future__ import annotations
@@ -243,9 +243,9 @@ def run(path: Path, answers: Sequence[Answer], command: Sequence[str], environ: 
     Options of deepspeed may stand before the script in ``command`` and win over what is chosen here.
 
     Raises:
-        ClusterError: deepspeed's own launcher, pdsh, is not on this machine.
+        ClusterError: there are several machines, and deepspeed's own launcher for them, pdsh, is not on this one.
     """
-    if not shutil.which("pdsh") and not any(word.startswith("--launcher") for word in command):
+    if len(answers) > 1 and not shutil.which("pdsh") and not any(word.startswith("--launcher") for word in command):
         raise ClusterError("deepspeed starts the other machines with pdsh, which is not here: apt-get install pdsh")
     launcher = Path(sys.executable).with_name("deepspeed")
     chosen = ["--hostfile", str(path), "--master_port", str(10_000 + secrets.randbelow(20_000))]
@@ -330,6 +330,11 @@ def runs_there(said: str, words: Sequence[str]) -> bool:
     return any(launch_words(line.split()) == list(words) for line in said.splitlines())
 
 
+def answers_no_more(code: int, said: str) -> bool:
+    """Whether an ssh with exit ``code`` that ``said`` this found no machine at all. One that only refuses is up. Pure."""
+    return code == 255 and any(why in said for why in ("timed out", "No route to host", "Host is down", "unreachable"))
+
+
 def free_launcher(place: Place) -> list[str]:
     """End the launcher's ssh to machines that no longer run this job; their names. Called when the job has failed.
 
@@ -356,8 +361,10 @@ def free_launcher(place: Place) -> list[str]:
         try:
             done = subprocess.run(waiting.ask, capture_output=True, text=True, errors="replace", timeout=10)
         except subprocess.TimeoutExpired:
-            return True
-        return done.returncode != 0 or not runs_there(done.stdout, words[waiting.pid])
+            return False  # it is there, and slow
+        if done.returncode == 0:
+            return not runs_there(done.stdout, words[waiting.pid])
+        return answers_no_more(done.returncode, done.stderr)
 
     _, left = psutil.wait_procs(clients, timeout=SETTLE_S)
     with ThreadPoolExecutor(max_workers=len(clients)) as pool:

@@ -118,6 +118,14 @@ def test_a_launcher_without_pdsh_is_not_started(monkeypatch):
         hosts.run("hostfile", [answer("h0"), answer("h1")], ["launch/train.py"], {})
 
 
+def test_only_a_machine_that_is_not_there_loses_its_ssh():
+    assert hosts.answers_no_more(255, "ssh: connect to host h1 port 22: No route to host")
+    assert hosts.answers_no_more(255, "ssh: connect to host h1 port 22: Connection timed out")
+    assert not hosts.answers_no_more(255, "u@h1: Permission denied (publickey).")
+    assert not hosts.answers_no_more(255, "Host key verification failed.")
+    assert not hosts.answers_no_more(1, "ps: timed out")
+
+
 def test_table():
     text = table([answer("h0"), Answer("h1", 2, 20.0, {}, "no answer")])
     assert "h0                   2  8 cores, 2.0 GiB free" in text and "FAILED: no answer" in text
