@@ -1,6 +1,7 @@
 """attach() around plain PyTorch on one rank: what is captured when, and that training goes on from it bit for bit."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -124,10 +125,8 @@ def test_a_state_that_changes_shape_is_said_in_the_training_thread(folder):
         snapshots.close()
 
 
-@pytest.mark.parametrize("name", ["in place", "replaced"])
-def test_what_changes_while_it_is_copied_is_not_committed(folder, monkeypatch, name):
-    module, opt = parts()
-    snapshots = attach((module, opt), context=context_of(folder))
+def held_up(monkeypatch):
+    """From now on copies wait: an event that tells that one does, and one that lets them go on."""
     begun, go_on, copy = threading.Event(), threading.Event(), copier.Copier._copy_all
 
     def late(self, shard, slot):
@@ -136,6 +135,14 @@ def test_what_changes_while_it_is_copied_is_not_committed(folder, monkeypatch, n
         return copy(self, shard, slot)
 
     monkeypatch.setattr(copier.Copier, "_copy_all", late)
+    return begun, go_on
+
+
+@pytest.mark.parametrize("name", ["in place", "replaced"])
+def test_what_changes_while_it_is_copied_is_not_committed(folder, monkeypatch, name):
+    module, opt = parts()
+    snapshots = attach((module, opt), context=context_of(folder))
+    begun, go_on = held_up(monkeypatch)
     step(module, opt)
     assert begun.wait(30)
     with torch.no_grad():
@@ -149,6 +156,42 @@ def test_what_changes_while_it_is_copied_is_not_committed(folder, monkeypatch, n
     with pytest.raises(SnapshotError, match="was changed"):
         snapshots.close()
     assert attach_and_close(folder, 2) == (1, 1, 0)
+
+
+def test_nothing_is_unmapped_under_a_copy_that_is_under_way(folder, monkeypatch):
+    module, opt = parts()
+    snapshots = attach((module, opt), context=context_of(folder))
+    begun, go_on = held_up(monkeypatch)
+    step(module, opt)
+    assert begun.wait(30)
+    snapshots._timeout_s = 0.05
+    with pytest.raises(SnapshotError, match="still copying. Nothing was closed"):
+        snapshots.close()
+    assert all(shard.addresses and shard.files for shard in snapshots._shards)
+    assert opt._optimizer_step_pre_hooks
+    go_on.set()
+    snapshots._timeout_s = 30
+    snapshots.close()
+    assert not any(shard.addresses or shard.files for shard in snapshots._shards)
+    assert attach_and_close(folder, 2) == (1, 1, 1)
+
+
+def test_closing_goes_on_after_an_error_and_says_what_the_background_met(folder, monkeypatch):
+    module, opt = parts()
+    snapshots = attach((module, opt), context=context_of(folder))
+
+    def broken(*_):
+        raise RuntimeError("the GPU is lost")
+
+    monkeypatch.setattr(copier.Copier, "_copy_all", broken)
+    step(module, opt)
+    with pytest.raises(SnapshotError, match="the GPU is lost"):
+        snapshots.wait()
+    monkeypatch.setattr(snapshots._copier, "cuda", SimpleNamespace(close=broken))
+    snapshots.on_close(broken)
+    with pytest.raises(SnapshotError, match="background copy of a snapshot failed: the GPU is lost"):
+        snapshots.close()
+    assert not opt._optimizer_step_pre_hooks and not any(shard.files for shard in snapshots._shards)
 
 
 def test_after_the_fence_parameters_may_change(folder):

@@ -27,6 +27,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -194,14 +195,24 @@ class Snapshots:
         self._closing.append(call)
 
     def close(self) -> None:
-        """Finish the last capture, stop the background and let go of the arena. The snapshots stay."""
+        """Finish the last capture, stop the background and let go of the arena. The snapshots stay.
+
+        Raises:
+            SnapshotError: the background failed; or it did not end within the timeout: then nothing is let go of, as it
+                writes there, and ``close`` may be called again.
+        """
         self._copier.stop(self._timeout_s)
-        for call in self._closing:
-            call()
-        self._closing = []
-        for shard in self._shards:
-            shard.close()
-        self._raise()
+        with (
+            ExitStack() as last_first
+        ):  # whatever raises, the rest is done too; what the background met is said above all
+            last_first.callback(self._raise)
+            for shard in self._shards:
+                last_first.callback(shard.close)
+            for call in reversed(self._closing):
+                last_first.callback(call)
+            self._closing = []
+            if self._copier.cuda is not None:
+                last_first.callback(self._copier.cuda.close)
 
     def _wait(self, event: threading.Event, what: str) -> None:
         if not event.wait(self._timeout_s):

@@ -119,17 +119,25 @@ class Copier:
         self._queue.put(_Warm())
 
     def stop(self, timeout_s: float) -> None:
-        """Finish the last job and end the thread."""
+        """Finish the last job and end the thread. Only then may anything it uses be let go of.
+
+        Raises:
+            SnapshotError: it is still at it after ``timeout_s``; ask again.
+        """
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join(timeout_s)
-        if self.cuda is not None and not self._thread.is_alive():
-            self.cuda.close()
+        if self._thread.is_alive():
+            raise SnapshotError(
+                f"expected the background of the snapshots to end within {timeout_s:.0f} s; it is still copying. Nothing was "
+                "closed: call close() again, or end the process"
+            )
 
     # The copying thread, but for _header and _copy of tensors that forward changes
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:
+            captures = isinstance(job, Job)
             try:
                 if isinstance(job, Job):
                     self._do(job)
@@ -137,7 +145,8 @@ class Copier:
                     self._touch_slots()
             except BaseException as error:  # kept for the training thread, which raises it
                 self.error = error
-            if isinstance(job, Job):
+            job = None  # or its arrays would stay until the next one comes
+            if captures:
                 self.copied.set()
                 self.committed.set()
 

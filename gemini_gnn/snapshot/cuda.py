@@ -54,11 +54,18 @@ class CudaCopies:
         torch.cuda.current_stream().wait_event(self._done)
 
     def close(self) -> None:
-        """Forget the slots' pages; the copying thread has ended."""
-        self._stream.synchronize()  # after an error copies may still be under way
-        for address in self._registered:
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(address)))
-        self._registered = []
+        """Forget the slots' pages; the copying thread has ended.
+
+        Raises:
+            RuntimeError: the driver's error; every page was tried all the same.
+        """
+        registered, self._registered = self._registered, []
+        try:
+            self._stream.synchronize()  # after an error copies may still be under way
+        finally:
+            errors = [int(torch.cuda.cudart().cudaHostUnregister(address)) for address in registered]
+        for error in errors:
+            torch.cuda.check_error(error)
 
     # The copying thread
 
