@@ -19,6 +19,7 @@ from gemini_gnn.graph.partitioned import PartitionedGraph
 from gemini_gnn.graph.partitioning import partition_nodes
 from gemini_gnn.graph.topology import Graph
 from gemini_gnn.graph.writing import write_partitioned
+from gemini_gnn.observe.run_dir import read_config
 
 READING = (
     "undirected",
@@ -182,6 +183,10 @@ def load(run_dir: str | Path) -> torch.nn.Module:
 def predict(run_dir: str | Path, data: Any) -> dict[str, np.ndarray]:
     """Exact layer-wise inference of a finished run on a graph with the same features, in the graph's node order.
 
+    Args:
+        data: what :func:`as_graph` takes; labels may be missing. It is read with the ``dataset.*`` settings of the run, so
+            give what :func:`train` was given, not yet normalised; a Graph or PartitionedGraph is taken as it is.
+
     Returns:
         ``logits`` float32 ``[nodes, classes]``, ``predictions`` int64 ``[nodes]`` (or uint8 ``[nodes, classes]`` for
         multi-label models), ``embeddings`` float32 ``[nodes, hidden]`` (what enters the last layer) and ``ids``
@@ -195,7 +200,13 @@ def predict(run_dir: str | Path, data: Any) -> dict[str, np.ndarray]:
     from gemini_gnn.sampling.topology import ReplicatedTopology
     from gemini_gnn.training.evaluate import Evaluation
 
-    graph, model = as_graph(data), load(run_dir)
+    model = load(run_dir)
+    reading: dict[str, Any] = {}
+    if not isinstance(data, (Graph, PartitionedGraph)):
+        # As the data of the training was read. Not its split: a prediction needs none, and this data may lack that one.
+        trained = read_config(Path(run_dir)).dataset
+        reading = {name: getattr(trained, name) for name in READING if name != "split"}
+    graph = as_graph(data, require_labels=False, **reading)
     card = json.loads((Path(run_dir) / "model.json").read_text())
     if graph.x.shape[1] != card["in_features"]:
         raise DataError(

@@ -63,6 +63,15 @@ def test_settings_of_the_data_set_apply_to_data_from_python(tmp_path):
         gemini_gnn.train(networkx.path_graph(9), tmp_path / "other", SETTINGS)
 
 
+def test_predictions_read_the_data_as_the_training_did(tmp_path):
+    reading = {"dataset.normalize": "l2", "dataset.undirected": True, "dataset.split": "random:0.5,0.3,0.2"}
+    gemini_gnn.train(data(), tmp_path / "run", {**SETTINGS, **reading})
+    trained_on = gemini_gnn.predict(tmp_path / "run", PartitionedGraph.open(tmp_path / "run" / "partition"))
+    unlabelled = Data(x=data().x, edge_index=data().edge_index)
+    for given in (data(), unlabelled):
+        assert np.array_equal(gemini_gnn.predict(tmp_path / "run", given)["logits"], trained_on["logits"])
+
+
 def test_networkx_and_folders_of_npy(tmp_path):
     graph = networkx.karate_club_graph()
     for node, values in graph.nodes(data=True):
