@@ -12,12 +12,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 
 from gemini_gnn.errors import RecoveryError, RunDirError
-from gemini_gnn.recovery import home, messages, shim
+from gemini_gnn.recovery import home, messages, processes, shim
 from gemini_gnn.snapshot import locks
-from tests.recovery_job import PATIENCE_S
+from tests.recovery_job import PATIENCE_S, wait_for
 
 
 def test_the_lock_has_one_holder_and_survives_removal(tmp_path):
@@ -92,6 +93,23 @@ def test_living_trainers_are_seen_until_the_kernel_is_done_with_them(tmp_path):
     assert home.living_trainer(tmp_path) is None
     os.close(ready)
     os.close(says)
+
+
+MAIN_THREAD_EXITS = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(3600,)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_process_whose_main_thread_has_exited_is_not_dead():
+    with subprocess.Popen([sys.executable, "-c", MAIN_THREAD_EXITS]) as lives:
+        wait_for(lambda: psutil.Process(lives.pid).status() == psutil.STATUS_ZOMBIE, "the exit of its main thread")
+        assert lives.poll() is None and not processes.is_zombie(lives.pid)
+        lives.kill()
+        os.waitid(os.P_PID, lives.pid, os.WEXITED | os.WNOWAIT)
+        assert processes.is_zombie(lives.pid)
+    assert not processes.is_zombie(lives.pid)
 
 
 def test_channel_carries_messages_and_descriptors():

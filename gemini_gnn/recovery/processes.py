@@ -85,7 +85,9 @@ def children(parent: int | None = None) -> list[int]:
 
 
 def is_zombie(pid: int) -> bool:
-    return _stat(Path(f"/proc/{pid}"))[:1] == ["Z"]
+    """Whether ``pid`` is dead and not reaped: not while a thread lives on though the main one has exited, state Z as well."""
+    fields = _stat(Path(f"/proc/{pid}"))
+    return fields[:1] == ["Z"] and fields[17] == "1"  # num_threads
 
 
 def _stat(process: Path) -> list[str]:
