@@ -117,7 +117,7 @@ def join(place: Place, config: DistributedConfig, listen_fd: int | None = None) 
         )
         store = dist.PrefixStore("0", base)
         _take_seat(store, place)
-        store.set(f"gpu/{place.rank}", gpu)  # after the seat: a rank of another job at this port must not answer for ours
+        store.set(f"gpu/{place.rank}", gpu)  # after the seat: another job at this port must not answer for ours
         _wait_for_all(store, place, config.start_timeout_s)
         gpus = [store.get(f"gpu/{rank}").decode() for rank in range(place.world_size)]
         backend = choose_backend(config.backend, gpus)
