@@ -2,6 +2,8 @@
 
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 
@@ -66,9 +68,24 @@ def test_an_arena_of_another_user_or_a_link_is_refused(folder, monkeypatch, tmp_
 def test_sweep_spares_the_living(folder):
     run_some(folder, 1)
     lock = locks.take_agent_lock(folder)
-    assert lock is not None and locks.agent_lives(folder) and not arena.sweep(folder)
+    assert lock is not None and locks.agent_lives(folder)
+    assert arena.sweep(folder) == "its worker agent is alive; end it with launch/stop.py first" and folder.exists()
     os.close(lock)
-    assert not locks.agent_lives(folder) and arena.sweep(folder) and not folder.exists()
+    assert not locks.agent_lives(folder)
+    # A process holds the lock of the trainers; a process that asks holds none itself, or it would lose it by asking.
+    code = "import sys; from gemini_gnn.snapshot import locks; from pathlib import Path\n"
+    code += "locks.hold_trainers_lock(Path(sys.argv[1])); print(flush=True); sys.stdin.read()"
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with trainer:
+        trainer.stdout.readline()
+        reason = arena.sweep(folder)
+        trainer.stdin.close()
+        assert trainer.wait(30) == 0
+    assert reason is not None and f"its process {trainer.pid} is not yet" in reason and folder.exists()
+    assert arena.sweep(folder) is None and not folder.exists()
+    assert "gone already" in str(arena.sweep(folder))
 
 
 def test_room_knows_cgroups(tmp_path, monkeypatch):

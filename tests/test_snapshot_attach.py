@@ -1,6 +1,7 @@
 """attach() around plain PyTorch on one rank: what is captured when, and that training goes on from it bit for bit."""
 
 import threading
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -187,11 +188,28 @@ def test_closing_goes_on_after_an_error_and_says_what_the_background_met(folder,
     step(module, opt)
     with pytest.raises(SnapshotError, match="the GPU is lost"):
         snapshots.wait()
+    assert snapshots.last is None, "not what has failed"
     monkeypatch.setattr(snapshots._copier, "cuda", SimpleNamespace(close=broken))
     snapshots.on_close(broken)
     with pytest.raises(SnapshotError, match="background copy of a snapshot failed: the GPU is lost"):
         snapshots.close()
     assert not opt._optimizer_step_pre_hooks and not any(shard.files for shard in snapshots._shards)
+
+
+def test_nothing_of_a_committed_capture_is_kept_in_this_process(folder, monkeypatch):
+    module, opt = parts()
+    snapshots = attach((module, opt), context=context_of(folder))
+    jobs, begin = [], copier.Copier.begin
+
+    def noted(self, job):
+        jobs.append(weakref.ref(job))
+        begin(self, job)
+
+    monkeypatch.setattr(copier.Copier, "begin", noted)
+    step(module, opt)
+    snapshots.wait()
+    assert [job() for job in jobs] == [None]
+    snapshots.close()
 
 
 def test_after_the_fence_parameters_may_change(folder):

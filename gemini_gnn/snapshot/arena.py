@@ -371,18 +371,19 @@ def remove(folder: Path) -> None:
         folder.parent.rmdir()
 
 
-def sweep(folder: Path) -> bool:
-    """Delete the arena if its agent is dead and no trainer of it lives; whether it did."""
+def sweep(folder: Path) -> str | None:
+    """Delete the arena if its agent is dead and no trainer of it lives. None when it did, else why not, in words."""
     try:
         lock = locks.take_agent_lock(folder)
-    except FileNotFoundError:  # somebody else has just removed it
-        return False
+    except FileNotFoundError:
+        return "it is gone already: its job has ended, or somebody else has just swept it"
     if lock is None:
-        return False
+        return "its worker agent is alive; end it with launch/stop.py first"
     try:
-        if locks.living_trainer(folder) is not None:
-            return False
+        trainer = locks.living_trainer(folder)
+        if trainer is not None:
+            return f"its worker agent is dead, but its process {trainer} is not yet; end that one, then sweep again"
         remove(folder)
-        return True
+        return None
     finally:
         os.close(lock)

@@ -3,9 +3,10 @@
 Account of the concurrency. Two threads: the training thread calls ``ready``, ``after_step`` and ``before_step``; the copying
 thread (copier.py) does what need not be done before they return. Per capture:
 
-1. training thread, just after an optimizer step: the slots were locked by ``ready``; headers WRITING; numbers and buffers are
-   taken at once, because the next forward pass changes them; the job is handed over;
-2. copying thread: the large tensors, which nobody changes before the next optimizer step; then ``copied`` is set;
+1. training thread, just after an optimizer step: the slots were locked by ``ready``; numbers and buffers are taken at once,
+   because the next forward pass changes them, after the header WRITING of the shards that have buffers; the job is handed over;
+2. copying thread: all other headers WRITING; the large tensors, which nobody changes before the next optimizer step; then
+   ``copied`` is set;
 3. copying thread, while training may already have gone past its fence: tail, checksums, header COMMITTED, lock released;
    ``committed`` is set.
 
@@ -76,7 +77,7 @@ class Snapshots:
         self.recoverable: Identity | None = None
         self.stats = Stats()
         self._last: Identity | None = None  # newest capture of this rank
-        self._running: Job | None = None  # the last capture, as long as its fence was not passed
+        self._running: Job | None = None  # on CUDA: the last capture, until its fence is passed
         self._reserved: dict[str, int] = {}
         self._closing: list[Callable[[], Any]] = []
         self._copier = Copier(self._own, self._foreign, job, rank, self.stats)
@@ -179,8 +180,9 @@ class Snapshots:
 
     @property
     def last(self) -> Identity | None:
-        """Newest snapshot this rank has committed, or None."""
-        return self._last if self._copier.committed.is_set() else None
+        """Newest snapshot this rank has committed; None while a capture is under way, and after one has failed."""
+        # An error is kept before ``committed`` is set, so it is seen here by whoever sees that.
+        return self._last if self._copier.committed.is_set() and self._copier.error is None else None
 
     def went_on_from(self, identity: Identity) -> None:
         """Called by ``attach`` when all ranks have restored ``identity``."""
@@ -257,7 +259,9 @@ class Snapshots:
         job = Job(identity, self._reserved, tree.pack(numbers), generators.read(), verify, versions(self._copier.late))
         self._reserved = {}
         self._copier.begin(job)
-        self._last, self._running = identity, job
+        self._last = identity
+        if self._copier.cuda is not None:
+            self._running = job
         self.stats.captures += 1
 
     def _compare_replicated(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,12 +128,13 @@ def table(lines: list[Line]) -> str:
 
 
 def sweep(root: str | Path = "/dev/shm", job: str | None = None) -> list[str]:
-    """Remove the arenas whose worker agent is dead; what was done, in words."""
+    """Remove the arenas whose processes are all dead; what was done or why not, in words."""
     said = []
     for folder in arenas(root, job):
-        held = sum(p.stat().st_blocks * 512 for p in folder.iterdir() if p.is_file())
-        if arena.sweep(folder):
-            said.append(f"job {folder.name}: swept, {held / 1e6:.1f} MB of host memory are free again")
-        else:
-            said.append(f"job {folder.name}: its worker agent is alive; end it with launch/stop.py first")
+        held = 0
+        with suppress(FileNotFoundError):  # its job has just ended
+            held = sum(p.stat().st_blocks * 512 for p in folder.iterdir() if p.is_file())
+        why_not = arena.sweep(folder)
+        freed = f"swept, {held / 1e6:.1f} MB of host memory are free again"
+        said.append(f"job {folder.name}: {why_not or freed}")
     return said
