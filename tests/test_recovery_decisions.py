@@ -248,6 +248,32 @@ def test_a_trainer_that_told_its_error_and_stays_is_not_waited_for():
     assert (outcome.kind, outcome.failure.rank) == ("failed", 0)
 
 
+def test_an_error_that_was_told_is_not_hidden_by_a_request_to_stop():
+    state, _ = play(listening(), failure(0, 1.0, code=2), now=1.0)
+    state, actions = decide(state, StopAsked("launch/stop.py", 143, keep=False), 1.1)
+    assert actions == [Kill(frozenset({0, 1}))]
+    outcome = finished(play(state, Exited(0, 2), Exited(1, -9))[1])
+    assert (outcome.kind, outcome.code, outcome.failure.rank, outcome.keep) == ("failed", 2, 0, False)
+    state, _ = play(listening(), failure(0, 1.0, consequence=True), StopAsked("Ctrl-C", 130), now=1.0)
+    assert finished(play(state, Exited(0, 1), Exited(1, -9))[1]).kind == "stopped"
+
+
+def test_an_error_is_of_its_generation():
+    state, _ = play(running(), failure(0, 1.0), Exited(1, -9), now=1.0)
+    assert finished(play(state, StopAsked("Ctrl-C", 130), Exited(0, -9), now=2.0)[1]).kind == "stopped"
+
+
+@pytest.mark.parametrize("death", [Exited(1, -9), WarmDied("SIGKILL")])
+def test_an_error_that_was_told_is_not_hidden_by_a_later_death(death):
+    told, _ = play(running(), failure(0, 1.0, code=2), now=1.0)
+    assert decide(told, death, 1.0 + told.limits.settle_s)[0].outcome is None  # it may be the cause: restarted
+    state, actions = decide(told, death, 1.1 + told.limits.settle_s)
+    assert actions == [Kill(state.alive)]
+    assert (state.outcome.kind, state.outcome.code, state.outcome.failure.rank) == ("failed", 2, 0)
+    consequence, _ = play(running(), failure(0, 1.0, consequence=True), now=1.0)
+    assert decide(consequence, death, 1.1 + told.limits.settle_s)[0].outcome is None
+
+
 def test_a_warm_parent_that_cannot_be_reaped_makes_the_machine_lost():
     outcome = finished(play(running(), WarmStuck(17))[1])
     assert outcome.kind == "lost" and "warm parent (process 17)" in outcome.reason

@@ -17,6 +17,8 @@ import pytest
 
 from gemini_gnn.errors import RecoveryError, RunDirError
 from gemini_gnn.recovery import home, messages, processes, shim
+from gemini_gnn.recovery.decisions import Failure
+from gemini_gnn.recovery.journal import Journal
 from gemini_gnn.snapshot import locks
 from tests.recovery_job import PATIENCE_S, wait_for
 
@@ -198,6 +200,18 @@ def test_a_full_disk_does_not_end_the_agent(tmp_path):
     with open("/dev/full", "w") as full:
         ended = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=full, timeout=PATIENCE_S)
     assert ended.returncode == 0 and ended.stdout == b"lives\n"
+
+
+def test_the_first_error_is_whole_in_its_log_also_when_the_job_goes_on(tmp_path):
+    home.make_run_dir(tmp_path)
+    journal = Journal(tmp_path, "m")
+    errors = [Failure(0, 1, 1.0, "gone", "trace of 0", consequence=True), Failure(1, 1, 2.0, "bad", "trace of 1")]
+    for first in (None, errors[1]):
+        journal.errors = [*errors, Failure(2, 1, 3.0, "later", "trace of 2")]
+        journal.write_errors(first)
+        assert journal.log_of(1).read_text() == "trace of 1\n" and journal.errors == []
+        assert all("ended by" in journal.log_of(rank).read_text() for rank in (0, 2))
+        journal.log_of(1).unlink()
 
 
 def test_a_run_directory_has_one_agent_and_a_dead_one_does_not_keep_it(tmp_path):

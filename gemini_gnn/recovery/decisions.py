@@ -12,7 +12,9 @@ agent carries those out. The phases of a job on one machine:
 Why a trainer's exception waits before it is believed: when a trainer is killed, the others' collectives raise
 ("Connection closed by peer") and may be seen to exit first. A death by a signal within `settle_s` is the cause, and a
 cause the job can go on from. An exception that only says that a peer is gone waits `cause_s`, for the peer's own. Of
-several the job's first error is the earliest that is no such consequence: on one machine they share a clock.
+several the job's first error is the earliest that is no such consequence: on one machine they share a clock. Once told, such an
+error is the job's, though its trainer has up to `leave_s` to exit: a request to stop does not hide it, nor does a death
+by a signal more than `settle_s` after it.
 """
 
 from __future__ import annotations
@@ -267,6 +269,12 @@ def first_error(failures: tuple[Failure, ...]) -> Failure | None:
     return min(failures, key=lambda failure: (failure.consequence, failure.time_s), default=None)
 
 
+def told_error(failures: tuple[Failure, ...]) -> Failure | None:
+    """The first error that is no consequence of another's end."""
+    failure = first_error(failures)
+    return None if failure is None or failure.consequence else failure
+
+
 def may_restart(state: State, now: float) -> str | None:
     """Why this machine must not start another generation by itself; None when it may."""
     if state.local != state.world:
@@ -364,6 +372,9 @@ def _ended_by_itself(state: State, now: float) -> Step:
 
 def _restart(state: State, cause: str, code: int, now: float) -> Step:
     """Something died that the job can go on from: close this generation, and begin the next if allowed."""
+    failure = told_error(state.failures)
+    if failure is not None and now - failure.time_s > state.limits.settle_s:  # not caused by this death
+        return _close(state, Outcome("failed", failure.code, failure.summary, failure=failure), now)
     reason = may_restart(state, now)
     if reason is not None:
         text = f"{cause}; not restarted here: {reason}"
@@ -404,6 +415,9 @@ def _stop(state: State, asked: StopAsked, now: float) -> Step:
         if state.phase is Phase.STOPPING and asked.force:
             return _close(state, state.outcome, now)
         return state, []
+    failure = told_error(state.failures) if state.phase is Phase.RUNNING else None  # else of the last generation
+    if failure is not None:  # its exit would have ended the job
+        return _close(state, Outcome("failed", failure.code, failure.summary, keep=asked.keep, failure=failure), now)
     if state.phase is Phase.RUNNING and state.alive <= state.listening and state.deadline is None and not asked.force:
         state = replace(state, phase=Phase.STOPPING, outcome=outcome, deadline=now + state.limits.stop_s)
         return state, [Say(f"{asked.reason}: ending after this step"), AskToStop(state.alive)]

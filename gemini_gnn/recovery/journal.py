@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gemini_gnn.recovery import home
-from gemini_gnn.recovery.decisions import Failure
+from gemini_gnn.recovery.decisions import Failure, told_error
 
 
 class Journal:
@@ -46,12 +46,16 @@ class Journal:
                 print(f"cannot write {self._events.name}: {error.strerror}: {record}", file=sys.stderr, flush=True)
 
     def write_errors(self, first: Failure | None) -> None:
-        """Each trainer's error into its log: the job's first one whole, one line of those that came of another's end."""
+        """Each trainer's error into its log: the job's first one whole, one line of those that came of another's end.
+
+        ``first`` is None where the job goes on or ends without an error: then the first that is no consequence is whole.
+        """
         if first is not None and first.rank >= 0 and first not in self.errors:
             self.errors.append(first)  # it ended without a record of its own
+        whole = first or told_error(tuple(self.errors))
         for failure in self.errors:
             text = (
-                failure.text if failure is first else f"[gemini_gnn] ended by {failure.summary} (after another trainer)"
+                failure.text if failure is whole else f"[gemini_gnn] ended by {failure.summary} (after another trainer)"
             )
             try:
                 with open(self.log_of(failure.rank), "a") as log:
