@@ -268,6 +268,20 @@ def test_collectives_on_a_stream_are_counted_when_they_are_over(monkeypatch):
     assert clock.seconds == clock.seconds == 3.0
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_second_training_in_a_process_takes_the_place_of_the_first_ones_clock(monkeypatch, device):
+    from gemini_gnn.training import engine
+
+    backend = SimpleNamespace(all_reduce=lambda: "sum")
+    original = backend.all_reduce
+    monkeypatch.setattr(engine.deepspeed.comm.comm, "cdb", backend)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    first, second = (engine.CollectiveClock(torch.device(device, 0)) for _ in range(2))
+    assert backend.all_reduce() == "sum" and backend.all_reduce.untimed is original
+    assert first._seconds == 0.0 and not first._under_way, "or its events would pile up: nobody asks it any more"
+    assert len(second._under_way) == 1 if device == "cuda" else second.seconds > 0.0
+
+
 class FakeDriver:
     """Streams, events and page-locking as torch.cuda has them, over tensors on the CPU; it notes what it was told, in order.
 

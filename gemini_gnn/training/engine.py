@@ -178,10 +178,14 @@ class CollectiveClock:
         timed = self._timed_on_cuda if device.type == "cuda" else self._timed
         backend = deepspeed.comm.comm.cdb
         for name in self.NAMES:
-            # DeepSpeed binds its backend object once per process: wrap its methods where it keeps them.
-            original = getattr(backend, name, None)
-            if original is not None:
-                setattr(backend, name, timed(original))
+            # DeepSpeed binds its backend object once per process: wrap its methods where it keeps them. The clock of an
+            # earlier training in this process may still be around them: nobody reads that one any more.
+            call = getattr(backend, name, None)
+            if call is not None:
+                call = getattr(call, "untimed", call)
+                wrapper: Any = timed(call)
+                wrapper.untimed = call
+                setattr(backend, name, wrapper)
 
     @property
     def seconds(self) -> float:
