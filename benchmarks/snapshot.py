@@ -19,8 +19,9 @@ loss        two ranks, one thread each, GraphSAGE 3 x 256 on a skewed graph: the
 
 Everything is measured in turns within one run; ratios are of medians of that run.
 
-On the GPU where there is one (`DS_ACCELERATOR=cpu` keeps it on the CPU): memcpy then copies to page-locked memory and waits; a
-stall is what the host loses and what the fence holds the GPU; part loss takes two ranks where there are two GPUs, else one.
+On the GPU where there is one (`DS_ACCELERATOR=cpu` keeps it on the CPU): memcpy then copies to page-locked memory and waits,
+lm-resiliency has page-locked buffers too; a stall is what the host loses and what the fence holds the GPU; part loss takes two
+ranks where there are two GPUs, else one.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def resiliency_manager(folder: Path):
     from lm_resiliency.checkpointing import InMemoryCheckpointManager, InMemoryCkptConfig
 
     return InMemoryCheckpointManager(
-        InMemoryCkptConfig(disk_flush_interval=0, disk_folder=str(folder), run_id="benchmark", pin_memory=False)
+        InMemoryCkptConfig(disk_flush_interval=0, disk_folder=str(folder), run_id="benchmark", pin_memory=ON_GPU)
     )
 
 
