@@ -6,13 +6,14 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from gemini_gnn.config import Config, ModelConfig, from_mapping, to_mapping
+from gemini_gnn.config import Config, DatasetConfig, ModelConfig, from_mapping, to_mapping
 from gemini_gnn.errors import ConfigError, DataError, RunDirError
 from gemini_gnn.graph import datasets
 from gemini_gnn.graph.partitioned import PartitionedGraph
@@ -118,11 +119,6 @@ def train(data: Any, run_dir: str | Path, settings: Mapping[str, Any] | None = N
         )
     ours = isinstance(data, PartitionedGraph)
     folder = data.folder if ours else run_dir / "partition"
-    reading = {key.removeprefix("dataset."): v for key, v in (settings or {}).items() if key.startswith("dataset.")}
-    if ours and reading:
-        raise ConfigError(
-            f"dataset.{min(reading)}: does not apply to a graph that is partitioned already; leave it out"
-        )
     config = settings_to_config(
         {
             "snapshot.mode": "none",
@@ -132,6 +128,12 @@ def train(data: Any, run_dir: str | Path, settings: Mapping[str, Any] | None = N
             "partition.folder": str(folder),
         }
     )
+    asked, usual = asdict(config.dataset), asdict(DatasetConfig())
+    reading = {name: value for name, value in asked.items() if name != "name" and value != usual[name]}
+    if ours and reading:
+        raise ConfigError(
+            f"dataset.{min(reading)}: does not apply to a graph that is partitioned already; leave it out"
+        )
     if not ours:
         graph = as_graph(data, **reading)
         if folder.exists():  # of an earlier call, maybe with other data
@@ -148,15 +150,28 @@ def train(data: Any, run_dir: str | Path, settings: Mapping[str, Any] | None = N
 
 
 def settings_to_config(settings: Mapping[str, Any]) -> Config:
-    """A Config from dotted settings, e.g. ``{"model.hidden": 64}``; everything else keeps its default."""
+    """A Config from settings, dotted or nested: ``{"model.hidden": 64, "model": {"layers": 2}}``; the rest keeps its default.
+
+    Raises:
+        ConfigError: as :func:`from_mapping`.
+    """
     nested = to_mapping(Config())
     for name, value in settings.items():
-        *path, last = name.split(".")
-        node = nested
-        for key in path:
-            node = node.setdefault(key, {})
-        node[last] = value
+        for key in reversed(name.split(".")):
+            value = {key: value}
+        _merge(nested, value)
     return from_mapping(nested)
+
+
+def _merge(into: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    """Put nested ``settings`` over those of ``into``, whose dicts are never those of ``settings``."""
+    for name, value in settings.items():
+        if not isinstance(value, Mapping):
+            into[name] = value
+            continue
+        if not isinstance(into.get(name), dict):
+            into[name] = {}
+        _merge(into[name], value)
 
 
 def load(run_dir: str | Path) -> torch.nn.Module:

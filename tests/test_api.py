@@ -1,5 +1,6 @@
 """gemini_gnn from Python, as in a notebook: several trainings in one process."""
 
+import copy
 import os
 import sys
 
@@ -10,6 +11,7 @@ import torch
 from torch_geometric.data import Data
 
 import gemini_gnn
+from gemini_gnn.api import settings_to_config
 from gemini_gnn.errors import ConfigError, DataError, PartitionError, RunDirError
 from gemini_gnn.graph.partitioned import PartitionedGraph
 
@@ -56,11 +58,34 @@ def test_settings_of_the_data_set_apply_to_data_from_python(tmp_path):
     assert PartitionedGraph.open(tmp_path / "run" / "partition").num_edges == both.num_edges
     bare = gemini_gnn.partition(networkx.path_graph(9), tmp_path / "c", parts=3)  # no labels: not to be trained on
     assert bare.num_classes == 0
-    for graph, setting in ((data(), "dataset.nodes"), (plain, "dataset.normalize")):
+    for graph, setting, value in ((data(), "dataset.nodes", 1), (plain, "dataset.normalize", "l1")):
         with pytest.raises(ConfigError, match=f"{setting}: .*leave it out"):
-            gemini_gnn.train(graph, tmp_path / "other", {**SETTINGS, setting: 1})
+            gemini_gnn.train(graph, tmp_path / "other", {**SETTINGS, setting: value})
     with pytest.raises(DataError, match="expected a class label per node"):
         gemini_gnn.train(networkx.path_graph(9), tmp_path / "other", SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "mirrored"),
+    [({"dataset": {"undirected": True}}, True), ({"dataset.undirected": "false"}, False)],
+)
+def test_what_is_read_is_what_the_checked_settings_say(tmp_path, monkeypatch, settings, mirrored):
+    heard = []
+    monkeypatch.setattr("gemini_gnn.training.job.in_process", lambda config: heard.append(config) or 130)
+    given = copy.deepcopy(settings)
+    with pytest.raises(RunDirError, match="stopped before its end"):
+        gemini_gnn.train(data(), tmp_path / "run", given)
+    assert given == settings, "the caller's own dict was written to"
+    assert heard[0].dataset.undirected == mirrored and heard[0].dataset.name == "partitioned"
+    edges = gemini_gnn.partition(data(), tmp_path / "expected", parts=1, undirected=mirrored).num_edges
+    assert PartitionedGraph.open(tmp_path / "run" / "partition").num_edges == edges
+
+
+def test_nested_settings_are_put_over_the_others():
+    config = settings_to_config({"snapshot.mode": "none", "snapshot": {"every": 3}, "model.kwargs": {"a": {"b": 1}}})
+    assert (config.snapshot.mode, config.snapshot.every, config.model.kwargs) == ("none", 3, {"a": {"b": 1}})
+    with pytest.raises(ConfigError, match="seed"):
+        settings_to_config({"seed.x": 1})
 
 
 def test_predictions_read_the_data_as_the_training_did(tmp_path):
