@@ -90,7 +90,7 @@ def spelled(argument: str, known: Mapping[str, Any], offered: Mapping[str, Seque
     if name.startswith(("+", "~")) or "${" in value:
         return argument
     if name in offered:
-        option = value.lower().replace("-", "_")
+        option = value if value in offered[name] else value.lower().replace("-", "_")
         if option not in offered[name]:
             raise ConfigError(
                 f"{name}: expected one of {', '.join(offered[name])}; got {value!r}"
@@ -109,7 +109,7 @@ def spelled(argument: str, known: Mapping[str, Any], offered: Mapping[str, Seque
     if isinstance(known[name], list) and value and value[0] not in "[\"'":
         return f"{name}=[{value}]"
     is_text = known[name] is None or isinstance(known[name], str)
-    if is_text and value not in ("", "null") and not set("'\"\\") & set(value):
+    if is_text and value.lower() not in ("", "null") and not set("'\"\\") & set(value):
         return f"{name}='{value}'"
     return argument
 

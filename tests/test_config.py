@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemini_gnn.compose import CONFIGS, compose, groups, take
+from gemini_gnn.compose import CONFIGS, compose, groups, spelled, take
 from gemini_gnn.config import Config, from_mapping, to_mapping
 from gemini_gnn.errors import ConfigError
 
@@ -69,6 +69,7 @@ def test_a_bad_setting_is_one_clear_error(arguments, said):
         ("dataset.split=3", "dataset.split", "3"),
         ("dataset.path=/my data/a=b (1).csv", "dataset.path", "/my data/a=b (1).csv"),
         ("dataset.path=null", "dataset.path", None),
+        ("partition.folder=Null", "partition.folder", None),
         ("run_dir=runs/lr=0.1", "run_dir", "runs/lr=0.1"),
         ("run_dir=${dataset.name}-1", "run_dir", "blocks-1"),
         ("sampling.fanouts=10,-1", "sampling.fanouts", [10, -1]),
@@ -85,6 +86,12 @@ def test_values_mean_what_they_say(argument, name, value):
     for part in name.split("."):
         found = getattr(found, part)
     assert found == value
+
+
+def test_an_option_spelled_as_its_file_is_taken_as_it_is():
+    offered = {"experiment": ["papers-100M", "quick_look"]}
+    assert spelled("experiment=papers-100M", {}, offered) == "experiment=papers-100M"
+    assert spelled("experiment=Quick-Look", {}, offered) == "experiment=quick_look"
 
 
 def test_take_splits_what_is_not_a_setting():
