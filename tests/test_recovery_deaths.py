@@ -185,8 +185,8 @@ def test_an_agent_forgets_who_vanished_while_it_spoke(job):
 
 def test_an_agent_that_dies_while_it_cleans_up_does_not_begin_the_work_again(job):
     run = job()
-    launch = run.launch(1, "fill_arena", files=10_000)
-    run.training(1)
+    launch = run.launch(2, "fill_arena", files=10_000)
+    run.training(2)
     agent = run.pid_of("agent")
     deadline = time.monotonic() + PATIENCE_S
     while home.read_status(run.run_dir).get("state") != "done":
@@ -194,7 +194,10 @@ def test_an_agent_that_dies_while_it_cleans_up_does_not_begin_the_work_again(job
         time.sleep(0.0005)
     os.kill(agent, signal.SIGKILL)
     assert run.end(launch)[0] == 0
-    assert len(run.notes("training")) == 1
+    assert len(run.notes("training")) == 2
+    assert (
+        home.newest_term(run.run_dir)["term"] == 1
+    )  # else the second slot, after the first, would find no finished work
     run.assert_nothing_left()
 
 

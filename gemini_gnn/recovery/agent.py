@@ -246,14 +246,22 @@ class Agent:
         # The agent before us may have died while it cleaned up after the work was done: a script must not begin again.
         before, status = home.newest_term(self.run_dir), home.read_status(self.run_dir)
         was_done = request["deaths"] > 0 and status.get("state") == "done" and status.get("term") == before.get("term")
+        limits = Limits(max_restarts=request["max_restarts"])
+        self.journal.speaks_for_job = place["rank"] == place["local_rank"]
+        if was_done:  # and must stay so for the next slot, which may come to an agent of its own: no term is claimed
+            self.term = self.journal.term = before.get("term", 0)
+            self._earlier_trainer(limits.reap_s)
+            self.request = request
+            self.state = decisions.State(place["local_world_size"], place["world_size"], limits)
+            self.outcome = Outcome("done", 0, "done", keep=False)
+            return
         claim = {"machine": self.machine, "pid": os.getpid(), "time": time.time(), "launch": request["launch"]}
         claim |= {key: place[key] for key in ("world_size", "local_world_size")}
         self.term = home.claim_term(self.run_dir, {**claim, "arena_root": os.fspath(self.arena.parent.parent)})
-        self.journal.term, self.journal.speaks_for_job = self.term, place["rank"] == place["local_rank"]
+        self.journal.term = self.term
         self.journal.log(
             "started", term=self.term, pid=os.getpid(), arena=os.fspath(self.arena), command=request["command"]
         )
-        limits = Limits(max_restarts=request["max_restarts"])
         stuck = self._earlier_trainer(limits.reap_s)
         if stuck is None:
             reason = "resume=never" if request["resume"] == "never" else ""
@@ -269,9 +277,6 @@ class Agent:
         self.state = decisions.State(
             place["local_world_size"], place["world_size"], limits, generation=request["deaths"]
         )
-        if was_done:
-            self.outcome = Outcome("done", 0, "done", keep=False)
-            return
         self.journal.status("starting")
         if stuck is not None:
             text = (
