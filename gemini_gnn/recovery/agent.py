@@ -24,7 +24,7 @@ import selectors
 import signal
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ class Agent:
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.selector.register(self.wakeup, selectors.EVENT_READ)
-        self.children = Children(arena, self.job, self.journal, self.selector)
+        self.limits = Limits()
+        self.children = Children(arena, self.job, self.journal, self.selector, self.limits.reap_s)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -246,7 +247,7 @@ class Agent:
         # The agent before us may have died while it cleaned up after the work was done: a script must not begin again.
         before, status = home.newest_term(self.run_dir), home.read_status(self.run_dir)
         was_done = request["deaths"] > 0 and status.get("state") == "done" and status.get("term") == before.get("term")
-        limits = Limits(max_restarts=request["max_restarts"])
+        limits = replace(self.limits, max_restarts=request["max_restarts"])
         self.journal.speaks_for_job = place["rank"] == place["local_rank"]
         if was_done:  # and must stay so for the next slot, which may come to an agent of its own: no term is claimed
             self.term = self.journal.term = before.get("term", 0)

@@ -33,7 +33,6 @@ from gemini_gnn.recovery.journal import Journal
 
 FORK_S = 60.0  # for the warm parent to fork a trainer and say so
 REPORT_S = 5.0  # for it to report a trainer that is seen to be dead
-REAP_S = 10.0  # for a killed warm parent to be gone
 
 # Pools are sized when a library is imported; a trainer sets its own number after the fork.
 PINNED = dict.fromkeys(
@@ -65,11 +64,13 @@ class Trainer:
 class Children:
     """
     Attributes:
+        reap_s: for a killed warm parent to be gone (``Limits.reap_s``).
         trainers: by rank, those whose exit has not been reported.
         orphans: ranks among them whose warm parent is gone.
     """
 
-    def __init__(self, arena: Path, job: str, journal: Journal, selector: selectors.BaseSelector):
+    def __init__(self, arena: Path, job: str, journal: Journal, selector: selectors.BaseSelector, reap_s: float):
+        self.reap_s = reap_s
         self.arena, self.job, self.journal, self.selector = arena, job, journal, selector
         self.warm: Warm | None = None
         self.trainers: dict[int, Trainer] = {}
@@ -231,7 +232,7 @@ class Children:
         if self.warm is None:
             return []
         if self.warm.dying_s is not None:
-            return [decisions.WarmStuck(self.warm.pid)] if now - self.warm.dying_s > REAP_S else []
+            return [decisions.WarmStuck(self.warm.pid)] if now - self.warm.dying_s > self.reap_s else []
         for rank, trainer in self.trainers.items():
             if trainer.pid is None:
                 late = now - trainer.forked_s > FORK_S
