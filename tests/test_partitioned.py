@@ -143,6 +143,13 @@ def test_damage_is_named(small):
     PartitionedGraph.open(twin)  # opening reads headers only
     with pytest.raises(PartitionError, match=r"x\.npy: expected checksum"):
         PartitionedGraph.open(twin, verify=True)
+    PartitionedGraph.open(twin).verify_checksums(features=False)  # what a job begins with does not read them
+    with pytest.raises(PartitionError, match=r"x\.npy: expected checksum"):
+        check_partitioned(PartitionedGraph.open(twin))
+    for name in ("row.npy", "y.npy"):
+        with pytest.raises(PartitionError, match=f"{name}: expected checksum"):
+            PartitionedGraph.open(damaged(name, flip_last)).verify_checksums(features=False)
+    shutil.rmtree(small.folder.parent / "damaged-row.npy")
     with pytest.raises(PartitionError, match=r"row\.npy is missing or damaged"):
         PartitionedGraph.open(damaged("row.npy", lambda data: data[:100]))
     with pytest.raises(PartitionError, match=r"meta\.json cannot be read"):

@@ -37,7 +37,7 @@ def open_or_make(
         config: its ``dataset`` and ``partition``. parts: number of parts.
         load: called only when the partition has to be made.
         fingerprint: of the graph that ``load`` returns.
-        verify: compare the checksums of a graph that was found.
+        verify: compare the checksums of a graph that was found, but for its features.
 
     Raises:
         PartitionError: ``partition.folder`` holds something else or is damaged, more parts than nodes, no room, or
@@ -54,7 +54,7 @@ def open_or_make(
         graph = PartitionedGraph.open(folder)
         graph.expect(fingerprint=fingerprint, method=partition.method, parts=parts, settings=settings)
         if verify:
-            graph.verify_checksums(progress)
+            graph.verify_checksums(progress, features=False)
         return graph
 
     if (graph := found()) is not None:
