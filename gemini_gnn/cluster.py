@@ -74,6 +74,23 @@ def discover(environ: Mapping[str, str], machine: str | None = None) -> Place:
     return place
 
 
+def threads(environ: Mapping[str, str], cores: int, sharing: int) -> int:
+    """Computing threads of a rank: what the user asked for, else its share of the cores. Pure.
+
+    ``OMP_NUM_THREADS`` (of a list for nested levels, ``4,2``, the first) comes before ``SLURM_CPUS_PER_TASK``, which counts
+    only for a task of ``srun``: under other launchers it describes the allocation that all ranks share. What is no
+    positive number is no wish.
+
+    Args:
+        cores: that this process may run on. sharing: ranks that run on the same ones.
+    """
+    asked = [environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()]
+    if "RANK" not in environ and "SLURM_STEP_NUM_TASKS" in environ:
+        asked.append(environ.get("SLURM_CPUS_PER_TASK", "").strip())
+    numbers = [int(text) for text in asked if text.isascii() and text.isdigit() and int(text) > 0]
+    return numbers[0] if numbers else max(1, cores // max(1, sharing))
+
+
 def _number(environ: Mapping[str, str], *names: str, default: int | None = None) -> int:
     """The first of ``names`` that is set, as a number >= 0."""
     for name in names:

@@ -217,3 +217,23 @@ def test_the_example_hostfile_is_right():
 
     example = Path(cluster.__file__).parents[1] / "hostfile"
     assert len(check_hostfile(example.read_text())) >= 2
+
+
+@pytest.mark.parametrize(
+    ("environ", "cores", "sharing", "number"),
+    [
+        ({}, 16, 4, 4),
+        ({}, 2, 4, 1),
+        ({}, 6, 0, 6),
+        ({"OMP_NUM_THREADS": "3"}, 16, 4, 3),
+        ({"OMP_NUM_THREADS": "4,2"}, 16, 1, 4),
+        ({"OMP_NUM_THREADS": "many"}, 16, 4, 4),
+        ({"OMP_NUM_THREADS": "0"}, 16, 4, 4),
+        ({**SLURM, "SLURM_CPUS_PER_TASK": "8"}, 8, 2, 8),  # bound to cores of its own
+        ({**SLURM, "SLURM_CPUS_PER_TASK": "8", "OMP_NUM_THREADS": "2"}, 8, 2, 2),
+        ({**SLURM, **DEEPSPEED, "SLURM_CPUS_PER_TASK": "16"}, 16, 4, 4),  # a launcher inside one task
+        ({"SLURM_CPUS_PER_TASK": "16"}, 16, 4, 4),  # of the allocation: a shell of salloc
+    ],
+)
+def test_threads_are_those_asked_for_or_a_share_of_the_cores(environ, cores, sharing, number):
+    assert cluster.threads(environ, cores, sharing) == number

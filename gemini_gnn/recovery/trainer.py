@@ -23,7 +23,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gemini_gnn.cluster import Place
+from gemini_gnn.cluster import Place, threads
 from gemini_gnn.errors import GeminiError, RecoveryError
 from gemini_gnn.observe import logs
 from gemini_gnn.observe.logs import is_consequence
@@ -211,6 +211,5 @@ def _threads(sharing: int) -> None:
     ``sharing``: ranks that run on the same cores.
     """
     if "torch" in sys.modules:
-        share = max(1, len(os.sched_getaffinity(0)) // max(1, sharing))
-        asked = os.environ.get("OMP_NUM_THREADS", "")
-        sys.modules["torch"].set_num_threads(int(asked) if asked.isdigit() and int(asked) > 0 else share)
+        number = threads(os.environ, len(os.sched_getaffinity(0)), sharing)
+        sys.modules["torch"].set_num_threads(number)

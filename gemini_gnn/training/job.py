@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gemini_gnn.cluster import Place
+from gemini_gnn.cluster import Place, threads
 from gemini_gnn.config import Config, from_mapping
 from gemini_gnn.errors import ClusterError, ConfigError, GeminiError, RunDirError, SnapshotError
 from gemini_gnn.faults import from_environ
@@ -59,8 +59,7 @@ def main(payload: dict[str, Any], place: Place, listen_fd: int | None = None) ->
 
 def without_agent(payload: dict[str, Any], place: Place, listen_fd: int | None = None) -> int:
     """As :func:`main` where nobody is above: errors are said here. 2 for one the user can mend, 1 for any other."""
-    asked = os.environ.get("OMP_NUM_THREADS") or os.environ.get("SLURM_CPUS_PER_TASK") or 0
-    torch.set_num_threads(int(asked) or max(1, len(os.sched_getaffinity(0)) // place.local_world_size))
+    torch.set_num_threads(threads(os.environ, len(os.sched_getaffinity(0)), place.local_world_size))
     try:
         return run(from_mapping(payload), place, listen_fd)
     except RunDirError as error:
