@@ -198,6 +198,17 @@ def test_bad_lines_are_shown(write, content, settings, wanted):
         load_dataset(config(write("edges.csv", content), **settings), require_labels=False)
 
 
+def test_only_a_first_line_is_a_header(write):
+    letters = load_edge_list(write("uv.csv", "u,v\nv,w\n"), ids="str")
+    assert letters.node_ids.tolist() == ["u", "v", "w"] and len(letters.source) == 2
+    words = load_edge_list(write("words.csv", "ann,from\nfrom,to\n"), ids="str")
+    assert words.node_ids.tolist() == ["ann", "from", "to"] and len(words.source) == 2
+    with pytest.raises(DataError, match=r"line 3: .*got ',x' \(an empty id\)"):
+        load_edge_list(write("bad.csv", "ann,from\nfrom,to\n,x\n"), ids="str")
+    with pytest.raises(DataError, match=r"line 2: .*got 'src dst' \(a header: skip it with dataset\.skip_lines=2\)"):
+        load_edge_list(write("commented.csv", "# a graph\nsrc dst\nann bob\n"), ids="str")
+
+
 def test_headers_of_node_files(write):
     edges = write("e.csv", "0,1\n1,2\n2,0\n")
     files = dict(

@@ -23,12 +23,13 @@ from gemini_gnn.errors import ConfigError, DataError
 from gemini_gnn.graph.datasets.assemble import RawGraph
 from gemini_gnn.graph.datasets.files import load_npy
 from gemini_gnn.graph.datasets.splits import PARTS
-from gemini_gnn.graph.datasets.tables import read_table
+from gemini_gnn.graph.datasets.tables import blame, first_lines, read_table, split_line
 
 log = logging.getLogger(__name__)
 
-# First lines that are no edges. With integer ids any header is found out; text ids need to know some.
-EDGE_HEADERS = {("source", "target"), ("src", "dst"), ("from", "to"), ("u", "v"), ("node1", "node2"), ("id1", "id2")}
+# First lines that are no edges. With integer ids any header is found out; text ids need to know some, and only such as
+# are hardly the names of two nodes: an edge from u to v is one.
+EDGE_HEADERS = {("source", "target"), ("src", "dst"), ("from", "to"), ("node1", "node2"), ("id1", "id2")}
 NODE_HEADERS = ("id", "node", "node_id")  # the first field of a header in a file of features, labels or splits
 
 
@@ -136,8 +137,6 @@ def read_edges(path: Path, ids: str, first_id: int, skip_lines: int):
         return [ids, ids, "float"][:columns]
 
     def check(fields: list[str]) -> None:
-        if is_edge_header(fields):
-            raise ValueError("a header: skip it with dataset.skip_lines")
         for field in fields[:2]:
             check_id(field, ids, first_id)
         if len(fields) == 3 and not 0 < as_number(fields[2]) < np.inf:
@@ -146,11 +145,13 @@ def read_edges(path: Path, ids: str, first_id: int, skip_lines: int):
     def fits(frame) -> bool:
         weights_fit = frame.shape[1] == 2 or (frame[2].gt(0) & frame[2].lt(np.inf)).all()
         if ids == "str":
-            header = is_edge_header(frame.iloc[0, :2].tolist())
-            return weights_fit and not header and not (frame[0].eq("") | frame[1].eq("")).any()
+            return weights_fit and not (frame[0].eq("") | frame[1].eq("")).any()
         return weights_fit and min(frame[0].min(), frame[1].min()) >= first_id
 
     expected = f"source,target[,weight] with {'text' if ids == 'str' else 'integer'} ids"
+    for number, line in first_lines(path, skip_lines)[:1]:
+        if is_edge_header(split_line(line)):
+            blame(path, number, line, expected, f"a header: skip it with dataset.skip_lines={number}")
     frame = read_table(path, expected=expected, types=types, check=check, fits=fits, skip_lines=skip_lines)
     kind = object if ids == "str" else np.int64
     source, target = frame[0].to_numpy(kind), frame[1].to_numpy(kind)
