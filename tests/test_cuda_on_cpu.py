@@ -280,6 +280,8 @@ def test_a_second_training_in_a_process_takes_the_place_of_the_first_ones_clock(
     assert backend.all_reduce() == "sum" and backend.all_reduce.untimed is original
     assert first._seconds == 0.0 and not first._under_way, "or its events would pile up: nobody asks it any more"
     assert len(second._under_way) == 1 if device == "cuda" else second.seconds > 0.0
+    engine._stop_clock()
+    assert backend.all_reduce is original, "DeepSpeed goes on without us"
 
 
 class FakeDriver:

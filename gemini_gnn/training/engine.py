@@ -153,6 +153,16 @@ def leave() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     deepspeed.utils.groups._release_process_group_references()
+    _stop_clock()
+
+
+def _stop_clock() -> None:
+    """Take a clock off DeepSpeed's collectives, whose backend object lives as long as the process."""
+    backend = deepspeed.comm.comm.cdb
+    for name in CollectiveClock.NAMES:
+        call: Any = getattr(backend, name, None)
+        if hasattr(call, "untimed"):
+            setattr(backend, name, call.untimed)
 
 
 class CollectiveClock:
@@ -176,13 +186,12 @@ class CollectiveClock:
         self._seconds = 0.0
         self._under_way: collections.deque[tuple[torch.cuda.Event, torch.cuda.Event]] = collections.deque()
         timed = self._timed_on_cuda if device.type == "cuda" else self._timed
+        _stop_clock()  # of an earlier training in this process: nobody reads that one any more
         backend = deepspeed.comm.comm.cdb
         for name in self.NAMES:
-            # DeepSpeed binds its backend object once per process: wrap its methods where it keeps them. The clock of an
-            # earlier training in this process may still be around them: nobody reads that one any more.
+            # DeepSpeed binds its backend object once per process: wrap its methods where it keeps them.
             call = getattr(backend, name, None)
             if call is not None:
-                call = getattr(call, "untimed", call)
                 wrapper: Any = timed(call)
                 wrapper.untimed = call
                 setattr(backend, name, wrapper)
