@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import selectors
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from gemini_gnn.errors import RecoveryError, RunDirError
-from gemini_gnn.recovery import home, messages, processes, shim
+from gemini_gnn.recovery import children, home, messages, processes, shim
 from gemini_gnn.recovery.decisions import Failure
 from gemini_gnn.recovery.journal import Journal
 from gemini_gnn.snapshot import locks
@@ -81,18 +82,18 @@ def test_ids_made_at_the_same_moment_are_one(tmp_path, monkeypatch, links):
 
 
 def test_living_trainers_are_seen_until_the_kernel_is_done_with_them(tmp_path):
-    assert home.living_trainer(tmp_path) is None
+    assert locks.living_trainer(tmp_path) is None
     ready, says = os.pipe()
     child = os.fork()
     if child == 0:
-        home.hold_trainers_lock(tmp_path)
+        locks.hold_trainers_lock(tmp_path)
         os.write(says, b".")
         signal.pause()
     os.read(ready, 1)
-    assert home.living_trainer(tmp_path) == child
+    assert locks.living_trainer(tmp_path) == child
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert home.living_trainer(tmp_path) is None
+    assert locks.living_trainer(tmp_path) is None
     os.close(ready)
     os.close(says)
 
@@ -112,6 +113,64 @@ def test_a_process_whose_main_thread_has_exited_is_not_dead():
         os.waitid(os.P_PID, lives.pid, os.WEXITED | os.WNOWAIT)
         assert processes.is_zombie(lives.pid)
     assert not processes.is_zombie(lives.pid)
+
+
+@pytest.fixture
+def hung_warm(tmp_path):
+    """Children whose warm parent is stopped; ranks 0 and 1 are its children, the fork of rank 2 is not reported."""
+    home.make_run_dir(tmp_path)
+    pairs = [socket.socketpair() for _ in range(4)]
+    channels = [messages.Channel(ours) for ours, _ in pairs]
+    with (
+        selectors.DefaultSelector() as selector,
+        subprocess.Popen(
+            ["sh", "-c", "sleep 3600 & echo $!; sleep 3600 & echo $!; wait"], stdout=subprocess.PIPE, text=True
+        ) as parent,
+    ):
+        below = children.Children(tmp_path, "job", Journal(tmp_path, "m"), selector, reap_s=30.0)
+        pids = [int(parent.stdout.readline()) for _ in range(2)]
+        os.kill(parent.pid, signal.SIGSTOP)
+        below.warm = children.Warm(parent.pid, channels[3])
+        for rank, pid in enumerate([*pids, None]):
+            below.trainers[rank] = children.Trainer(channels[rank], time.monotonic(), pid)
+        below.theirs = messages.Channel(pairs[3][1])
+        yield below
+        for pid in pids:
+            processes.kill_child(parent.pid, pid)
+        parent.kill()
+    for ours, theirs in pairs:
+        ours.close()
+        theirs.close()
+
+
+def test_trainers_are_killed_though_their_warm_parent_hangs(hung_warm):
+    kept, killed = hung_warm.trainers[0].pid, hung_warm.trainers[1].pid
+    processes.kill_child(os.getpid(), killed)  # not this process's: a number that was given out again
+    hung_warm.kill([1])
+    wait_for(lambda: processes.is_zombie(killed), "the death of the trainer")
+    assert psutil.Process(kept).status() != psutil.STATUS_ZOMBIE
+    now = time.monotonic()
+    assert hung_warm._overdue(now) == hung_warm._overdue(now + children.REPORT_S - 0.1) == []
+    assert hung_warm.warm.dying_s is None
+    hung_warm._overdue(now + children.REPORT_S + 0.1)
+    assert hung_warm.warm.dying_s is not None  # its death makes them ours to reap
+
+
+def test_a_trainer_whose_fork_is_not_reported_is_killed_with_the_report_or_with_its_warm_parent(hung_warm):
+    hung_warm.kill([2])
+    now = time.monotonic()
+    hung_warm._overdue(now + children.REPORT_S - 0.1)
+    assert hung_warm.warm.dying_s is None
+    hung_warm._overdue(now + children.REPORT_S + 0.1)
+    assert hung_warm.warm.dying_s is not None
+
+
+def test_a_trainer_that_was_to_be_killed_is_killed_when_its_fork_is_reported(hung_warm):
+    reported, hung_warm.trainers[1].pid = hung_warm.trainers[1].pid, None
+    hung_warm.kill([1])
+    hung_warm.theirs.send({"kind": "forked", "rank": 1, "pid": reported})
+    hung_warm._reports(hung_warm.warm, time.monotonic())
+    wait_for(lambda: processes.is_zombie(reported), "its death")
 
 
 def test_channel_carries_messages_and_descriptors():
@@ -217,8 +276,10 @@ def test_the_first_error_is_whole_in_its_log_also_when_the_job_goes_on(tmp_path)
 def test_a_run_directory_has_one_agent_and_a_dead_one_does_not_keep_it(tmp_path):
     home.make_run_dir(tmp_path)
     lock = home.take_run_dir(tmp_path, "the worker agent on h1, pid 7")
+    before = psutil.Process().num_fds()
     with pytest.raises(RunDirError, match="in use by the worker agent on h1, pid 7"):
         home.take_run_dir(tmp_path, "another", patience_s=0.0)
+    assert psutil.Process().num_fds() == before
     os.close(lock)
     os.close(home.take_run_dir(tmp_path, "the next", patience_s=0.0))
 

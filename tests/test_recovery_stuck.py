@@ -96,8 +96,8 @@ def test_a_warm_parent_that_cannot_be_reaped_ends_the_job_and_is_named(job):
 STAYS = """
 import os, sys, time
 from pathlib import Path
-from gemini_gnn.recovery import home
-lock = home.hold_trainers_lock(Path(sys.argv[1]))
+from gemini_gnn.snapshot import locks
+lock = locks.hold_trainers_lock(Path(sys.argv[1]))
 print("here", flush=True)
 sys.stdin.read()
 """

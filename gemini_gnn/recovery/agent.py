@@ -8,7 +8,7 @@ in ``children.py``. It is nobody's child (re-parented to init).
 
 What may be interrupted where. The agent may be killed at any instruction: the kernel kills the warm parent and with it the
 trainers (PDEATHSIG), closes the shims' sockets, drops the lock; the shims start another agent, which waits until the kernel
-has finished with every trainer of the old one (``home.living_trainer``) before it forks. Shims and trainers may vanish
+has finished with every trainer of the old one (``locks.living_trainer``) before it forks. Shims and trainers may vanish
 between any two messages: a closed socket is an event like the others. Which message may be lost: any to or from a process
 that died; that a signal came is never lost, because the descriptor it is seen through stands before its handler does.
 
@@ -33,6 +33,7 @@ from gemini_gnn.recovery import decisions, home, messages, processes
 from gemini_gnn.recovery.children import Children
 from gemini_gnn.recovery.decisions import Failure, Limits, Outcome
 from gemini_gnn.recovery.journal import Journal
+from gemini_gnn.snapshot import locks
 
 NOBODY_S = 30.0  # an agent without a job ends after it
 REAP_ORPHANS_S = 5.0  # for killed children to be gone
@@ -294,7 +295,7 @@ class Agent:
         killed, gone = processes.kill_marked(self.arena, patience_s)
         if killed:
             self.journal.log("leftovers_killed", processes=killed, gone=gone)
-        while (pid := home.living_trainer(self.arena)) is not None and time.monotonic() < deadline:
+        while (pid := locks.living_trainer(self.arena)) is not None and time.monotonic() < deadline:
             time.sleep(0.005)
         return pid
 

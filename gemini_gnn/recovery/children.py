@@ -7,8 +7,12 @@ comes to the agent the same way.
 What may be interrupted where. The warm parent may die, or stop for ever, between any two of: a request, its fork, its report,
 the exit it has to report. What it said before it died is read before its death counts. Trainers it leaves, and those it
 never forked, are reported as exited when no child is left here but the next warm parent; until then nothing says that they
-are gone. A warm parent that does not fork or report in time is killed: a dead one is something the job can go on from.
-One that does not even die (stuck in the kernel, held by a debugger) is said, and ends the job.
+are gone. A warm parent that does not fork or report in time is killed: a dead one is something the job can go on from. One
+that does not even die (stuck in the kernel, held by a debugger) is said, and ends the job.
+
+A kill may not hang on a warm parent that is stopped: it is asked to, and what has a number here is killed from here as well. A
+trainer whose fork is not reported has none: it is killed with the report, or, if that does not come soon, by the end of the
+warm parent.
 
 Nothing here waits but :meth:`Children.end`. Actions on who is gone do nothing: that it is gone is among the next events.
 """
@@ -32,7 +36,7 @@ from gemini_gnn.recovery.decisions import Event, Failure
 from gemini_gnn.recovery.journal import Journal
 
 FORK_S = 60.0  # for the warm parent to fork a trainer and say so
-REPORT_S = 5.0  # for it to report a trainer that is seen to be dead
+REPORT_S = 5.0  # for it to report a trainer that is seen to be dead, or the fork of one that is to be killed
 
 # Pools are sized when a library is imported; a trainer sets its own number after the fork.
 PINNED = dict.fromkeys(
@@ -53,11 +57,13 @@ class Warm:
 
 @dataclass
 class Trainer:
-    """``pid`` is None until the warm parent has reported the fork. ``zombie_s``: since when it is dead and not reaped."""
+    """``pid`` is None until the warm parent has reported the fork. ``killed_s``: when that was asked for; ``zombie_s``: since
+    when it is dead and not reaped."""
 
     channel: messages.Channel
     forked_s: float
     pid: int | None = None
+    killed_s: float | None = None
     zombie_s: float | None = None
 
 
@@ -124,8 +130,15 @@ class Children:
                 self.trainers[rank].channel.send({"kind": "stop"})
 
     def kill(self, ranks: Iterable[int]) -> None:
-        if self.warm is not None:  # else they are dead or dying with it
-            self.warm.channel.send({"kind": "kill", "ranks": sorted(ranks)}, timeout_s=1.0)
+        if self.warm is None:
+            return  # they are dead or dying with it
+        self.warm.channel.send({"kind": "kill", "ranks": sorted(ranks)}, timeout_s=1.0)
+        for rank in ranks:
+            trainer = self.trainers.get(rank)
+            if trainer is not None:
+                trainer.killed_s = time.monotonic()
+                if trainer.pid is not None:  # the warm parent may hang
+                    processes.kill_child(self.warm.pid, trainer.pid)
 
     def end(self, patience_s: float) -> bool:
         """SIGKILL to everything below; whether all of it is reaped after at most ``patience_s``."""
@@ -133,9 +146,8 @@ class Children:
             os.kill(self.warm.pid, signal.SIGKILL)
             if self.warm.dying_s is not None:  # stuck: its trainers are not told by its death, nor reaped by it
                 for pid in processes.children(self.warm.pid):
-                    with contextlib.suppress(OSError):  # gone, or not ours to kill
-                        os.kill(pid, signal.SIGKILL)
-        return processes.kill_and_reap_children(patience_s) is not None
+                    processes.kill_child(self.warm.pid, pid)
+        return processes.kill_and_reap_children(patience_s)
 
     # --- what has happened --------------------------------------------------------------------------------------------
 
@@ -187,7 +199,10 @@ class Children:
                 if "rank" in message:
                     events += self._exited(message["rank"], 1)
             elif message["kind"] == "forked":
-                self.trainers[message["rank"]].pid = message["pid"]
+                trainer = self.trainers[message["rank"]]
+                trainer.pid = message["pid"]
+                if trainer.killed_s is not None:
+                    processes.kill_child(warm.pid, message["pid"])
                 self.journal.log("trainer_forked", rank=message["rank"], pid=message["pid"])
             elif message["kind"] == "exited":
                 events += self._exited(message["rank"], message["code"])
@@ -235,7 +250,8 @@ class Children:
             return [decisions.WarmStuck(self.warm.pid)] if now - self.warm.dying_s > self.reap_s else []
         for rank, trainer in self.trainers.items():
             if trainer.pid is None:
-                late = now - trainer.forked_s > FORK_S
+                killed = trainer.killed_s is not None and now - trainer.killed_s > REPORT_S
+                late = killed or now - trainer.forked_s > FORK_S
             else:
                 zombie = processes.is_zombie(trainer.pid)
                 trainer.zombie_s = None if not zombie else now if trainer.zombie_s is None else trainer.zombie_s

@@ -18,19 +18,11 @@ from typing import Any
 
 from gemini_gnn.errors import RecoveryError, RunDirError, SnapshotError
 from gemini_gnn.snapshot.arena import folder_of, make_folder
-from gemini_gnn.snapshot.locks import AGENT_LOCK, TRAINERS_LOCK, take_agent_lock
-from gemini_gnn.snapshot.locks import hold_trainers_lock as hold_trainers_lock  # for the callers of this module
-from gemini_gnn.snapshot.locks import living_trainer as living_trainer
+from gemini_gnn.snapshot.locks import AGENT_LOCK, TRAINERS_LOCK, living_trainer, take_agent_lock
 
 AGENT_SOCKET = "agent.sock"
 RUN_ID, NEW_RUN_ID = "run-id", "run-id.new"  # of the run directory that the snapshots beside it belong to
-OWN_FILES = {
-    AGENT_LOCK,
-    AGENT_SOCKET,
-    TRAINERS_LOCK,
-    RUN_ID,
-    f"{RUN_ID}.new",
-}  # everything else in an arena is a snapshot's
+OWN_FILES = {AGENT_LOCK, AGENT_SOCKET, TRAINERS_LOCK, RUN_ID, NEW_RUN_ID}  # everything else in an arena is a snapshot's
 MAX_SOCKET_PATH = 100  # of 108 bytes in sockaddr_un, with room for a temporary name
 
 
@@ -95,10 +87,12 @@ def remove_snapshots(arena: Path) -> tuple[int, int]:
 
 def leave_arena(arena: Path) -> None:
     """Remove the agent's files and, where no snapshot is left, the folders. The caller holds the arena's lock."""
-    ours = [AGENT_SOCKET, AGENT_LOCK] if living_trainer(arena) else [AGENT_SOCKET, TRAINERS_LOCK, AGENT_LOCK]
+    ours = [AGENT_SOCKET, TRAINERS_LOCK, AGENT_LOCK]
+    if living_trainer(arena) is not None:  # stuck in the kernel: the next agent must still see it
+        ours.remove(TRAINERS_LOCK)
     if not snapshot_files(arena):
         ours += [RUN_ID, NEW_RUN_ID]
-    for name in ours:  # one that is stuck in the kernel must still be seen by the next agent
+    for name in ours:
         (arena / name).unlink(missing_ok=True)
     for folder in (arena, arena.parent):
         try:
@@ -170,6 +164,7 @@ def take_run_dir(run_dir: Path, who: str, patience_s: float = 2.0) -> int | None
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     owner = os.pread(lock, 1000, 0).decode(errors="replace") or "another worker agent"
+                    os.close(lock)
                     raise RunDirError(
                         f"run_dir {run_dir} is in use by {owner}; stop it there with `python launch/stop.py "
                         f"run_dir={run_dir}`, or give another run_dir=..."

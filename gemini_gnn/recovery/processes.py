@@ -57,18 +57,17 @@ def wait_for_child() -> tuple[int, int] | None:
     return (pid, os.waitstatus_to_exitcode(status)) if pid else None
 
 
-def kill_and_reap_children(patience_s: float) -> dict[int, int] | None:
-    """SIGKILL all children, and the orphans that become ours thereby; their codes, or None if some stay."""
-    codes: dict[int, int] = {}
+def kill_and_reap_children(patience_s: float) -> bool:
+    """SIGKILL all children, and the orphans that become ours thereby; whether all of them are reaped in time."""
     deadline = time.monotonic() + patience_s
     while True:
-        while (ended := wait_for_child()) is not None:
-            codes[ended[0]] = ended[1]
+        while wait_for_child() is not None:
+            pass
         left = children()
         if not left:
-            return codes
+            return True
         if time.monotonic() > deadline:
-            return None
+            return False
         for pid in left:
             with contextlib.suppress(PermissionError):  # a program of another user that a trainer started
                 os.kill(pid, signal.SIGKILL)  # our child, not reaped: the number is its own
@@ -82,6 +81,20 @@ def children(parent: int | None = None) -> list[int]:
         return list(map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split()))
     except OSError:  # a kernel without CONFIG_PROC_CHILDREN, or it is gone
         return [int(path.name) for path in Path("/proc").glob("[0-9]*") if _stat(path)[1:2] == [str(parent)]]
+
+
+def kill_child(parent: int, pid: int) -> None:
+    """SIGKILL to ``pid`` if it is a child of ``parent``, who may reap it at any moment: then the number is another's."""
+    try:
+        handle = os.pidfd_open(pid)  # before its parent is read: no number is reused in between
+    except OSError:
+        return  # gone
+    try:
+        if _stat(Path(f"/proc/{pid}"))[1:2] == [str(parent)]:
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or a program with more rights
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
+    finally:
+        os.close(handle)
 
 
 def is_zombie(pid: int) -> bool:

@@ -27,9 +27,9 @@ from gemini_gnn.cluster import Place, threads
 from gemini_gnn.errors import GeminiError, RecoveryError
 from gemini_gnn.observe import logs
 from gemini_gnn.observe.logs import is_consequence
-from gemini_gnn.recovery import home, messages, processes
+from gemini_gnn.recovery import messages, processes
 from gemini_gnn.recovery.decisions import STOPPED
-from gemini_gnn.snapshot import context
+from gemini_gnn.snapshot import context, locks
 
 __all__ = ["STOPPED", "stop_requested"]
 
@@ -60,7 +60,7 @@ def _become(task: dict[str, Any], agent: messages.Channel) -> None:
     """Turn a fresh fork of the warm parent into the trainer of ``task``."""
     global _agent
     arena = Path(task["arena"])
-    home.hold_trainers_lock(arena)  # before anything is written: see living_trainer
+    locks.hold_trainers_lock(arena)  # before anything is written: see living_trainer
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # a handler, not SIG_IGN: programs it starts get the default back
         signal.siginterrupt(number, False)

@@ -26,7 +26,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from gemini_gnn.recovery import home, messages, processes, trainer
+from gemini_gnn.recovery import messages, processes, trainer
+from gemini_gnn.snapshot import locks
 
 
 def threads() -> int:
@@ -155,7 +156,7 @@ def main() -> None:
     processes.die_with_parent(options.agent)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # the agent decides
-    lock = home.hold_trainers_lock(options.arena)
+    lock = locks.hold_trainers_lock(options.arena)
     own_pid = os.getpid()
     task = serve(messages.Channel(socket.socket(fileno=options.channel)))
     del lock
