@@ -1,6 +1,7 @@
 """Shared fixtures and settings of all tests."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from tests.lab.fixtures import lab, lab_session
 
 # The figures and bits these tests compare are the CPU's, also on a machine with a GPU; what runs there is in test_cuda.py.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+# A shell that runs the tests in the background, or nohup, has these ignored, and every job started here would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 __all__ = ["data_root", "lab", "lab_session"]
 
