@@ -5,6 +5,7 @@ python -m tests.recovery_targets RUN_DIR WORLD TARGET PAYLOAD     a launcher wit
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import multiprocessing
@@ -185,24 +186,29 @@ def launch(run_dir: str, world: int, target: str, payload: str) -> int:
     for one in slots:
         one.start()
 
-    def end(*_: Any) -> None:
-        import psutil
-
-        for one in slots:
-            if one.exitcode is None:
-                for process in [*psutil.Process(one.pid).children(recursive=True), psutil.Process(one.pid)]:
-                    process.terminate()
-
-    signal.signal(signal.SIGINT, end)
-    signal.signal(signal.SIGTERM, end)
-    code = 0
+    # A handler that looked at the slots itself would do so in the middle of the loop's own look, which may just have reaped one.
+    asked: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: asked.append(number))
+    code, ended = 0, False
     while any(one.exitcode is None for one in slots):
-        failed = [one.exitcode for one in slots if one.exitcode]
-        if failed and not code:
-            code = failed[0]
-            end()
+        code = code or next((one.exitcode for one in slots if one.exitcode), 0)
+        if (code or asked) and not ended:
+            ended = True
+            for one in slots:
+                if one.exitcode is None:
+                    _terminate_tree(one.pid)
         time.sleep(0.02)
     return code or next((one.exitcode for one in slots if one.exitcode), 0)
+
+
+def _terminate_tree(pid: int) -> None:
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
 
 
 def _ranked_slot(rank: int, world: int, run_dir: str, target: str, payload: str) -> None:
