@@ -30,11 +30,3 @@ def data_root() -> Path:
     if not root or not Path(root).is_dir():
         pytest.skip("GEMINI_GNN_DATA does not name a folder with the real graphs")
     return Path(root)
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests stay together when several run at once: those of a file, and all that use the lab: there is one network."""
-    for item in items:
-        group = "lab" if "lab" in str(item.path.name) or "lab" in getattr(item, "fixturenames", ()) else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
