@@ -35,7 +35,12 @@ def lab(lab_session: Lab) -> Iterator[Lab]:
             lab_session.bandwidth(name, "unlimited")
         lab_session.power_on(name)
     yield lab_session
-    # What a failed test left running would disturb the next one; a reboot is the surest broom.
+
+    def in_memory(name: str) -> str:
+        return lab_session.run(name, ["ls", "/dev/shm"]).stdout
+
+    # What a failed test left running would disturb the next one, and so would the snapshots that a failed job leaves in
+    # RAM, as it should; a reboot is the surest broom.
     for name in lab_session.hosts:
-        if name != NAS and lab_session.processes(name):
+        if name != NAS and lab_session.is_on(name) and (lab_session.processes(name) or in_memory(name)):
             lab_session.power_off(name)
