@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -32,7 +33,9 @@ SETTINGS = ["training.epochs=40", "evaluation.every=10", "logger=quiet"]
 
 
 def start(run_dir: Path, *settings: str) -> subprocess.Popen[bytes]:
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "launch/train.py"]
+    port = str(10_000 + secrets.randbelow(20_000))  # that of a job just killed may not be free again
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", port]
+    command.append("launch/train.py")
     environ = {**os.environ, "DS_ACCELERATOR": "cpu", "BENCHMARK_JOB": str(run_dir)}
     environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
     with open(f"{run_dir}.log", "ab") as log:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,10 @@ def data_root() -> Path:
     if not root or not Path(root).is_dir():
         pytest.skip("GEMINI_GNN_DATA does not name a folder with the real graphs")
     return Path(root)
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """As ``tmp_path``, for folders that hold a socket: its path has at most 108 bytes."""
+    with tempfile.TemporaryDirectory(prefix="gemini-") as folder:
+        yield Path(folder)

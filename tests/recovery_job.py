@@ -48,7 +48,8 @@ class Job:
             command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command]
         launch = subprocess.Popen(
             [*command, target, json.dumps(payload)],
-            # Measured for coverage, a slot that Ctrl-C ends sometimes exits with 1 instead of 130, silently.
+            # Not measured for coverage: a slot that is done would then still write its data for a while, with the signals
+            # its own again, and the launcher's SIGTERM, which follows a Ctrl-C, would meet it there: 1 or 241, not 130.
             env={
                 **{k: v for k, v in os.environ.items() if not k.startswith("COVERAGE_")},
                 "NOTES": os.fspath(self.run_dir / "notes.jsonl"),

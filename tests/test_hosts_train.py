@@ -217,9 +217,6 @@ def test_a_killed_trainer_and_the_command_typed_again(lab, graph, losses_here, t
     assert terminal(run_dir).count("holds a finished run (result.json)") == 2
 
 
-@pytest.mark.skipif(
-    not os.environ.get("GEMINI_TEST_SLOW"), reason="40 s of waiting for ssh: GEMINI_TEST_SLOW=1 runs it"
-)
 def test_a_machine_that_dies_while_the_job_starts_is_named(lab, graph, tmp_path):
     """Started from a machine that is not of the job: here the launcher's own ssh has to give up."""
     run_dir = tmp_path / "run"

@@ -196,40 +196,40 @@ def agent_that(arena: Path, *answers: dict) -> threading.Thread:
     return thread
 
 
-def test_stop_of_a_job_whose_agent_goes_without_a_word(tmp_path):
+def test_stop_of_a_job_whose_agent_goes_without_a_word(tmp_path, short_path):
     """It had ended already, and closed its door before it saw the request; or it was killed."""
-    arena = home.arena_of(tmp_path / "run", tmp_path)
+    arena = home.arena_of(tmp_path / "run", short_path)
     going = agent_that(arena)
     (arena / "snapshot").write_bytes(b"s" * 4096)
-    said = stop(tmp_path / "run", arena_root=tmp_path)
+    said = stop(tmp_path / "run", arena_root=short_path)
     assert "no job of" in said and "removed its snapshots" in said and not arena.exists()
     going.join(10.0)
 
 
-def test_stop_drops_what_an_end_that_was_under_way_has_kept(tmp_path):
-    arena = home.arena_of(tmp_path / "run", tmp_path)
+def test_stop_drops_what_an_end_that_was_under_way_has_kept(tmp_path, short_path):
+    arena = home.arena_of(tmp_path / "run", short_path)
     outcome = {"kind": "outcome", "outcome": "stopped", "code": 130, "kept_files": 1, "dropped_bytes": 0}
     going = agent_that(arena, outcome)
     (arena / "snapshot").write_bytes(b"s" * 4096)
-    assert "removed its snapshots" in stop(tmp_path / "run", arena_root=tmp_path) and not arena.exists()
+    assert "removed its snapshots" in stop(tmp_path / "run", arena_root=short_path) and not arena.exists()
     going.join(10.0)
 
 
-def test_a_complete_run_that_was_killed_while_it_cleaned_up_is_cleaned_by_the_same_command(tmp_path):
+def test_a_complete_run_that_was_killed_while_it_cleaned_up_is_cleaned_by_the_same_command(tmp_path, short_path):
     run_dir = tmp_path / "run"
     home.make_run_dir(run_dir)
-    arena = home.arena_of(run_dir, tmp_path)
+    arena = home.arena_of(run_dir, short_path)
     home.make_arena(arena)
     for name in ("rank-00000.0", home.AGENT_LOCK, home.AGENT_SOCKET, home.RUN_ID):
         (arena / name).touch()
-    command = [sys.executable, "launch/train.py", f"run_dir={run_dir}", f"snapshot.arena={tmp_path}"]
+    command = [sys.executable, "launch/train.py", f"run_dir={run_dir}", f"snapshot.arena={short_path}"]
     lock = home.take_lock(arena)  # an agent lives: it is none of ours
     (run_dir / "result.json").touch()
-    drop_finished(run_dir, tmp_path)
+    drop_finished(run_dir, short_path)
     assert (arena / "rank-00000.0").exists()
     os.close(lock)
     (run_dir / "result.json").unlink()  # not complete: the command goes on from them
-    drop_finished(run_dir, tmp_path)
+    drop_finished(run_dir, short_path)
     assert (arena / "rank-00000.0").exists()
     (run_dir / "result.json").touch()
     places = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -245,10 +245,10 @@ def test_a_complete_run_that_was_killed_while_it_cleaned_up_is_cleaned_by_the_sa
     assert again.returncode == 2 and "holds a finished run" in again.stderr and not arena.exists()
 
 
-def test_stop_waits_for_who_holds_the_lock_for_a_moment(tmp_path):
-    arena = home.arena_of(tmp_path / "run", tmp_path)
+def test_stop_waits_for_who_holds_the_lock_for_a_moment(tmp_path, short_path):
+    arena = home.arena_of(tmp_path / "run", short_path)
     lock = home.take_lock(arena)
     release = threading.Timer(0.2, os.close, [lock])
     release.start()
-    assert "no job of" in stop(tmp_path / "run", arena_root=tmp_path)
+    assert "no job of" in stop(tmp_path / "run", arena_root=short_path)
     release.join()

@@ -39,10 +39,10 @@ def test_the_same_command_is_told_that_it_runs(living):
     assert err.count("already running") == 1
 
 
-def test_the_same_run_directory_with_another_arena_is_told_who_has_it(living, tmp_path):
+def test_the_same_run_directory_with_another_arena_is_told_who_has_it(living, short_path):
     """As another machine or user would be: nothing of the living job is touched, not even its status."""
     agent, before = living.pid_of("agent"), (living.run_dir / "status.json").read_text()
-    code, _, err = living.end(living.launch(1, "train", arena=os.fspath(tmp_path)))
+    code, _, err = living.end(living.launch(1, "train", arena=os.fspath(short_path)))
     assert code == 2 and "is in use by the worker agent on" in err and f"pid {agent}," in err
     assert (living.run_dir / "status.json").read_text() == before
     wait_for(lambda: list(living.processes().values()).count("agent") == 1, "the end of the other agent")

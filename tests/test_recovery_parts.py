@@ -24,8 +24,8 @@ from gemini_gnn.snapshot import locks
 from tests.recovery_job import PATIENCE_S, wait_for
 
 
-def test_the_lock_has_one_holder_and_survives_removal(tmp_path):
-    arena = tmp_path / "user" / "job"
+def test_the_lock_has_one_holder_and_survives_removal(short_path):
+    arena = short_path / "user" / "job"
     lock = home.take_lock(arena)
     assert lock is not None and home.take_lock(arena) is None and locks.agent_lives(arena)
     home.leave_arena(arena)
@@ -37,11 +37,11 @@ def test_the_lock_has_one_holder_and_survives_removal(tmp_path):
     assert not locks.agent_lives(arena)
 
 
-def test_a_folder_of_somebody_else_is_refused(tmp_path):
-    (tmp_path / "target").mkdir()
-    (tmp_path / "user").symlink_to(tmp_path / "target")
+def test_a_folder_of_somebody_else_is_refused(short_path):
+    (short_path / "target").mkdir()
+    (short_path / "user").symlink_to(short_path / "target")
     with pytest.raises(RecoveryError, match="it is a link"):
-        home.take_lock(tmp_path / "user" / "job")
+        home.take_lock(short_path / "user" / "job")
 
 
 def test_a_long_path_is_refused(tmp_path):
@@ -58,18 +58,18 @@ def test_terms_are_claimed_once(tmp_path):
     assert home.newest_term(tmp_path)["term"] == 3 and home.claim_term(tmp_path, {}) == 5
 
 
-def test_a_run_directory_has_one_id(tmp_path):
-    home.make_run_dir(tmp_path)
-    run = home.run_id(tmp_path)
-    assert home.run_id(tmp_path) == run
-    assert [path.name for path in (tmp_path / "terms").iterdir()] == ["id"]
-    home.make_arena(tmp_path / "arena")
-    assert not home.belongs_to(tmp_path / "arena", run)
-    home.assign(tmp_path / "arena", run)
-    assert home.belongs_to(tmp_path / "arena", run) and not home.belongs_to(tmp_path / "arena", run[::-1])
-    (tmp_path / "terms" / "id").write_text("12")
+def test_a_run_directory_has_one_id(short_path):
+    home.make_run_dir(short_path)
+    run = home.run_id(short_path)
+    assert home.run_id(short_path) == run
+    assert [path.name for path in (short_path / "terms").iterdir()] == ["id"]
+    home.make_arena(short_path / "arena")
+    assert not home.belongs_to(short_path / "arena", run)
+    home.assign(short_path / "arena", run)
+    assert home.belongs_to(short_path / "arena", run) and not home.belongs_to(short_path / "arena", run[::-1])
+    (short_path / "terms" / "id").write_text("12")
     with pytest.raises(RunDirError, match="incomplete"):
-        home.run_id(tmp_path, patience_s=0.0)
+        home.run_id(short_path, patience_s=0.0)
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -284,23 +284,23 @@ def test_a_run_directory_has_one_agent_and_a_dead_one_does_not_keep_it(tmp_path)
     os.close(home.take_run_dir(tmp_path, "the next", patience_s=0.0))
 
 
-def test_an_agents_log_that_cannot_be_written_is_said(tmp_path):
-    home.make_run_dir(tmp_path)
-    shim.agent_log(tmp_path).mkdir()
+def test_an_agents_log_that_cannot_be_written_is_said(short_path):
+    home.make_run_dir(short_path)
+    shim.agent_log(short_path).mkdir()
     with pytest.raises(RunDirError, match="cannot write .*agent-.*give another run_dir"):
-        shim.reach_agent(home.arena_of(tmp_path, tmp_path), tmp_path)
+        shim.reach_agent(home.arena_of(short_path, short_path), short_path)
 
 
-def test_an_agent_that_cannot_be_started_is_said_and_the_lock_is_free_again(tmp_path, monkeypatch):
-    home.make_run_dir(tmp_path)
-    arena = home.arena_of(tmp_path, tmp_path)
+def test_an_agent_that_cannot_be_started_is_said_and_the_lock_is_free_again(short_path, monkeypatch):
+    home.make_run_dir(short_path)
+    arena = home.arena_of(short_path, short_path)
 
     def fork() -> int:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
     monkeypatch.setattr(os, "fork", fork)
     with pytest.raises(RecoveryError, match="cannot start the worker agent: Resource temporarily unavailable"):
-        shim.reach_agent(arena, tmp_path)
+        shim.reach_agent(arena, short_path)
     lock = home.take_lock(arena)
     assert lock is not None
     os.close(lock)

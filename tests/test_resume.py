@@ -1,6 +1,7 @@
 """A run that is killed and started again is the run that was never killed, bit for bit."""
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -44,7 +45,9 @@ def wait_for(condition, what, timeout_s=60.0):
 
 
 def start(run_dir, *overrides):
-    command = ["deepspeed", "--num_accelerators", "2", "launch/train.py", f"run_dir={run_dir}", *overrides]
+    port = str(10_000 + secrets.randbelow(20_000))  # without a worker agent it is used as given
+    command = ["deepspeed", "--num_accelerators", "2", "--master_port", port, "launch/train.py"]
+    command += [f"run_dir={run_dir}", *overrides]
     environ = {**os.environ, "DS_ACCELERATOR": "cpu", "TEST_OF": str(run_dir)}
     environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
     log = open(f"{run_dir}.log", "ab")
