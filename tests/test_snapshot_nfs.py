@@ -1,5 +1,6 @@
 """The baseline: DeepSpeed's checkpoints in a folder, with the same resume; only what is COMPLETE counts; no pickle runs."""
 
+import io
 import pickle
 from pathlib import Path
 
@@ -123,3 +124,21 @@ def test_what_must_not_be_loaded_is_not(tmp_path):
 def test_plain_pytorch_is_refused(tmp_path):
     with pytest.raises(SnapshotError, match="expected a DeepSpeed engine"):
         nfs.attach(parts(), None, tmp_path)
+
+
+def test_enumerations_can_be_read_safely_whatever_python_wrote_them(monkeypatch):
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    def as_python_3_11_2_does(member, protocol):
+        return getattr, (type(member), member.name)
+
+    monkeypatch.setattr(ZeroStageEnum, "__reduce_ex__", as_python_3_11_2_does)
+    file = io.BytesIO()
+    with nfs.writing_plainly():
+        torch.save({"zero_stage": ZeroStageEnum.weights}, file)
+    file.seek(0)
+    with torch.serialization.safe_globals([ZeroStageEnum]):
+        assert torch.load(file, weights_only=True) == {"zero_stage": ZeroStageEnum.weights}
+    file = io.BytesIO()
+    torch.save({"zero_stage": ZeroStageEnum.weights}, file)
+    assert b"getattr" in file.getvalue(), "outside, nothing is changed"

@@ -8,12 +8,15 @@ DeepSpeed keeps masters, moments, scheduler and counters. What it does not keep,
 written beside it per rank, without pickle: buffers of this rank, parameter groups, random generators, ``extra_state``.
 
 DeepSpeed reads its checkpoints with ``torch.load(weights_only=False)``, which runs whatever code a changed file holds. While
-this module loads, the engine reads with ``weights_only=True`` and a list of the three DeepSpeed classes that its
-optimizer states contain.
+this module loads, the engine reads with ``weights_only=True`` and a list of the four DeepSpeed classes that its
+optimizer states contain. So that they can be read that way, enumerations are written by value: Python 3.11.0 to 3.11.3 write
+them as a call of ``getattr``, which no safe reader allows.
 """
 
 from __future__ import annotations
 
+import copyreg
+import enum
 import importlib
 import os
 import re
@@ -87,7 +90,8 @@ def _write_all(engine: Any, extra_state: Any, folder: Path, tag: str, rank: int)
     here = folder / tag
     try:
         here.mkdir(parents=True, exist_ok=True, mode=0o700)
-        engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        with writing_plainly():
+            engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
         state = collect(engine)
         numbers = state.numbers()
         numbers["rng"] = generators.numbers(generators.read())
@@ -175,10 +179,27 @@ def _read(path: Path, state: State, extra: bool) -> dict[str, Any]:
     return tree.unpack(manifest.tree, manifest.arrays)
 
 
+def _safe_classes() -> list[type]:
+    return [getattr(importlib.import_module(module), name) for module, name in _SAFE]
+
+
+@contextmanager
+def writing_plainly() -> Iterator[None]:
+    """Let what is pickled name an enumeration's class and value, whatever this Python would write."""
+    enumerations = [one for one in _safe_classes() if issubclass(one, enum.Enum)]
+    for one in enumerations:
+        copyreg.pickle(one, lambda member: (type(member), (member.value,)))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for one in enumerations:
+            del copyreg.dispatch_table[one]
+
+
 @contextmanager
 def reading_safely(engine: Any) -> Iterator[None]:
-    """Let the engine read tensors, containers and three known classes, and no code."""
-    safe = [getattr(importlib.import_module(module), name) for module, name in _SAFE]
+    """Let the engine read tensors, containers and four known classes, and no code."""
+    safe = _safe_classes()
     reader = engine.checkpoint_engine
 
     def load(path: str, map_location: Any = None) -> Any:
