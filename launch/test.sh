@@ -28,5 +28,5 @@ if [ -z "${GEMINI_GNN_DATA:-}" ] && [ -d "$ROOT/../shared/data" ]; then
     GEMINI_GNN_DATA="$(cd "$ROOT/../shared/data" && pwd)"
     export GEMINI_GNN_DATA
 fi
-# Two at a time: most of the time is waiting for processes to start and to die.
+# Two at a time: most of the time is waiting for processes to start and to die. `-n 0`: one after the other, with a debugger.
 python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=70 "$@"
