@@ -40,7 +40,8 @@ class Job:
 
     def launch(self, world: int, target: str, **payload: Any) -> subprocess.Popen[bytes]:
         """Payload for all targets: preload, resume, max_restarts, arena, impatient (the agent is), folder (to start in),
-        closed (standard input, output and errors are, as of some daemons).
+        closed (standard input, output and errors are, as of some daemons), late (rank 0's slot, until
+        another was refused than these so many).
         """
         self.run_dir.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "tests.recovery_targets", os.fspath(self.run_dir), str(world)]

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +167,14 @@ def torch_ranks(payload: dict, place: Place, listen_fd: int | None) -> int:
 
 
 def _wait_for(path: Path, patience_s: float = 20.0) -> None:
+    _wait_until(path.exists, patience_s)
+
+
+def _wait_until(condition: Callable[[], bool], patience_s: float = 20.0) -> None:
     deadline = time.monotonic() + patience_s
-    while not path.exists():
+    while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{path} did not appear")
+            raise TimeoutError(f"what {os.getpid()} waited for did not happen")
         time.sleep(0.002)
 
 
@@ -215,6 +220,10 @@ def _ranked_slot(rank: int, world: int, run_dir: str, target: str, payload: str)
     places = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_SIZE": world}
     places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
     os.environ.update({key: str(value) for key, value in places.items()})
+    if rank == 0 and (late := json.loads(payload).get("late")) is not None:
+        events = Path(run_dir, "events")
+        _wait_until(lambda: "".join(path.read_text() for path in events.iterdir()).count('"refused"') > late)
+        time.sleep(0.3)  # what rank 1 does then, it has done
     sys.exit(slot(run_dir, target, payload))
 
 

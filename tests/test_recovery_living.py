@@ -39,6 +39,12 @@ def test_the_same_command_is_told_that_it_runs(living):
     assert err.count("already running") == 1
 
 
+def test_the_reason_is_said_although_the_slot_that_speaks_comes_last(living):
+    """An end of the other slot has the launcher terminate all: it must not come first."""
+    code, _, err = living.end(living.launch(2, "train", late=len(living.events("refused"))))
+    assert code == 2 and err.count("already running") == 1
+
+
 def test_the_same_run_directory_with_another_arena_is_told_who_has_it(living, short_path):
     """As another machine or user would be: nothing of the living job is touched, not even its status."""
     agent, before = living.pid_of("agent"), (living.run_dir / "status.json").read_text()

@@ -226,6 +226,7 @@ class Agent:
                 f"stop it with `python launch/stop.py run_dir={self.run_dir}`, or give another run_dir=..."
             )
             channel.send({"kind": "refused", "code": 2, "text": text})
+            self.journal.log("refused", rank=rank, pid=request["pid"])
             return
         self.visitors.remove(channel)
         self.shims[rank] = Shim(channel, request)

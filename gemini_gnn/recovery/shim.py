@@ -9,6 +9,9 @@ What signals mean. SIGINT (Ctrl-C): end in order; the trainers finish their step
 wait for the step. SIGTERM: this machine leaves, in order, the same for a job on one machine. SIGHUP (the terminal is gone)
 like SIGTERM, unless it was ignored from the start (nohup). SIGKILL of a shim: the agent sees its socket close and ends
 the job in order. None of them reaches the trainers. A launcher that dies by itself ends nothing while its shims live.
+
+Who speaks. The slot of local rank 0 tells why a launch was refused. Another that is refused before it stays for a while: its end
+would have the launcher terminate the one that speaks, perhaps while that is still importing.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ AGENT_START_S = 60.0  # for an agent to listen, on a busy machine with a slow fi
 ANSWER_S = 60.0  # for an agent of an earlier start to be gone, and ours to answer
 MAX_DEATHS = 4  # of agents within DEATHS_S that had accepted this shim, before something else must be wrong
 DEATHS_S = 3600.0
+LAST_WORDS_S = 10.0  # for the slot that speaks to come and be refused too
 POLL_S = 0.1
 AGENT = "gemini_gnn.recovery.agent"
 
@@ -101,7 +105,12 @@ def run(
             answer = _serve(agent, request, screen, stop)
             agent.close()
             match answer["kind"]:
-                case "outcome" | "refused":
+                case "outcome":
+                    return screen.outcome(answer)
+                case "refused":
+                    # Our end has the launcher terminate the others: the one that says why may still be loading.
+                    if place.local_rank != 0:
+                        stop.wait(LAST_WORDS_S)
                     return screen.outcome(answer)
                 case "died":
                     now = time.monotonic()
@@ -266,6 +275,12 @@ class StopRequest:
         self._agent = agent
         if agent is not None and self._message is not None:
             agent.send(self._message, timeout_s=1.0)
+
+    def wait(self, timeout_s: float) -> None:
+        """Until a signal has come, at most so long."""
+        deadline = time.monotonic() + timeout_s
+        while self._message is None and time.monotonic() < deadline:
+            time.sleep(POLL_S)
 
     def _seen(self, number: int, _frame: Any) -> None:
         if number == signal.SIGINT:
