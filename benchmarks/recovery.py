@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 
 from common import machine, median, write
 
+from gemini_gnn.hosts import random_port
 from gemini_gnn.observe.run_dir import read_losses
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ SETTINGS = ["training.epochs=40", "evaluation.every=10", "logger=quiet"]
 
 
 def start(run_dir: Path, *settings: str) -> subprocess.Popen[bytes]:
-    port = str(10_000 + secrets.randbelow(20_000))  # that of a job just killed may not be free again
+    port = str(random_port())  # that of a job just killed may not be free again
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", port]
     command.append("launch/train.py")
     environ = {**os.environ, "DS_ACCELERATOR": "cpu", "BENCHMARK_JOB": str(run_dir)}

@@ -237,6 +237,11 @@ def launcher_environment(environ: Mapping[str, str], environment_file: Path) -> 
     return changed
 
 
+def random_port() -> int:
+    """For a job's rendezvous: below the range the kernel gives to clients, and hardly another job's."""
+    return 10_000 + secrets.randbelow(20_000)
+
+
 def run(path: Path, answers: Sequence[Answer], command: Sequence[str], environ: Mapping[str, str]) -> int:
     """``deepspeed --hostfile path command...`` on machines that have answered; returns its exit code.
 
@@ -248,7 +253,7 @@ def run(path: Path, answers: Sequence[Answer], command: Sequence[str], environ: 
     if len(answers) > 1 and not shutil.which("pdsh") and not any(word.startswith("--launcher") for word in command):
         raise ClusterError("deepspeed starts the other machines with pdsh, which is not here: apt-get install pdsh")
     launcher = Path(sys.executable).with_name("deepspeed")
-    chosen = ["--hostfile", str(path), "--master_port", str(10_000 + secrets.randbelow(20_000))]
+    chosen = ["--hostfile", str(path), "--master_port", str(random_port())]
     address = master_address(answers)
     if address is not None and len(answers) > 1:
         chosen += ["--master_addr", address]

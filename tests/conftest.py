@@ -36,6 +36,6 @@ def data_root() -> Path:
 
 @pytest.fixture
 def short_path() -> Iterator[Path]:
-    """As ``tmp_path``, for folders that hold a socket: its path has at most 108 bytes."""
+    """As ``tmp_path``, for folders that hold a socket, whose path may not be long."""
     with tempfile.TemporaryDirectory(prefix="gemini-") as folder:
         yield Path(folder)

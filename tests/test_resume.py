@@ -1,7 +1,6 @@
 """A run that is killed and started again is the run that was never killed, bit for bit."""
 
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from gemini_gnn.hosts import random_port
 from gemini_gnn.observe.run_dir import read_losses
 from tests.trainers import logs, train_ranks, trained
 
@@ -45,7 +45,7 @@ def wait_for(condition, what, timeout_s=60.0):
 
 
 def start(run_dir, *overrides):
-    port = str(10_000 + secrets.randbelow(20_000))  # without a worker agent it is used as given
+    port = str(random_port())  # without a worker agent it is used as given
     command = ["deepspeed", "--num_accelerators", "2", "--master_port", port, "launch/train.py"]
     command += [f"run_dir={run_dir}", *overrides]
     environ = {**os.environ, "DS_ACCELERATOR": "cpu", "TEST_OF": str(run_dir)}

@@ -204,9 +204,8 @@ class Snapshots:
                 writes there, and ``close`` may be called again.
         """
         self._copier.stop(self._timeout_s)
-        with (
-            ExitStack() as last_first
-        ):  # whatever raises, the rest is done too; what the background met is said above all
+        # Whatever raises, the rest is done too; what the background met is said above all.
+        with ExitStack() as last_first:
             last_first.callback(self._raise)
             for shard in self._shards:
                 last_first.callback(shard.close)

@@ -35,12 +35,10 @@ def lab(lab_session: Lab) -> Iterator[Lab]:
             lab_session.bandwidth(name, "unlimited")
         lab_session.power_on(name)
     yield lab_session
-
-    def in_memory(name: str) -> str:
-        return lab_session.run(name, ["ls", "/dev/shm"]).stdout
-
     # What a failed test left running would disturb the next one, and so would the snapshots that a failed job leaves in
     # RAM, as it should; a reboot is the surest broom.
     for name in lab_session.hosts:
-        if name != NAS and lab_session.is_on(name) and (lab_session.processes(name) or in_memory(name)):
+        if name == NAS or not lab_session.is_on(name):
+            continue
+        if lab_session.processes(name) or lab_session.run(name, ["ls", "/dev/shm"]).stdout:
             lab_session.power_off(name)
