@@ -151,7 +151,7 @@ def limit_s(name: str, size_bytes: int, hosts: int, bits_per_s: float) -> float:
 
 def worker(rank: int, world: int, store: str, rounds: int) -> None:
     """Measure as one rank; rank 0 prints one JSON line. A round's time is that of the slowest rank."""
-    from gemini_gnn.cluster import interface_to
+    from gemini_gnn.cluster.place import interface_to
 
     os.environ["GLOO_SOCKET_IFNAME"] = interface_to("h0")
     torch.set_num_threads(1)

@@ -47,10 +47,10 @@ def measured(overrides: list[str], contender: str, parts: int) -> dict:
     import numpy as np
 
     from gemini_gnn.compose import compose
-    from gemini_gnn.graph import metis, quality
     from gemini_gnn.graph.datasets import load_dataset
-    from gemini_gnn.graph.partitioning import partition_nodes
-    from gemini_gnn.graph.writing import write_partitioned
+    from gemini_gnn.graph.partition import metis, quality
+    from gemini_gnn.graph.partition.assign import partition_nodes
+    from gemini_gnn.graph.partition.write import write_partitioned
 
     metis.in_child = lambda call: call()
     config = compose(overrides)

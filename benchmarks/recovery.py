@@ -25,8 +25,8 @@ from pathlib import Path
 
 from common import machine, median, write
 
-from gemini_gnn.hosts import random_port
-from gemini_gnn.observe.run_dir import read_losses
+from gemini_gnn.cluster.hosts import random_port
+from gemini_gnn.observe.run_directory import read_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ["training.epochs=40", "evaluation.every=10", "logger=quiet"]

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from common import in_turns, machine, median, write
 
-from gemini_gnn.graph.topology import from_edges
+from gemini_gnn.graph.graph import from_edges
+from gemini_gnn.sampling.in_edges import ReplicatedTopology
 from gemini_gnn.sampling.sampler import NeighborSampler, transposed
-from gemini_gnn.sampling.topology import ReplicatedTopology
 
 FANOUTS, SEEDS = [15, 10, 5], 1024
 

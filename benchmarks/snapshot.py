@@ -39,8 +39,9 @@ import torch
 import torch.distributed as dist
 from common import in_turns, machine, median, write
 
-from gemini_gnn.snapshot import arena, attach, nfs
+from gemini_gnn.snapshot import attach, deepspeed_checkpoints
 from gemini_gnn.snapshot.context import Context
+from gemini_gnn.snapshot.store import arena
 
 FEATURES, HIDDEN, CLASSES, LAYERS = 128, 256, 47, 3
 DEVICE = "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
@@ -293,7 +294,7 @@ def restore_section(arguments) -> dict:
     def safe(_turn):
         engine = engine_of(size)
         begin = time.perf_counter()
-        with nfs.reading_safely(engine):
+        with deepspeed_checkpoints.reading_safely(engine):
             engine.load_checkpoint(str(scratch), tag="x")
         took = time.perf_counter() - begin
         engine.destroy()
@@ -320,8 +321,8 @@ def loss_rank(rank: int, world: int, folder: str, job: str, arguments) -> None:
     from gemini_gnn.config import Config, ModelConfig
     from gemini_gnn.models.build import build_model
     from gemini_gnn.models.tensors import to_tensors
+    from gemini_gnn.sampling.in_edges import ReplicatedTopology
     from gemini_gnn.sampling.sampler import NeighborSampler
-    from gemini_gnn.sampling.topology import ReplicatedTopology
     from gemini_gnn.training.engine import build_engine
 
     torch.set_num_threads(1)

@@ -53,8 +53,8 @@ def our_step(colptr, row, x, y, seeds, clock):
     from gemini_gnn.halo.rows import copy_rows, empty_rows
     from gemini_gnn.models.build import build_model
     from gemini_gnn.models.tensors import to_tensors
+    from gemini_gnn.sampling.in_edges import ReplicatedTopology
     from gemini_gnn.sampling.sampler import NeighborSampler
-    from gemini_gnn.sampling.topology import ReplicatedTopology
 
     sampler = NeighborSampler(ReplicatedTopology(colptr, row, np.arange(len(colptr) - 1)), FANOUTS, seed=0)
     model = build_model(ModelConfig(name="sage", hidden=HIDDEN, layers=LAYERS, dropout=0.0), FEATURES, CLASSES, seed=0)

@@ -16,11 +16,11 @@ import torch
 from gemini_gnn.config import Config, DatasetConfig, ModelConfig, from_mapping, to_mapping
 from gemini_gnn.errors import ConfigError, DataError, RunDirError
 from gemini_gnn.graph import datasets
-from gemini_gnn.graph.partitioned import PartitionedGraph
-from gemini_gnn.graph.partitioning import partition_nodes
-from gemini_gnn.graph.topology import Graph
-from gemini_gnn.graph.writing import write_partitioned
-from gemini_gnn.observe.run_dir import read_config
+from gemini_gnn.graph.graph import Graph
+from gemini_gnn.graph.partition.assign import partition_nodes
+from gemini_gnn.graph.partition.folder import PartitionedGraph
+from gemini_gnn.graph.partition.write import write_partitioned
+from gemini_gnn.observe.run_directory import read_config
 
 READING = (
     "undirected",
@@ -211,8 +211,8 @@ def predict(run_dir: str | Path, data: Any) -> dict[str, np.ndarray]:
         RunDirError: no trained model there. DataError: the graph has another number of features.
     """
     from gemini_gnn.halo.exchange import HaloExchange
+    from gemini_gnn.sampling.in_edges import ReplicatedTopology
     from gemini_gnn.sampling.sampler import NeighborSampler
-    from gemini_gnn.sampling.topology import ReplicatedTopology
     from gemini_gnn.training.evaluate import Evaluation
 
     model = load(run_dir)

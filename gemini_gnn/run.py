@@ -19,8 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gemini_gnn import hosts
-from gemini_gnn.cluster import Place, discover
+from gemini_gnn.cluster import launcher
+from gemini_gnn.cluster.place import Place, discover
 from gemini_gnn.errors import GeminiError
 
 ALWAYS = ["torch", "torch.distributed"]  # the store needs them
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> int:
         parser.error(f"expected a Python script; {options.script} is no file")
     from gemini_gnn.observe.progress import say
     from gemini_gnn.recovery import shim
-    from gemini_gnn.recovery.decisions import STOPPED
+    from gemini_gnn.recovery.worker.decisions import STOPPED
 
     place = discover(os.environ)
     passed_on = [f"--local_rank={options.local_rank}"] if options.local_rank is not None else []
@@ -102,7 +102,7 @@ def main(arguments: list[str]) -> int:
         max_restarts=options.max_restarts,
     )
     if code not in (0, STOPPED):
-        hosts.free_launcher(place)
+        launcher.free_launcher(place)
     return code
 
 

@@ -16,7 +16,7 @@ def main(arguments: list[str]) -> int:
     from gemini_gnn.graph import datasets
     from gemini_gnn.graph.baselines import features_only_accuracy, structure_only_accuracy
     from gemini_gnn.graph.datasets.files import cache_folder
-    from gemini_gnn.observe.run_dir import write_atomically
+    from gemini_gnn.observe.run_directory import write_atomically
 
     config = compose(arguments)
     kept = cache_folder(config.dataset) / "baselines" / f"{datasets.fingerprint(config.dataset)}.json"

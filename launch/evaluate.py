@@ -11,7 +11,7 @@ from gemini_gnn.compose import command, compose, take
 from gemini_gnn.config import from_mapping, to_mapping
 from gemini_gnn.errors import ConfigError
 from gemini_gnn.observe.progress import say
-from gemini_gnn.observe.run_dir import read_config
+from gemini_gnn.observe.run_directory import read_config
 
 PURPOSE = """Exact layer-wise inference of a finished run, on its own graph or another one with the same features:
   python launch/evaluate.py run_dir=runs/cora               on the graph it was trained on
@@ -23,7 +23,7 @@ PURPOSE = """Exact layer-wise inference of a finished run, on its own graph or a
 def main(arguments: list[str]) -> int:
     from gemini_gnn import api
     from gemini_gnn.graph import datasets
-    from gemini_gnn.graph.partitioned import PartitionedGraph
+    from gemini_gnn.graph.partition.folder import PartitionedGraph
     from gemini_gnn.training import metrics
 
     overrides, named = take(arguments, "run_dir", "out")

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from gemini_gnn import hosts
+from gemini_gnn.cluster import hosts
 from gemini_gnn.errors import GeminiError
 
 

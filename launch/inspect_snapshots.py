@@ -13,7 +13,7 @@ import argparse
 import sys
 
 from gemini_gnn.errors import GeminiError
-from gemini_gnn.snapshot.inspect import inspect, sweep, table
+from gemini_gnn.snapshot.store.inspect import inspect, sweep, table
 
 
 def main() -> int:

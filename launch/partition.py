@@ -12,7 +12,7 @@ from gemini_gnn.errors import ConfigError
 from gemini_gnn.observe.progress import say
 
 if TYPE_CHECKING:
-    from gemini_gnn.graph.topology import Graph
+    from gemini_gnn.graph.graph import Graph
 
 PURPOSE = """Write a partitioned graph, print its quality and where it lies; training finds it there.
   partition.method=metis|hash partition.parts=N [partition.balance_edges=true] [partition.folder=FOLDER]
@@ -38,11 +38,12 @@ def main(arguments: list[str]) -> int:
 
 
 def make(config: Config) -> int:
-    from gemini_gnn.graph import datasets, quality
+    from gemini_gnn.graph import datasets
     from gemini_gnn.graph.array_folder import ticking
-    from gemini_gnn.graph.on_demand import open_or_make
-    from gemini_gnn.graph.partitioned import PartitionedGraph
-    from gemini_gnn.graph.plot import plot_partitioned
+    from gemini_gnn.graph.partition import quality
+    from gemini_gnn.graph.partition.folder import PartitionedGraph
+    from gemini_gnn.graph.partition.on_demand import open_or_make
+    from gemini_gnn.graph.partition.plot import plot_partitioned
 
     how = "was there already"
     began = time.monotonic()
@@ -87,8 +88,8 @@ def make(config: Config) -> int:
 
 def check(config: Config, folder: str) -> int:
     from gemini_gnn.graph import datasets
-    from gemini_gnn.graph.checking import check_partitioned
-    from gemini_gnn.graph.partitioned import PartitionedGraph
+    from gemini_gnn.graph.partition.check import check_partitioned
+    from gemini_gnn.graph.partition.folder import PartitionedGraph
 
     pg = PartitionedGraph.open(folder)
     source = None

@@ -21,7 +21,7 @@ from gemini_gnn.compose import command, compose, take
 from gemini_gnn.graph.datasets import fingerprint
 from gemini_gnn.graph.datasets.files import cache_folder
 from gemini_gnn.observe import curve
-from gemini_gnn.observe.run_dir import read_losses
+from gemini_gnn.observe.run_directory import read_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 PURPOSE = "Train the default data set on two local ranks and compare with baselines. Any setting of launch/train.py."

@@ -10,13 +10,14 @@ import os
 import sys
 from pathlib import Path
 
-from gemini_gnn import cluster, hosts
+from gemini_gnn.cluster import launcher
+from gemini_gnn.cluster.place import discover
 from gemini_gnn.compose import command, compose
 from gemini_gnn.config import to_mapping
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.observe.progress import say
-from gemini_gnn.observe.run_dir import RunDir, resume_of
-from gemini_gnn.recovery.decisions import STOPPED
+from gemini_gnn.observe.run_directory import RunDir, resume_of
+from gemini_gnn.recovery.worker.decisions import STOPPED
 
 PURPOSE = "Train a GNN on a partitioned graph. Start it with deepspeed, srun, or python (one rank)."
 
@@ -24,7 +25,7 @@ PURPOSE = "Train a GNN on a partitioned graph. Start it with deepspeed, srun, or
 def main(arguments: list[str]) -> int:
     config = compose(arguments)
     config.run_dir = str(Path(config.run_dir).absolute())
-    place = cluster.discover(os.environ)
+    place = discover(os.environ)
     in_memory = config.snapshot.mode == "memory"
     # Again under the lock, later; here it costs no imports, and every machine ends at once.
     if in_memory:  # a living job answers for itself: its worker agent is asked below
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> int:
             arena_root=config.snapshot.arena,
         )
         if code not in (0, STOPPED):
-            hosts.free_launcher(place)
+            launcher.free_launcher(place)
         return code
     from gemini_gnn.observe import logs
     from gemini_gnn.training import job
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> int:
     code = job.without_agent(to_mapping(config), place)
     if code not in (0, STOPPED):
         if logs.nobody_knows_why(Path(config.run_dir)):  # else others wait for the connections of this process to close
-            hosts.free_launcher(place)
+            launcher.free_launcher(place)
         logs.leave(code)
     return code
 

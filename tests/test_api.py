@@ -13,7 +13,7 @@ from torch_geometric.data import Data
 import gemini_gnn
 from gemini_gnn.api import settings_to_config
 from gemini_gnn.errors import ConfigError, DataError, PartitionError, RunDirError
-from gemini_gnn.graph.partitioned import PartitionedGraph
+from gemini_gnn.graph.partition.folder import PartitionedGraph
 
 SETTINGS = {"training.epochs": 2, "model.hidden": 8, "logger.tensorboard": False, "logger.progress": False}
 

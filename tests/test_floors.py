@@ -1,13 +1,15 @@
 """Imports point down only: docs/architecture.md, 'Floors'."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "gemini_gnn"
+PACKAGE = Path(__file__).parents[1] / "gemini_gnn"
 
 FLOORS = [
     {"config", "cluster", "errors", "hashing", "memory"},
-    {"faults", "observe", "hosts"},
+    {"faults", "observe"},
     {"graph"},
     {"halo", "features", "sampling", "models"},
     {"snapshot"},
@@ -65,3 +67,26 @@ def test_only_the_engine_imports_deepspeed():
         if module.split(".")[0] == "deepspeed"
     }
     assert users == {"training/engine.py"}
+
+
+def test_the_store_of_snapshots_stands_on_its_own():
+    """Agents load it: nothing of a snapshot's other rooms, no torch."""
+    allowed = {"gemini_gnn.errors", "gemini_gnn.snapshot.store", "gemini_gnn.snapshot"}
+    wrong = [
+        f"{path}: {module}"
+        for path in (PACKAGE / "snapshot" / "store").glob("*.py")
+        for module in imports_of(path)
+        if module.split(".")[0] in {"torch", "deepspeed"}
+        or (module.startswith("gemini_gnn.") and not any(f"{module}.".startswith(f"{room}.") for room in allowed))
+        or any(module.startswith(f"gemini_gnn.snapshot.{room}") for room in ("state", "capture", "session", "restore"))
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_agents_and_slot_processes_load_no_torch():
+    modules = ["recovery.worker.agent", "recovery.shim", "recovery.stop", "snapshot.store.inspect", "cluster.hosts"]
+    code = "import sys, importlib\n"
+    code += "".join(f"importlib.import_module('gemini_gnn.{module}')\n" for module in modules)
+    code += "print(sorted({'torch', 'numpy', 'deepspeed', 'hydra'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"

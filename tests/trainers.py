@@ -8,7 +8,7 @@ from typing import Any
 
 from gemini_gnn.compose import compose
 from gemini_gnn.errors import ClusterError
-from gemini_gnn.observe.run_dir import read_losses
+from gemini_gnn.observe.run_directory import read_losses
 from gemini_gnn.training.local import train_local
 
 

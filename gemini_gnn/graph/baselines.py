@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from gemini_gnn.errors import DataError
-from gemini_gnn.graph.topology import Graph
+from gemini_gnn.graph.graph import Graph
 
 
 def features_only_accuracy(graph: Graph, penalties: tuple[float, ...] = (1e-2, 1e-1, 1.0)) -> float:

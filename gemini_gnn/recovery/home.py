@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gemini_gnn.errors import RecoveryError, RunDirError, SnapshotError
-from gemini_gnn.snapshot.arena import folder_of, make_folder
-from gemini_gnn.snapshot.locks import AGENT_LOCK, TRAINERS_LOCK, living_trainer, take_agent_lock
+from gemini_gnn.snapshot.store.arena import folder_of, make_folder
+from gemini_gnn.snapshot.store.locks import AGENT_LOCK, TRAINERS_LOCK, living_trainer, take_agent_lock
 
 AGENT_SOCKET = "agent.sock"
 RUN_ID, NEW_RUN_ID = "run-id", "run-id.new"  # of the run directory that the snapshots beside it belong to

@@ -27,7 +27,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gemini_gnn.cluster import Place
+from gemini_gnn.cluster.place import Place
 from gemini_gnn.errors import RecoveryError, RunDirError
 from gemini_gnn.observe import logs
 from gemini_gnn.recovery import home, messages
@@ -38,7 +38,7 @@ MAX_DEATHS = 4  # of agents within DEATHS_S that had accepted this shim, before 
 DEATHS_S = 3600.0
 LAST_WORDS_S = 10.0  # for the slot that speaks to come and be refused too
 POLL_S = 0.1
-AGENT = "gemini_gnn.recovery.agent"
+AGENT = "gemini_gnn.recovery.worker.agent"
 
 
 def run(

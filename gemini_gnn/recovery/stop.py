@@ -11,7 +11,7 @@ from typing import Any
 
 from gemini_gnn.errors import RecoveryError
 from gemini_gnn.recovery import home, messages, processes
-from gemini_gnn.recovery.decisions import Limits
+from gemini_gnn.recovery.worker.decisions import Limits
 
 
 def stop(run_dir: Path, *, keep: bool = False, arena_root: str | os.PathLike[str] | None = None) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gemini_gnn.errors import PartitionError
-from gemini_gnn.sampling.topology import Drawn, ReplicatedTopology, Scratch
+from gemini_gnn.sampling.in_edges import Drawn, ReplicatedTopology, Scratch
 
 Answer = Callable[[np.ndarray], tuple[np.ndarray, list[np.ndarray]]]
 

@@ -17,8 +17,8 @@ from torch_geometric.sampler import BaseSampler, EdgeSamplerInput, NodeSamplerIn
 from gemini_gnn import hashing
 from gemini_gnn.errors import DataError
 from gemini_gnn.sampling import kernels
+from gemini_gnn.sampling.in_edges import ReplicatedTopology, Scratch
 from gemini_gnn.sampling.sampler import check_fanouts, check_nodes, room_for
-from gemini_gnn.sampling.topology import ReplicatedTopology, Scratch
 
 
 class PyGSampler(BaseSampler):

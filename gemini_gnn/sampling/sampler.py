@@ -10,7 +10,7 @@ from gemini_gnn import hashing
 from gemini_gnn.errors import ConfigError, DataError
 from gemini_gnn.sampling import kernels
 from gemini_gnn.sampling.blocks import Batch, Block
-from gemini_gnn.sampling.topology import Scratch, Topology
+from gemini_gnn.sampling.in_edges import Scratch, Topology
 
 
 class NeighborSampler:

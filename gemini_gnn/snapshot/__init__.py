@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from gemini_gnn.snapshot.identity import Identity
+from gemini_gnn.snapshot.store.identity import Identity
 
 if TYPE_CHECKING:
-    from gemini_gnn.snapshot.capture import Snapshots
+    from gemini_gnn.snapshot.capture.snapshots import Snapshots
     from gemini_gnn.snapshot.context import Context
 
 __all__ = ["Identity", "attach"]

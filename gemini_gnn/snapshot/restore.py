@@ -17,12 +17,13 @@ import logging
 from typing import Any
 
 from gemini_gnn.errors import SnapshotError
-from gemini_gnn.snapshot import arena, catalog, generators, tree
 from gemini_gnn.snapshot.agree import Ranks
-from gemini_gnn.snapshot.identity import Identity, from_json
-from gemini_gnn.snapshot.layout import Header, Manifest, SlotState, difference
-from gemini_gnn.snapshot.shards import Shard, tensor_in
-from gemini_gnn.snapshot.state import State
+from gemini_gnn.snapshot.capture.shards import Shard, tensor_in
+from gemini_gnn.snapshot.state import generators, tree
+from gemini_gnn.snapshot.state.collect import State
+from gemini_gnn.snapshot.store import arena, catalog
+from gemini_gnn.snapshot.store.format import Header, Manifest, SlotState, difference
+from gemini_gnn.snapshot.store.identity import Identity, from_json
 
 log = logging.getLogger(__name__)
 

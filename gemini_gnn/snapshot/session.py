@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from gemini_gnn.errors import SnapshotError
-from gemini_gnn.snapshot import arena, catalog, context, restore
+from gemini_gnn.snapshot import context, restore
 from gemini_gnn.snapshot.agree import Ranks, connect
-from gemini_gnn.snapshot.capture import Snapshots
-from gemini_gnn.snapshot.identity import Identity
-from gemini_gnn.snapshot.shards import REPLICATED, Shard, live_pieces, make_shard, shard_of
-from gemini_gnn.snapshot.state import State, collect, is_deepspeed
+from gemini_gnn.snapshot.capture.shards import REPLICATED, Shard, live_pieces, make_shard, shard_of
+from gemini_gnn.snapshot.capture.snapshots import Snapshots
+from gemini_gnn.snapshot.state.collect import State, collect, is_deepspeed
+from gemini_gnn.snapshot.store import arena, catalog
+from gemini_gnn.snapshot.store.identity import Identity
 
 log = logging.getLogger(__name__)
 

@@ -18,13 +18,13 @@ import torch
 from gemini_gnn.config import Config
 from gemini_gnn.errors import DataError, PartitionError
 from gemini_gnn.features.store import FeatureStore, Prepared
-from gemini_gnn.graph.partitioned import PartitionedGraph
+from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.halo.exchange import HaloExchange
 from gemini_gnn.models.tensors import BlockTensors, moved, pinned, to_tensors
 from gemini_gnn.sampling.batches import BatchPlan
+from gemini_gnn.sampling.in_edges import ReplicatedTopology
 from gemini_gnn.sampling.partitioned import PartitionedTopology
 from gemini_gnn.sampling.sampler import NeighborSampler
-from gemini_gnn.sampling.topology import ReplicatedTopology
 from gemini_gnn.training.groups import Groups
 
 

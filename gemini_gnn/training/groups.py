@@ -20,8 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gemini_gnn import cluster
-from gemini_gnn.cluster import Place
+from gemini_gnn.cluster.place import Place, check_interface, check_master, interface_to, interfaces_here
 from gemini_gnn.config import DistributedConfig
 from gemini_gnn.errors import ClusterError, GeminiError
 
@@ -102,7 +101,7 @@ def join(place: Place, config: DistributedConfig, listen_fd: int | None = None) 
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank))
     number, gpu = own_gpu(place.local_rank)
     if place.world_size > 1:
-        cluster.check_master(place)
+        check_master(place)
         os.environ.setdefault("GLOO_SOCKET_IFNAME", _interface(place, config))
     where = f"{place.master_addr}:{place.master_port}"
     try:
@@ -217,8 +216,8 @@ def _wait_for_all(store: dist.Store, place: Place, timeout_s: float) -> None:
 
 def _interface(place: Place, config: DistributedConfig) -> str:
     if config.interface:
-        return cluster.check_interface(config.interface, cluster.interfaces_here())
-    return cluster.interface_to(place.master_addr)
+        return check_interface(config.interface, interfaces_here())
+    return interface_to(place.master_addr)
 
 
 def run_on_first(

@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
-from gemini_gnn.cluster import Place, threads
+from gemini_gnn.cluster.place import Place, threads
 from gemini_gnn.config import Config, from_mapping
 from gemini_gnn.errors import ClusterError, ConfigError, GeminiError, RunDirError, SnapshotError
 from gemini_gnn.faults import from_environ
 from gemini_gnn.graph.datasets import fingerprint, load_dataset
-from gemini_gnn.graph.on_demand import open_or_make
-from gemini_gnn.graph.partitioned import PartitionedGraph
+from gemini_gnn.graph.partition.folder import PartitionedGraph
+from gemini_gnn.graph.partition.on_demand import open_or_make
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.logs import forget_errors, is_consequence, last_words, record_error, understood
 from gemini_gnn.observe.progress import say
-from gemini_gnn.observe.run_dir import RunDir, write_atomically
-from gemini_gnn.recovery.decisions import STOPPED
+from gemini_gnn.observe.run_directory import RunDir, write_atomically
+from gemini_gnn.recovery.worker.decisions import STOPPED
 from gemini_gnn.snapshot import context as snapshot_context
 from gemini_gnn.training import engine
 from gemini_gnn.training import groups as process_groups
@@ -206,9 +206,9 @@ def start_snapshots(job: Run) -> Any:
             timeout_s=job.config.distributed.timeout_s,
         )
     if settings.mode == "nfs":
-        from gemini_gnn.snapshot import nfs
+        from gemini_gnn.snapshot import deepspeed_checkpoints
 
-        return nfs.attach(
+        return deepspeed_checkpoints.attach(
             job.engine,
             job.state,
             settings.folder or str(Path(job.config.run_dir) / "checkpoints"),

@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from gemini_gnn.cluster import Place
+from gemini_gnn.cluster.place import Place
 from gemini_gnn.config import Config, to_mapping
 from gemini_gnn.errors import ClusterError
 

@@ -26,19 +26,19 @@ import torch.nn.functional as F
 
 from gemini_gnn.config import Config
 from gemini_gnn.faults import Fault, maybe_fail
-from gemini_gnn.graph.partitioned import PartitionedGraph
-from gemini_gnn.halo.prefetch import prefetch
+from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.hashing import DROPOUT, stream
 from gemini_gnn.models.build import build_model
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.progress import Progress
-from gemini_gnn.recovery.trainer import stop_requested
+from gemini_gnn.recovery.worker.entry import stop_requested
 from gemini_gnn.sampling.sampler import NeighborSampler
 from gemini_gnn.training import engine as deepspeed_engine
 from gemini_gnn.training import metrics
 from gemini_gnn.training.data import BatchSource, MicroBatch, make_exchange
 from gemini_gnn.training.evaluate import Evaluation
 from gemini_gnn.training.groups import Groups
+from gemini_gnn.training.prefetch import prefetch
 from gemini_gnn.training.report import Report
 from gemini_gnn.training.state import RunState, evaluation_due, record_evaluation
 

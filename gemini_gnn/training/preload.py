@@ -18,8 +18,8 @@ from gemini_gnn.config import ModelConfig
 from gemini_gnn.halo.rows import copy_rows
 from gemini_gnn.models.build import build_model
 from gemini_gnn.models.tensors import to_tensors
+from gemini_gnn.sampling.in_edges import ReplicatedTopology
 from gemini_gnn.sampling.sampler import NeighborSampler
-from gemini_gnn.sampling.topology import ReplicatedTopology
 
 
 def _warm_up() -> None:

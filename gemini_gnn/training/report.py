@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from gemini_gnn.config import Config, to_mapping
-from gemini_gnn.observe.run_dir import LossLog, RunDir, write_atomically
+from gemini_gnn.observe.run_directory import LossLog, RunDir, write_atomically
 from gemini_gnn.training.groups import Groups
 from gemini_gnn.training.state import RunState
 

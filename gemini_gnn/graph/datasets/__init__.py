@@ -23,7 +23,7 @@ from gemini_gnn.graph.datasets.in_memory import from_folder, from_networkx, from
 from gemini_gnn.graph.datasets.synthetic import NAMES as SYNTHETIC
 from gemini_gnn.graph.datasets.synthetic import synthetic
 from gemini_gnn.graph.datasets.third_party import PUBLISHED, imported, published_graph
-from gemini_gnn.graph.topology import Graph
+from gemini_gnn.graph.graph import Graph
 
 __all__ = [
     "EdgeList",

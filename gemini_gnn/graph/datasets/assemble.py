@@ -9,7 +9,7 @@ import numpy as np
 from gemini_gnn.errors import DataError
 from gemini_gnn.graph.datasets.features import degree_features, normalized, random_features
 from gemini_gnn.graph.datasets.splits import choose_split
-from gemini_gnn.graph.topology import Graph, from_edges
+from gemini_gnn.graph.graph import Graph, from_edges
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gemini_gnn.errors import DataError
-from gemini_gnn.graph.topology import Graph
+from gemini_gnn.graph.graph import Graph
 
 
 def summary(graph: Graph) -> dict[str, str]:

@@ -11,7 +11,7 @@ from gemini_gnn.errors import DataError
 from gemini_gnn.graph.datasets.assemble import RawGraph, assemble
 from gemini_gnn.graph.datasets.files import read_folder
 from gemini_gnn.graph.datasets.splits import PARTS
-from gemini_gnn.graph.topology import Graph
+from gemini_gnn.graph.graph import Graph
 
 if TYPE_CHECKING:
     import networkx

@@ -1,0 +1,102 @@
+"""One partition per graph, method, parts and settings, made once and found from then on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gemini_gnn.config import Config, PartitionConfig
+from gemini_gnn.errors import PartitionError
+from gemini_gnn.graph.array_folder import Progress, locked, ticking
+from gemini_gnn.graph.graph import Graph
+from gemini_gnn.graph.partition.assign import partition_nodes
+from gemini_gnn.graph.partition.folder import FORMAT_VERSION, PartitionedGraph
+from gemini_gnn.graph.partition.write import write_partitioned
+
+
+def open_or_make(
+    config: Config,
+    parts: int,
+    load: Callable[[], Graph],
+    fingerprint: str,
+    progress: Progress | None = None,
+    verify: bool = False,
+) -> PartitionedGraph:
+    """The partitioned graph a run needs: found, or made here.
+
+    Who owns what: the folder is complete from the moment it has its name (see :mod:`array_folder`), so a reader needs no
+    lock. Makers take a ``flock`` on ``.<folder>.lock`` beside it, the second waits and then opens what the first
+    made; the kernel drops the lock of a maker that dies at any point, and the next one starts afresh, removing what the
+    dead one left. Where the file system knows no locks two jobs may do the work twice: the rename that comes second
+    fails, and that job opens the other's.
+
+    Args:
+        config: its ``dataset`` and ``partition``. parts: number of parts.
+        load: called only when the partition has to be made.
+        fingerprint: of the graph that ``load`` returns.
+        verify: compare the checksums of a graph that was found, but for its features.
+
+    Raises:
+        PartitionError: ``partition.folder`` holds something else or is damaged, more parts than nodes, no room, or
+            another process held the lock for longer than ``partition.timeout_s``.
+    """
+    partition = config.partition
+    settings = partition_settings(partition)
+    folder = partition_folder(config, parts, fingerprint)
+    say = progress or (lambda _: None)
+
+    def found() -> PartitionedGraph | None:
+        if not folder.is_dir() or not any(folder.iterdir()):
+            return None
+        graph = PartitionedGraph.open(folder)
+        graph.expect(fingerprint=fingerprint, method=partition.method, parts=parts, settings=settings)
+        if verify:
+            graph.verify_checksums(progress, features=False)
+        return graph
+
+    if (graph := found()) is not None:
+        return graph
+    with locked(folder, partition.timeout_s, say):
+        if (graph := found()) is not None:
+            return graph
+        source = load()
+        what = f"cutting {source.name} ({source.num_nodes:,} nodes, {source.num_edges:,} edges) into {parts} parts"
+        with ticking(f"{what} with {partition.method}", say):
+            assignment = partition_nodes(source, partition.method, parts, partition.seed, partition.balance_edges)
+        try:
+            return write_partitioned(
+                source,
+                assignment,
+                folder,
+                method=partition.method,
+                settings=settings,
+                fingerprint=fingerprint,
+                progress=progress,
+            )
+        except PartitionError:
+            if (graph := found()) is not None:  # no locks here, and another job came first
+                return graph
+            raise
+
+
+def partition_settings(partition: PartitionConfig) -> dict[str, Any]:
+    """The settings that change the assignment beside method and parts."""
+    return {"balance_edges": partition.balance_edges, "seed": partition.seed}
+
+
+def partition_folder(config: Config, parts: int, fingerprint: str) -> Path:
+    """``partition.folder``, or ``<cache>/partitions/<name>-<fingerprint>-<method>-<parts>-<settings hash>``."""
+    if config.partition.folder:
+        return Path(config.partition.folder).expanduser()
+    import xxhash
+
+    from gemini_gnn.graph.datasets import cache_folder
+
+    rest = json.dumps([FORMAT_VERSION, partition_settings(config.partition)], sort_keys=True)
+    file = Path(config.dataset.path or "").name.partition(".")[0]  # what an edge list or folder is known by
+    name = re.sub(r"[^\w.-]+", "_", file or config.dataset.name)
+    key = f"{name}-{fingerprint}-{config.partition.method}-{parts}-{xxhash.xxh3_64_hexdigest(rest.encode())[:8]}"
+    return cache_folder(config.dataset) / "partitions" / key

@@ -1,0 +1,216 @@
+"""The first and last moments of a trainer: from the fork of the warm parent to the user's function, and its end.
+
+A trainer owns nothing that outlives it: the kernel kills it with its parent (PDEATHSIG), the arena and the run directory
+belong to the agent. It may be killed at any instruction. Its last words (``failed``) go to the agent over a socket that is
+its own; they are sent before its connections to other trainers close, and read by the agent before the exit is counted.
+SIGTERM, SIGINT and SIGHUP do not end it: a launcher or scheduler sends them to every process it finds, while the agent
+decides when the job ends, so that the trainers can agree on the last step.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import importlib
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from gemini_gnn.cluster.place import Place, threads
+from gemini_gnn.errors import GeminiError, RecoveryError
+from gemini_gnn.observe import logs
+from gemini_gnn.observe.logs import is_consequence
+from gemini_gnn.recovery import messages, processes
+from gemini_gnn.recovery.worker.decisions import STOPPED
+from gemini_gnn.snapshot import context
+from gemini_gnn.snapshot.store import locks
+
+__all__ = ["STOPPED", "stop_requested"]
+
+OOM_SCORE_ADJ = 300  # out of memory: a trainer goes before the agent and before what others run here
+
+_agent: messages.Channel | None = None
+_listening = False
+_stop = False
+
+
+def stop_requested() -> bool:
+    """Whether the agent has asked this trainer to end in order; cheap enough for every step.
+
+    Whoever calls it promises to go on calling it: trainers of which one never asked are killed without waiting. Ranks
+    may see the request at different steps, so they must agree on the last one (a reduced flag) before they act on it;
+    then they return :data:`STOPPED`, or 0 if that was the end of the work anyway. False without an agent.
+    """
+    global _listening, _stop
+    if _agent is None or _stop:
+        return _stop
+    if not _listening:
+        _listening = _agent.send({"kind": "listens"}, timeout_s=1.0)
+    _stop = any(message["kind"] == "stop" for message in _agent.receive())
+    return _stop
+
+
+def _become(task: dict[str, Any], agent: messages.Channel) -> None:
+    """Turn a fresh fork of the warm parent into the trainer of ``task``."""
+    global _agent
+    arena = Path(task["arena"])
+    locks.hold_trainers_lock(arena)  # before anything is written: see living_trainer
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)  # a handler, not SIG_IGN: programs it starts get the default back
+        signal.siginterrupt(number, False)
+    _redirect(Path(task["log"]))
+    _agent = agent
+    place = Place(**task["place"])
+    begin = logs.header(place.rank, place.machine, os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
+    print(begin, end="", flush=True)  # other ranks read there which machine this one is on
+    processes.name_this(f"gnn-rank-{place.rank}")
+    try:
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
+    except OSError as error:  # some containers forbid it; then the kernel chooses as it likes
+        print(f"warning: cannot set oom_score_adj: {error.strerror}", file=sys.stderr)
+    try:
+        os.sched_setaffinity(0, task["cores"])  # the agent and we have those of the slot process that started it
+    except OSError as error:
+        print(
+            f"warning: cannot run on the cores {task['cores']} of the slot process: {error.strerror}", file=sys.stderr
+        )
+    os.environ.clear()
+    os.environ.update(task["environment"])
+    os.chdir(task["folder"])
+    sys.path[:] = task["path"]
+    sys.argv[:] = task["command"]
+    _reseed()
+    _threads(task["sharing"])
+    context.install(
+        context.Context(
+            job=task["job"],
+            arena=arena,
+            rank=place.rank,
+            world_size=place.world_size,
+            local_rank=place.local_rank,
+            local_world_size=place.local_world_size,
+            term=task["term"],
+            generation=task["generation"],
+            resume=task["resume"],
+        )
+    )
+
+
+def run(task: dict[str, Any], parent: int) -> NoReturn:
+    """What a fresh fork of the warm parent ``parent`` does: the task's function, and exit with what it returns.
+
+    Args:
+        task: what ``agent.Agent._task`` says and ``descriptors``: [our socket to the agent, the store's listening socket].
+    """
+    os.setsid()  # a process group of its own: what it starts can be killed with it
+    processes.die_with_parent(parent)
+    descriptors: list[int] = task["descriptors"]
+    agent = messages.Channel(socket.socket(fileno=descriptors[0]))
+    listen_fd = descriptors[1] if len(descriptors) > 1 else None
+    code, failure, failed_s, consequence = 1, None, time.monotonic(), False
+    try:
+        _become(task, agent)
+        function = _resolve(task["target"])
+        agent.send({"kind": "started", "time_s": time.monotonic()}, timeout_s=1.0)
+        code = function(task["payload"], Place(**task["place"]), listen_fd) or 0
+        if not isinstance(code, int) or not 0 <= code < 128:
+            raise TypeError(f"{task['target']} must return an exit code of 0..127 or None, not {code!r}")
+    except SystemExit as ending:
+        failed_s = time.monotonic()
+        code, failure = _exit_code(ending)
+    except BaseException as error:
+        failed_s, consequence = time.monotonic(), is_consequence(error)
+        for_users = isinstance(error, GeminiError)
+        code = 2 if for_users else 1
+        failure = f"{type(error).__name__}: {error}", str(error) if for_users else traceback.format_exc()
+    if failure is not None:
+        summary, text = failure
+        record = {"kind": "failed", "time_s": failed_s, "code": code, "summary": summary[:2000]}
+        record["consequence"] = consequence
+        # The agent writes it into the log when it knows whose error was the first; the others' only name theirs.
+        if not agent.send({**record, "text": text[-20_000:]}, timeout_s=5.0):
+            print(text, file=sys.stderr, flush=True)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exit as a process of its own would, but not through the interpreter's teardown of a forked heap."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]  # joins non-daemon threads
+        atexit._run_exitfuncs()
+    except BaseException:
+        traceback.print_exc()
+        code = code or 1
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # disk full, or closed by the user's code
+                code = code or 1
+        os._exit(code)
+
+
+def _exit_code(ending: SystemExit) -> tuple[int, tuple[str, str] | None]:
+    """What a shell would see of ``sys.exit(x)``."""
+    if ending.code is None or ending.code == 0:
+        return 0, None
+    if isinstance(ending.code, int):
+        code = ending.code & 0xFF
+        if code == STOPPED:
+            return code, None
+        return code, (f"SystemExit: {code}", f"the script called sys.exit({ending.code})")
+    return 1, (f"SystemExit: {ending.code}", str(ending.code))
+
+
+def _resolve(target: str) -> Any:
+    module, _, name = target.partition(":")
+    function = getattr(importlib.import_module(module), name, None)
+    if not callable(function):
+        raise RecoveryError(f"expected a target 'package.module:function'; got {target!r}")
+    return function
+
+
+def _redirect(log: Path) -> None:
+    """Standard input from nowhere, output and errors to the end of ``log``."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    nowhere = os.open(os.devnull, os.O_RDONLY)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for source, number in ((nowhere, 0), (output, 1), (output, 2)):
+        os.dup2(source, number)
+    os.close(nowhere)
+    os.close(output)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a line, or a progress bar's \r, at once
+    faulthandler.enable()
+
+
+def _reseed() -> None:
+    """The random state of a process that has just been started, not the parent's.
+
+    Python's and NumPy's generators come from the operating system; torch's is the same constant in every new process, which
+    scripts that never seed rely on.
+    """
+    random.seed()
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed()
+    if "torch" in sys.modules:
+        torch = sys.modules["torch"]
+        torch.manual_seed(torch._C.default_generator.initial_seed())
+
+
+def _threads(sharing: int) -> None:
+    """The parent had one thread, for the fork's sake; a trainer gets what a new process would, or its share.
+
+    ``sharing``: ranks that run on the same cores.
+    """
+    if "torch" in sys.modules:
+        number = threads(os.environ, len(os.sched_getaffinity(0)), sharing)
+        sys.modules["torch"].set_num_threads(number)

@@ -1,0 +1,79 @@
+"""What a worker agent leaves to be read: its events, the errors in the trainers' logs, ``status.json``. Files only.
+
+A disk that is full or gone is no reason to end a job: what cannot be written is tried once in the agent's own log. One process
+writes ``status.json`` at a time: the agent of rank 0's machine while no trainer lives, rank 0's trainer while it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from gemini_gnn.recovery import home
+from gemini_gnn.recovery.worker.decisions import Failure, told_error
+
+
+class Journal:
+    """
+    Attributes:
+        term: written with every event; 0 before it is claimed.
+        speaks_for_job: rank 0 runs on this machine.
+        errors: of this generation's trainers, not yet in their logs.
+    """
+
+    def __init__(self, run_dir: Path, machine: str):
+        self.run_dir, self.machine = run_dir, machine
+        self.term = 0
+        self.speaks_for_job = False
+        self.errors: list[Failure] = []
+        self._events = open(run_dir / "events" / f"agent-{machine}.jsonl", "a")  # as long as the agent lives
+
+    def log_of(self, rank: int) -> Path:
+        return self.run_dir / "logs" / f"rank-{rank}.log"
+
+    def log(self, kind: str, **fields: Any) -> None:
+        record = {"t": time.time(), "monotonic_s": time.monotonic(), "term": self.term, "kind": kind, **fields}
+        try:
+            self._events.write(json.dumps(record) + "\n")
+            self._events.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # most often on the same disk
+                print(f"cannot write {self._events.name}: {error.strerror}: {record}", file=sys.stderr, flush=True)
+
+    def write_errors(self, first: Failure | None) -> None:
+        """Each trainer's error into its log: the job's first one whole, one line of those that came of another's end.
+
+        ``first`` is None where the job goes on or ends without an error: then the first that is no consequence is whole.
+        """
+        if first is not None and first.rank >= 0 and first not in self.errors:
+            self.errors.append(first)  # it ended without a record of its own
+        whole = first or told_error(tuple(self.errors))
+        for failure in self.errors:
+            text = (
+                failure.text if failure is whole else f"[gemini_gnn] ended by {failure.summary} (after another trainer)"
+            )
+            try:
+                with open(self.log_of(failure.rank), "a") as log:
+                    log.write(text.rstrip("\n") + "\n")
+            except OSError as error:  # it is in the outcome too
+                self.log("log_failed", rank=failure.rank, error=error.strerror)
+        self.errors.clear()
+
+    def status(self, state: str, **fields: Any) -> None:
+        if not self.speaks_for_job:
+            return
+        record = {"state": state, "time": time.time(), "pid": os.getpid(), "machine": self.machine, "term": self.term}
+        try:
+            was_done = home.read_status(self.run_dir).get("state") == "done"
+            if was_done and state == "done":
+                return  # the trainer said so itself, and more
+            if was_done and (self.run_dir / "result.json").exists():
+                return  # complete, and refused to who starts it again
+            home.write_status(self.run_dir, {**record, **fields})
+        except OSError as error:
+            self.log("status_failed", error=error.strerror)

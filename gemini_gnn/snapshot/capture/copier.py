@@ -1,0 +1,256 @@
+"""The thread that copies a rank's tensors into its slots, and commits them.
+
+Account of the concurrency. The training thread hands over one ``Job`` at a time with ``begin`` and never touches it again, but
+for ``fenced``; the next job comes only after ``committed`` is set. In between:
+
+- until ``copied`` is set the copying thread reads the live tensors: the training thread may run forward and backward only;
+- from then on it reads only the slot and the job: tail, checksums of what lies in the slot, header COMMITTED, lock released;
+- ``committed`` is set last, whatever happened; an exception is kept in ``error`` *before* it, for the training thread.
+
+So each of the slots' bytes has one writer at any instant: the training thread before ``begin`` returns, the copying thread
+afterwards. What the training thread does there is what cannot wait, because training pays it: tensors that forward changes, and,
+as no byte may change under the old header, the WRITING of the shards that have such. All other headers are written here.
+``stats.copy_s`` and ``seal_s`` are written here only.
+
+A kill anywhere leaves slots WRITING (void) or COMMITTED; locks die with the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from gemini_gnn.errors import SnapshotError
+from gemini_gnn.snapshot.capture import divergence
+from gemini_gnn.snapshot.capture.cuda import CudaCopies, on_gpu
+from gemini_gnn.snapshot.capture.shards import REPLICATED, Piece, Shard
+from gemini_gnn.snapshot.capture.stats import Stats
+from gemini_gnn.snapshot.capture.unchanged import Version, check_unchanged, versions
+from gemini_gnn.snapshot.state import generators, tree
+from gemini_gnn.snapshot.state.generators import Generators
+from gemini_gnn.snapshot.store import arena, catalog, format
+from gemini_gnn.snapshot.store.format import Header, SlotState
+from gemini_gnn.snapshot.store.identity import Identity
+
+_HELD_BELOW = 128 << 10  # smaller copies keep the interpreter lock: getting it back can take a 5 ms switch interval
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; elsewhere it fails, and the first captures pay the page faults
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes, _madvise.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int
+_memmove_free = ctypes.CDLL(None).memmove
+_memmove_held = ctypes.PyDLL(None).memmove
+for _f in (_memmove_free, _memmove_held):
+    _f.argtypes, _f.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t], ctypes.c_void_p
+
+
+@dataclass
+class Job:
+    """One capture.
+
+    Attributes:
+        slots: the locked slot of every shard of ours.
+        numbers: of the rank's own shard, packed; the random generators, in ``generators``, are not yet.
+        verify: compute the checksum of the replicated state, for ``divergence.compare``.
+        versions: of the tensors when the capture began.
+        fenced: when the fence let go, on CUDA, where the copies may still be under way then.
+    """
+
+    identity: Identity
+    slots: dict[str, int]
+    numbers: tuple[dict[str, Any], list[np.ndarray]]
+    generators: Generators
+    verify: bool
+    versions: list[Version]
+    fenced: list[Version] | None = None
+
+
+class _Warm:
+    """Asks for the slots to be touched: after a restore, which should not wait for it."""
+
+
+class Copier:
+    """See the module's account.
+
+    Attributes:
+        copied, committed: set when the job handed over last is; and before the first one.
+        error: what went wrong; no job after it is believed.
+        expected: what the writer of the replicated state must have committed, as far as this rank is concerned.
+        next_slots: per shard of ours the slot to take when the last job handed over is committed by all ranks, if any is
+            free then. Only we write them, so it stays right; whether a reader holds it, its lock will tell.
+        late: the tensors that are copied in the background.
+    """
+
+    def __init__(self, own: list[Shard], foreign: list[Shard], job: str, rank: int, stats: Stats):
+        self._own, self._foreign, self._job, self._rank, self._stats = own, foreign, job, rank, stats
+        self.copied, self.committed = threading.Event(), threading.Event()
+        self.copied.set()
+        self.committed.set()
+        self.error: BaseException | None = None
+        self.expected: divergence.Expected | None = None
+        self.next_slots: dict[str, int] = {}
+        self.late = [e for s in own for e in s.entries if not e.at_once]
+        self._early = [(s, pieces) for s in own if (pieces := [p for p in s.pieces if p.entry.at_once])]
+        self.cuda = CudaCopies() if any(on_gpu(e.get()) for s in (*own, *foreign) for e in s.entries) else None
+        self._queue: queue.SimpleQueue[Job | _Warm | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="snapshot", daemon=True)
+        self._thread.start()
+
+    # The training thread
+
+    def begin(self, job: Job) -> None:
+        """Copy what forward changes, and hand over the rest."""
+        for shard, pieces in self._early:
+            slot = job.slots[shard.name]
+            shard.files[slot].write_header(self._header(shard, slot, job.identity))
+            for piece in pieces:
+                self._copy(shard, slot, piece)
+        self.next_slots = {}
+        self.copied.clear()
+        self.committed.clear()
+        if self.cuda is not None:
+            self.cuda.mark()
+        self._queue.put(job)
+
+    def warm(self) -> None:
+        self._queue.put(_Warm())
+
+    def stop(self, timeout_s: float) -> None:
+        """Finish the last job and end the thread. Only then may anything it uses be let go of.
+
+        Raises:
+            SnapshotError: it is still at it after ``timeout_s``; ask again.
+        """
+        if self._thread.is_alive():
+            self._queue.put(None)
+            self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise SnapshotError(
+                f"expected the background of the snapshots to end within {timeout_s:.0f} s; it is still copying. Nothing was "
+                "closed: call close() again, or end the process"
+            )
+
+    # The copying thread, but for _header and _copy of tensors that forward changes
+
+    def _run(self) -> None:
+        while (job := self._queue.get()) is not None:
+            captures = isinstance(job, Job)
+            try:
+                if isinstance(job, Job):
+                    self._do(job)
+                else:
+                    self._touch_slots()
+            except BaseException as error:  # kept for the training thread, which raises it
+                self.error = error
+            job = None  # or its arrays would stay until the next one comes
+            if captures:
+                self.copied.set()
+                self.committed.set()
+
+    def _do(self, job: Job) -> None:
+        begin = time.perf_counter()
+        if self.cuda is not None:
+            self.cuda.begin()
+        early = [s.name for s, _ in self._early]
+        for shard in self._own:
+            if shard.name not in early:
+                slot = job.slots[shard.name]
+                shard.files[slot].write_header(self._header(shard, slot, job.identity))
+        present = {s.name: self._copy_all(s, job.slots[s.name]) for s in self._own}
+        expected = divergence.expect(self._foreign[0], job.identity) if job.verify else None
+        if self.cuda is None:
+            check_unchanged(self.late, job.versions, versions(self.late), job.identity)
+            self.copied.set()
+        else:
+            self.cuda.enqueued()
+            self.copied.set()
+            self.cuda.wait()
+            now = versions(self.late)  # read before asking whether the fence was passed: after it they may change
+            check_unchanged(self.late, job.versions, now if job.fenced is None else job.fenced, job.identity)
+        copied = time.perf_counter()
+        numbers, arrays = job.numbers
+        numbers["rng"], _ = tree.pack(generators.numbers(job.generators), "rng", arrays)
+        for shard in self._own:
+            self._seal(shard, job, present[shard.name])
+        free = {s.name: catalog.writable(s.views(), job.identity) for s in self._own}
+        self.next_slots = {name: slot for name, slot in free.items() if slot is not None}
+        self.expected = expected
+        self._stats.copy_s += copied - begin
+        self._stats.seal_s += time.perf_counter() - copied
+
+    def _touch_slots(self) -> None:
+        """Bring the slots' pages into this process, so that captures pay no page faults; stops when a capture comes."""
+        for shard in self._own:
+            for address in shard.addresses:
+                if not self._queue.empty():
+                    return
+                if self.cuda is not None:
+                    self.cuda.register(address, shard.layout.tail_offset)
+                else:
+                    _madvise(address, shard.layout.tail_offset, _MADV_POPULATE_WRITE)
+
+    def _copy_all(self, shard: Shard, slot: int) -> tuple[int, ...]:
+        """Copy what may wait; the indices of the tensors that exist."""
+        if self.cuda is not None:
+            self.cuda.register(shard.addresses[slot], shard.layout.tail_offset)
+        return tuple(i for i, piece in enumerate(shard.pieces) if piece.entry.at_once or self._copy(shard, slot, piece))
+
+    def _copy(self, shard: Shard, slot: int, piece: Piece) -> bool:
+        source = piece.entry.get()
+        if source is None:
+            return False
+        if source.shape != piece.shape or source.dtype != piece.dtype:
+            raise SnapshotError(
+                f"tensor {piece.entry.spec.name} changed shape during training: expected {piece.dtype} "
+                f"{list(piece.shape)}; got {source.dtype} {list(source.shape)}; start again with resume=never, or use "
+                "snapshot=nfs"
+            )
+        if on_gpu(source):
+            assert self.cuda is not None
+            self.cuda.copy(shard.tensor(slot, piece), source)
+        elif source.is_contiguous():
+            move = _memmove_held if piece.nbytes < _HELD_BELOW else _memmove_free
+            move(shard.addresses[slot] + piece.offset, source.data_ptr(), piece.nbytes)
+        else:
+            shard.tensor(slot, piece).copy_(source.detach())
+        self._stats.bytes += piece.nbytes
+        return True
+
+    def _header(self, shard: Shard, slot: int, identity: Identity) -> Header:
+        return Header(
+            state=SlotState.WRITING,
+            identity=identity,
+            owner=self._rank,
+            shard=shard.name,
+            slot=slot,
+            job=self._job,
+            topology=shard.fingerprint,
+        )
+
+    def _seal(self, shard: Shard, job: Job, present: tuple[int, ...]) -> None:
+        slot = job.slots[shard.name]
+        file, plan = shard.files[slot], shard.layout
+        if present not in shard.layout_json:
+            shard.layout_json[present] = format.layout_json(plan, present, shard.topology)
+        numbers, arrays = job.numbers if shard.name != REPLICATED else (None, [])
+        tail = format.encode_tail(shard.layout_json[present], numbers, arrays)
+        file.write_tail(tail, plan.tail_offset)
+        raw = memoryview(file.map(plan.tail_offset))
+        pieces = [raw[plan.offsets[i] : plan.offsets[i] + plan.specs[i].nbytes] for i in present]
+        header = replace(
+            self._header(shard, slot, job.identity),
+            state=SlotState.COMMITTED,
+            data_bytes=sum(p.nbytes for p in pieces),
+            data_checksum=arena.checksum(pieces),
+            tail_offset=plan.tail_offset,
+            tail_bytes=len(tail),
+            tail_checksum=arena.checksum([memoryview(tail)]),
+            committed_ns=arena.now_ns(),
+        )
+        file.write_header(header)
+        file.unlock()

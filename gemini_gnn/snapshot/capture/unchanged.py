@@ -1,0 +1,48 @@
+"""Noticing a tensor that changes while it is copied in the background.
+
+The training thread notes the versions when the capture begins, the copying thread when the bytes are copied and before the
+fence opens: a difference means that the copy may be half old and half new. The first of these is paid by training, for every
+tensor at every capture: no names, no copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gemini_gnn.errors import SnapshotError
+from gemini_gnn.snapshot.state.collect import Entry
+from gemini_gnn.snapshot.store.identity import Identity
+
+Version = tuple[int, int] | None
+
+
+def version(entry: Entry) -> Version:
+    """How often autograd saw the tensor change in place, and where it lies; None while it does not exist. What is changed
+    in place through ``.data`` is not counted by torch.
+    """
+    tensor = entry.get()
+    if tensor is None:
+        return None
+    try:
+        return tensor._version, tensor.data_ptr()
+    except RuntimeError:  # an inference tensor: it has no version
+        return 0, tensor.data_ptr()
+
+
+def versions(entries: Sequence[Entry]) -> list[Version]:
+    return [version(e) for e in entries]
+
+
+def check_unchanged(
+    entries: Sequence[Entry], before: Sequence[Version], after: Sequence[Version], identity: Identity
+) -> None:
+    """
+    Raises:
+        SnapshotError: a tensor was changed while it was copied.
+    """
+    for entry, then, now in zip(entries, before, after, strict=True):
+        if then != now:
+            raise SnapshotError(
+                f"{entry.spec.name} was changed while it was copied into snapshot {identity}, which is void therefore; "
+                "call snapshots.before_step() before changing parameters between steps"
+            )

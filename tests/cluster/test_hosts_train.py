@@ -1,0 +1,265 @@
+"""What a user types on a cluster, on the lab's hosts: the real launcher, ssh, pdsh, and machines that fail."""
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gemini_gnn.observe.logs import first_error, read_errors
+from gemini_gnn.observe.run_directory import read_losses
+from tests.lab.lab import kill_group
+from tests.trainers import trained
+
+ROOT = Path(__file__).parents[2]
+PYTHON = sys.executable
+DEEPSPEED = str(Path(PYTHON).with_name("deepspeed"))
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory):
+    """Settings of a small training: Cora where it is, else a synthetic graph."""
+    cache = f"dataset.cache={tmp_path_factory.mktemp('cache')}"
+    root = os.environ.get("GEMINI_GNN_DATA")
+    if root and (Path(root) / "planetoid").is_dir():
+        return ["dataset=cora", f"dataset.root={root}", cache]
+    return ["dataset.nodes=2000", cache]
+
+
+def train(lab, host, launcher, *settings, run_dir, environ=None):
+    """Start a training from ``host``; its output goes to a file beside the run directory."""
+    command = [*launcher, "launch/train.py", f"run_dir={run_dir}", "training.threads=1", *settings]
+    output = open(f"{run_dir}-terminal.txt", "w")
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", **(environ or {})}
+    with output:
+        return lab.popen(host, command, stdout=output, stderr=output, cwd=ROOT, env=environment)
+
+
+def terminal(run_dir):
+    return Path(f"{run_dir}-terminal.txt").read_text()
+
+
+def ended(process, run_dir, timeout_s):
+    """Exit code of the launcher, which must come within ``timeout_s``."""
+    try:
+        return process.wait(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"the launcher hangs:\n{terminal(run_dir)[-6000:]}") from None
+    finally:
+        kill_group(process)
+        process.wait(20)
+
+
+def losses(run_dir):
+    path = run_dir / "losses.csv"
+    return [row[2] for row in read_losses(path)] if path.exists() else []
+
+
+def wait_until(condition, run_dir, timeout_s=120.0):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain:\n{terminal(run_dir)[-6000:]}"
+        time.sleep(0.05)
+
+
+def nobody_trains(lab):
+    return not any("launch/train.py" in line for name in lab.hosts for line in lab.processes(name))
+
+
+# --- the same losses --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def losses_here(graph, tmp_path_factory):
+    """Losses of four ranks on localhost."""
+    return trained(4, tmp_path_factory.mktemp("here") / "run", *graph, "training.epochs=8")[0]
+
+
+@pytest.mark.parametrize(("hosts", "slots"), [(4, 1), (2, 2)])
+def test_hosts_give_the_losses_of_one_machine_bit_for_bit(lab, graph, losses_here, tmp_path, hosts, slots):
+    run_dir = tmp_path / "run"
+    launcher = [DEEPSPEED, "--hostfile", str(lab.hostfile([f"h{i}" for i in range(hosts)], slots))]
+    if slots == 2 and lab.has_ipv6("h0"):
+        launcher += ["--master_addr", lab.address6("h0")]
+    process = train(lab, "h0", launcher, *graph, "training.epochs=8", run_dir=run_dir)
+    assert ended(process, run_dir, 180) == 0, terminal(run_dir)[-6000:]
+    assert losses(run_dir) == losses_here
+    for rank in range(4):
+        assert f"--- rank {rank} on h{rank // slots}," in (run_dir / "logs" / f"rank-{rank}.log").read_text()
+    assert terminal(run_dir).count("done: test accuracy") == 1, "rank 0 speaks, and only rank 0"
+
+
+SLURM = """
+ClusterName=lab
+SlurmctldHost=h0
+SlurmUser=root
+AuthInfo=socket=/run/munge.socket
+StateSaveLocation=/run/slurmctld
+SlurmdSpoolDir=/run/slurmd
+SlurmctldPidFile=/run/slurmctld.pid
+SlurmdPidFile=/run/slurmd.pid
+SlurmctldLogFile=/run/slurmctld.log
+SlurmdLogFile=/run/slurmd.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SlurmdParameters=config_overrides
+NodeName=h[0-1] CPUs=2
+PartitionName=all Nodes=ALL Default=YES
+"""
+
+# argv: folder with slurm.conf and the key; /run is each host's own. munged and the daemons go to the background.
+START_SLURM = """
+set -e
+munged --force --key-file="$0/munge.key" --socket=/run/munge.socket --pid-file=/run/munged.pid \
+    --log-file=/run/munged.log --seed-file=/run/munged.seed
+mkdir -p /run/slurmctld /run/slurmd
+if [ "$(hostname)" = h0 ]; then slurmctld -f "$0/slurm.conf"; fi
+slurmd -f "$0/slurm.conf"
+"""
+
+
+def test_srun_gives_the_losses_of_one_machine_bit_for_bit(lab, graph, losses_here, tmp_path):
+    """No hostfile, no ssh: a real SLURM between two hosts starts the ranks, and its variables say who they are."""
+    absent = [tool for tool in ("slurmctld", "slurmd", "srun", "sinfo", "munged") if not shutil.which(tool)]
+    if absent:
+        pytest.skip(f"needs {', '.join(absent)}: apt-get install slurmctld slurmd slurm-client munge")
+    (tmp_path / "slurm.conf").write_text(SLURM)
+    (tmp_path / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # the one that wants nothing until it is used
+    (tmp_path / "munge.key").touch(0o600)
+    (tmp_path / "munge.key").write_bytes(secrets.token_bytes(128))
+    for name in ("h0", "h1"):
+        begun = lab.run(name, ["sh", "-c", START_SLURM, str(tmp_path)], 60)
+        assert begun.returncode == 0, begun.stdout
+    conf = {"SLURM_CONF": str(tmp_path / "slurm.conf")}
+    idle = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
+    deadline = time.monotonic() + 60
+    while lab.run("h0", idle, env={**os.environ, **conf}).stdout.strip() != "2":
+        assert time.monotonic() < deadline, lab.run("h0", ["sh", "-c", "cat /run/slurmctld.log /run/slurmd.log"]).stdout
+        time.sleep(0.1)
+
+    run_dir = tmp_path / "run"
+    launcher = ["srun", "-N", "2", "--ntasks-per-node", "2", PYTHON]
+    process = train(lab, "h0", launcher, *graph, "training.epochs=8", run_dir=run_dir, environ=conf)
+    assert ended(process, run_dir, 180) == 0, terminal(run_dir)[-6000:]
+    assert losses(run_dir) == losses_here
+    for rank in range(4):
+        assert f"--- rank {rank} on h{rank // 2}," in (run_dir / "logs" / f"rank-{rank}.log").read_text()
+    assert nobody_trains(lab)
+
+
+# --- failures ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_error_of_one_rank_ends_the_job_everywhere(lab, graph, tmp_path):
+    """Started by launch/hosts.py, which also carries the order to fail to the other host."""
+    run_dir = tmp_path / "run"
+    launcher = [PYTHON, "launch/hosts.py", "run", str(lab.hostfile(["h2", "h3"]))]
+    fault = {"GEMINI_GNN_FAULT": "raise:rank=1:step=5"}
+    process = train(lab, "h0", launcher, *graph, "training.epochs=100000", run_dir=run_dir, environ=fault)
+    wait_until(lambda: first_error(run_dir) is not None or process.poll() is not None, run_dir)
+    assert ended(process, run_dir, 30) != 0, "the job ends everywhere within seconds"
+    assert first_error(run_dir) == "rank 1 on h3: InjectedFault: injected fault on rank 1 before step 5"
+    said = terminal(run_dir)
+    assert "InjectedFault: injected fault on rank 1 before step 5" in said
+    assert "rank 0 on h2: stopped, because rank 1 on h3 failed: InjectedFault" in said
+    assert "Connection closed by peer" not in said, "what the survivors see is in their logs"
+    assert nobody_trains(lab)
+
+
+def test_a_machine_that_loses_power_is_named_and_the_launcher_ends(lab, graph, tmp_path):
+    """A bare launcher, whose ssh would wait for ever. And, while the job runs, its run directory is refused to a second."""
+    run_dir = tmp_path / "run"
+    launcher = [DEEPSPEED, "--hostfile", str(lab.hostfile(["h0", "h1"], slots=2))]
+    settings = [*graph, "training.epochs=100000", "distributed.timeout_s=10"]
+    process = train(lab, "h0", launcher, *settings, run_dir=run_dir)
+    wait_until(lambda: len(losses(run_dir)) > 5 or process.poll() is not None, run_dir)
+    assert process.poll() is None, terminal(run_dir)[-6000:]
+
+    again = [*settings, f"run_dir={run_dir}", "snapshot=none", "training.threads=1"]
+    second = lab.run("h3", [PYTHON, "launch/train.py", *again], 60, cwd=ROOT)
+    assert second.returncode == 2 and "is in use by" in second.stdout and "on h0" in second.stdout
+
+    off = time.time()
+    lab.power_off("h1")
+    # 10 s until the collective gives up, 3 s for last words, 11 s until the launcher's ssh is ended; the rest is load
+    assert ended(process, run_dir, 60) != 0
+    noticed_s = min(record["time"] for record in read_errors(run_dir)) - off
+    assert noticed_s < 10 + 10, "within distributed.timeout_s, and what a busy machine needs"
+    said = terminal(run_dir)
+    assert "lost rank 2 on h1, rank 3 on h1: no answer and no last words" in said and "ssh h1 true" in said, said[
+        -6000:
+    ]
+    assert "nothing of this job runs on h1: ended the launcher's ssh, which waited for it" in said
+    assert nobody_trains(lab)
+
+
+def test_a_killed_trainer_and_the_command_typed_again(lab, graph, losses_here, tmp_path):
+    """No machine restarts a job of several by itself yet, but each has its snapshots: the same command goes on, bit for bit."""
+    run_dir = tmp_path / "run"
+    launcher = [PYTHON, "launch/hosts.py", "run", str(lab.hostfile(["h0", "h1"], slots=2))]
+    fault = {"GEMINI_GNN_FAULT": "kill:rank=1:step=5"}
+    first = train(lab, "h0", launcher, *graph, "training.epochs=8", run_dir=run_dir, environ=fault)
+    assert ended(first, run_dir, 90) != 0
+    assert 0 < len(losses(run_dir)) < len(losses_here)
+    again = train(lab, "h0", launcher, *graph, "training.epochs=8", "resume=must", run_dir=run_dir)
+    assert ended(again, run_dir, 90) == 0, terminal(run_dir)[-6000:]
+    assert "going on after step" in terminal(run_dir)
+    assert losses(run_dir) == losses_here
+    third = train(lab, "h0", launcher, *graph, "training.epochs=8", run_dir=run_dir)
+    assert ended(third, run_dir, 60) == 2, "both machines refuse at once; neither waits for the other"
+    assert terminal(run_dir).count("holds a finished run (result.json)") == 2
+
+
+def test_a_machine_that_dies_while_the_job_starts_is_named(lab, graph, tmp_path):
+    """Started from a machine that is not of the job: here the launcher's own ssh has to give up."""
+    run_dir = tmp_path / "run"
+    launcher = [PYTHON, "launch/hosts.py", "run", str(lab.hostfile(["h0", "h3"]))]
+    process = train(lab, "h1", launcher, *graph, "distributed.start_timeout_s=3", run_dir=run_dir)
+
+    def starts():
+        return any("launch/train.py" in line for line in lab.processes("h3"))
+
+    wait_until(lambda: starts() or process.poll() is not None, run_dir)
+    lab.power_off("h3")
+    assert ended(process, run_dir, 90) != 0
+    assert "ranks [1] of 2 did not come within 3 s" in terminal(run_dir)
+    assert "machine 2 in the order of the hostfile" in terminal(run_dir)
+    assert nobody_trains(lab)
+    checked = lab.run("h0", [PYTHON, "launch/hosts.py", "check", str(lab.hostfile(["h0", "h3"]))], 60, cwd=ROOT)
+    assert checked.returncode == 2 and "1 of 2 hosts cannot take part: h3" in checked.stdout
+    assert "ssh -v h3 true" in checked.stdout
+
+
+def test_the_job_outlives_the_machine_that_launched_it(lab, graph, tmp_path):
+    run_dir = tmp_path / "run"
+    launcher = [DEEPSPEED, "--hostfile", str(lab.hostfile(["h1", "h2"]))]
+    process = train(lab, "h0", launcher, *graph, "training.epochs=150", "evaluation.every=25", run_dir=run_dir)
+    wait_until(lambda: len(losses(run_dir)) > 5 or process.poll() is not None, run_dir)
+    assert process.poll() is None, terminal(run_dir)[-6000:]
+    lab.power_off("h0")
+    assert not (run_dir / "result.json").exists()
+    wait_until(lambda: (run_dir / "result.json").exists(), run_dir)
+    wait_until(lambda: nobody_trains(lab), run_dir)
+    ended(process, run_dir, 20)
+
+
+def test_a_name_that_means_loopback_on_its_own_machine(lab, graph, tmp_path):
+    """As Debian writes it into /etc/hosts: found out before anything waits."""
+    run_dir = tmp_path / "run"
+    environ = {
+        **{"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_SIZE": "1", "CROSS_SIZE": "2"},
+        **{"MASTER_ADDR": "localhost.localdomain", "MASTER_PORT": "29511"},
+    }
+    lab.run("h1", ["sh", "-c", "cp /etc/hosts /run/hosts; echo 127.0.1.1 localhost.localdomain >> /run/hosts; "
+                   "mount --bind /run/hosts /etc/hosts"])  # fmt: skip
+    process = train(lab, "h1", [PYTHON], *graph, run_dir=run_dir, environ=environ)
+    assert ended(process, run_dir, 60) == 2
+    assert "MASTER_ADDR=localhost.localdomain, which is loopback (127.0.1.1) on h1" in terminal(run_dir)
+    lab.power_off("h1")  # the changed file goes with it

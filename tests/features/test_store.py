@@ -1,0 +1,132 @@
+import datetime
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from gemini_gnn.errors import DataError
+from gemini_gnn.features.store import FeatureStore
+from gemini_gnn.halo.exchange import HaloExchange
+from gemini_gnn.halo.rows import copy_rows
+from gemini_gnn.training.prefetch import prefetch
+from tests.ranks import run_ranks
+
+NODES, WIDTH = 600, 7
+
+
+def features():
+    return np.random.default_rng(3).standard_normal((NODES, WIDTH)).astype(np.float32)
+
+
+def alone(in_ram=True, dtype=torch.float32, x=None):
+    halo = HaloExchange(None, np.array([0, NODES]), 0, chunk_bytes=1 << 20, timeout_s=1)
+    return FeatureStore(features() if x is None else x, 0, NODES, halo, in_ram, dtype)
+
+
+# -- one process -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_ram", [True, False])
+def test_a_mapping_is_read_or_copied(tmp_path, in_ram, dtype):
+    np.save(tmp_path / "x.npy", features())
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r", allow_pickle=False)
+    store = alone(in_ram, dtype, mapped)
+    ids = np.random.default_rng(0).permutation(NODES)[:77]
+    got = store.gather(ids)
+    assert torch.equal(got, torch.from_numpy(features()[ids]).to(dtype))
+    assert np.shares_memory(store._local.view(torch.uint8).numpy(), mapped.view(np.uint8)) == (not in_ram)
+    counts = store.take_counts()
+    assert (counts.own, counts.remote, counts.remote_bytes) == (77, 0, 0)
+    assert store.take_counts().own == 0
+
+
+def test_an_array_in_memory_is_not_copied():
+    x = features()
+    assert np.shares_memory(alone(x=x)._local.numpy(), x)
+
+
+def test_wrong_features_are_refused():
+    with pytest.raises(DataError, match=r"expected float32 \[600, width\]; got float64 \[600, 7\]"):
+        alone(x=features().astype(np.float64))
+    with pytest.raises(DataError, match=r"got float32 \[599, 7\]"):
+        alone(x=features()[1:])
+    halo = HaloExchange(None, np.array([0, NODES]), 0, chunk_bytes=1 << 20, timeout_s=1)
+    with pytest.raises(DataError, match="rank 0 owns 0..599"):
+        FeatureStore(features()[:9], 0, 9, halo)
+
+
+def test_rows_are_copied_whatever_their_width_and_never_outside():
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.int16, torch.bool):
+        for width in (1, 2, 3, 8):
+            source = torch.arange(5 * width).view(5, width).remainder(3).to(dtype)
+            target = torch.zeros(4, width, dtype=dtype)
+            copy_rows(source, np.array([4, 0]), target, np.array([3, 1]))
+            assert torch.equal(target[3], source[4]) and torch.equal(target[1], source[0])
+            assert not target[0].any() and not target[2].any()
+    for bad in ([5], [-1]):
+        with pytest.raises(IndexError, match=r"0\.\.4"):
+            copy_rows(source, np.array(bad), target, np.array([0]))
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+def gathers(rank, world):
+    x = features()
+    bounds = np.linspace(0, NODES, world + 1).astype(np.int64)
+    begin, end = int(bounds[rank]), int(bounds[rank + 1])
+    wide = datetime.timedelta(seconds=60)
+    halo = HaloExchange(dist.new_group(backend="gloo", timeout=wide), bounds, rank, chunk_bytes=999, timeout_s=30)
+
+    def ids_of(key):
+        rng = np.random.default_rng([rank, key])
+        return rng.permutation(NODES)[: rng.integers(0, 120)]
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for in_ram in (True, False):
+            store = FeatureStore(x[begin:end], begin, end, halo, in_ram, dtype)
+            full = torch.from_numpy(x).to(dtype)
+            # The exchange in the background thread while this thread reduces on another group, and the exchange in this
+            # thread while the background prepares.
+            in_background = (lambda key, store=store: store.gather(ids_of(key)), None)
+            in_this_thread = (lambda key, store=store: store.prepare(ids_of(key)), store.complete)
+            for make, finish in (in_background, in_this_thread):
+                for depth in (0, 3):
+                    with prefetch(make, range(8), depth, finish=finish) as batches:
+                        for key, rows in enumerate(batches):
+                            gradient = torch.full((1000,), float(rank + key))
+                            dist.all_reduce(gradient)
+                            assert gradient[0] == world * key + world * (world - 1) / 2
+                            assert rows.dtype == dtype and torch.equal(rows, full[ids_of(key)])
+            counts = store.take_counts()
+            asked = np.concatenate([ids_of(key) for key in range(8)] * 4)
+            remote = int(((asked < begin) | (asked >= end)).sum())
+            assert (counts.own, counts.remote) == (len(asked) - remote, remote)
+            assert counts.remote_bytes == remote * WIDTH * dtype.itemsize
+
+
+def test_gathered_rows_are_those_on_disk():
+    run_ranks(gathers, 3)
+
+
+def broken_out_early(rank, world):
+    """Ranks that leave the loop after the same batch can go on with the same exchange, however far ahead each was."""
+    x = features()
+    bounds = np.linspace(0, NODES, world + 1).astype(np.int64)
+    begin, end = int(bounds[rank]), int(bounds[rank + 1])
+    halo = HaloExchange(dist.new_group(backend="gloo"), bounds, rank, chunk_bytes=1 << 20, timeout_s=20)
+    store = FeatureStore(x[begin:end], begin, end, halo)
+    ids = np.arange(rank, NODES, 3)
+    for _ in range(3):
+        with prefetch(lambda key: store.gather(ids), range(100), 4) as batches:
+            for key, rows in enumerate(batches):
+                assert np.array_equal(rows.numpy(), x[ids])
+                if key == 2:
+                    break
+    return halo.take_traffic().calls
+
+
+def test_breaking_out_early_keeps_the_ranks_in_step():
+    assert run_ranks(broken_out_early, 3) == [21] * 3

@@ -1,0 +1,124 @@
+"""What a user types, with the real launcher; slow, so few."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gemini_gnn.observe.run_directory import read_losses
+
+ROOT = Path(__file__).parents[2]
+TINY = ["dataset.nodes=600", "dataset.feature_dim=16", "model.hidden=16", "sampling.batch_size=16"]
+
+
+def run(*command, timeout_s=150, **environ):
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", **environ}
+    # The launcher must be this environment's.
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quickstart")
+    done = run(
+        *("bash", "launch/quickstart.sh", f"run_dir={folder / 'run'}", f"dataset.cache={folder / 'cache'}", *TINY),
+        "training.epochs=20",
+        VIRTUAL_ENV=str(Path(sys.executable).parent.parent),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def test_quickstart_trains_and_recovers(quickstart):
+    folder, said = quickstart
+    assert re.search(r"\$ deepspeed --quiet --num_accelerators 2 launch/train.py run_dir=", said)
+    assert "features alone" in said and "structure alone" in said and "dataset=edge_list" in said
+    result = json.loads((folder / "run" / "result.json").read_text())
+    losses = read_losses(folder / "run" / "losses.csv")
+    assert [row[0] for row in losses] == list(range(1, result["steps"] + 1))
+    assert "kill -9" in said and "going on after step" in said and "bit for bit" in said
+    assert (folder / "run" / "losses.png").stat().st_size > 10_000
+    for key in ("test_accuracy", "val_accuracy", "macro_f1", "epochs", "world_size", "epoch_s", "edges_per_s"):
+        assert isinstance(result[key], (int, float)), key
+    for key in ("communication_fraction", "remote_bytes", "peak_rss_bytes"):
+        assert result[key] > 0, key
+    assert result["world_size"] == 2 and result["versions"]["torch"] and result["config"]["dataset"]["nodes"] == 600
+
+
+def test_the_proof_of_recovery_notices_another_loss():
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "launch" / "quickstart.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    before = [(1, 1, 0.5), (2, 1, 0.25)]
+    done = [(-0.2, 1), (-0.1, 2), (0.6, 2), (0.7, 3)]
+    said, same = script.proof(before, [*before, (3, 2, 0.1)], done)
+    assert same and "first new step was done 0.70 s later" in said[0] and "step 2 was done twice" in said[-1]
+    said, same = script.proof(before, [(1, 1, 0.5), (2, 1, 0.2500001), (3, 2, 0.1)], done)
+    assert not same and said[-1].startswith("error: step 2: loss 0.25 before")
+
+
+def test_evaluate_and_load_give_the_same_predictions_in_original_order(quickstart):
+    import gemini_gnn
+    from gemini_gnn.compose import compose
+    from gemini_gnn.graph.datasets import load_dataset
+
+    folder, _ = quickstart
+    done = run(sys.executable, "launch/evaluate.py", f"run_dir={folder / 'run'}", f"out={folder / 'out'}")
+    assert done.returncode == 0, done.stderr
+    found = {name: np.load(folder / "out" / f"{name}.npy") for name in ("ids", "predictions", "embeddings", "logits")}
+    config = compose([*TINY, f"dataset.cache={folder / 'cache'}"])
+    graph = load_dataset(config.dataset)
+    assert found["ids"].tolist() == list(range(graph.num_nodes)) and found["embeddings"].shape == (600, 16)
+    accuracy = (found["predictions"] == graph.y)[graph.test_mask].mean()
+    result = json.loads((folder / "run" / "result.json").read_text())
+    assert accuracy == pytest.approx(result["test_accuracy"], abs=1e-9)
+    again = gemini_gnn.predict(folder / "run", graph)
+    np.testing.assert_array_equal(again["logits"], found["logits"])
+    assert sum(p.numel() for p in gemini_gnn.load(folder / "run").parameters()) > 0
+
+
+def test_a_finished_run_is_not_overwritten(quickstart):
+    folder, _ = quickstart
+    before = (folder / "run" / "losses.csv").read_bytes()
+    done = run(sys.executable, "launch/train.py", f"run_dir={folder / 'run'}", *TINY, "snapshot=none")
+    assert done.returncode == 2
+    assert "holds a finished run" in done.stdout + done.stderr
+    assert (folder / "run" / "losses.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["dataset=nope"], "dataset: expected one of"),
+        (["model.layers=3"], "one fanout per layer"),
+        (["dataset=edge_list", "dataset.path=/nowhere/edges.csv", "snapshot=none"], "/nowhere/edges.csv"),
+    ],
+)
+def test_bad_input_is_one_clear_error(arguments, said, tmp_path):
+    done = run(
+        sys.executable, "launch/train.py", f"run_dir={tmp_path / 'run'}", f"dataset.cache={tmp_path}", *arguments
+    )
+    text = done.stdout + done.stderr
+    assert done.returncode == 2, text
+    assert "error: " in text and said in text and "Traceback" not in text
+
+
+def test_importing_the_package_is_light():
+    heavy = "('torch', 'deepspeed', 'torch_geometric')"
+    code = f"import sys, gemini_gnn, gemini_gnn.compose; print([m for m in {heavy} if m in sys.modules])"
+    assert run(sys.executable, "-c", code).stdout.strip() == "[]"
+
+
+def test_every_script_explains_itself():
+    for script in sorted((ROOT / "launch").glob("*.py")):
+        done = run(sys.executable, str(script), "--help")
+        assert done.returncode == 0 and done.stdout, script

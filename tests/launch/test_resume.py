@@ -1,0 +1,158 @@
+"""A run that is killed and started again is the run that was never killed, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from gemini_gnn.cluster.hosts import random_port
+from gemini_gnn.observe.run_directory import read_losses
+from tests.trainers import logs, train_ranks, trained
+
+ROOT = Path(__file__).parents[2]
+TINY = ["dataset.nodes=1500", "dataset.feature_dim=16", "model.hidden=32", "sampling.batch_size=16"]
+TINY += ["sampling.fanouts=[5,5]", "optimizer.schedule=cosine", "optimizer.warmup_steps=5", "training.threads=1"]
+
+
+def processes_of(run_dir: Path) -> list[int]:
+    """Every process of the job but this one: they name its run directory in their arguments or environment."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            text = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if str(run_dir).encode() in text and state != "Z":
+            found.append(int(entry.name))
+    return found
+
+
+def wait_for(condition, what, timeout_s=60.0):
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if (value := condition()) is not None:
+            return value
+        time.sleep(0.02)
+    raise AssertionError(f"no {what} within {timeout_s} s")
+
+
+def start(run_dir, *overrides):
+    port = str(random_port())  # without a worker agent it is used as given
+    command = ["deepspeed", "--num_accelerators", "2", "--master_port", port, "launch/train.py"]
+    command += [f"run_dir={run_dir}", *overrides]
+    environ = {**os.environ, "DS_ACCELERATOR": "cpu", "TEST_OF": str(run_dir)}
+    environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
+    log = open(f"{run_dir}.log", "ab")
+    return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log, start_new_session=True)
+
+
+def start_slots(run_dir, *overrides):
+    """The same without a launcher, which costs as long as the trainers' own start."""
+    slots = []
+    for rank in range(2):
+        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_SIZE": 2}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500, "DS_ACCELERATOR": "cpu"}
+        environ = {**os.environ, **{key: str(value) for key, value in place.items()}}
+        command = [sys.executable, "launch/train.py", f"run_dir={run_dir}", *overrides]
+        slots.append(subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL))
+    return slots
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    path = tmp_path / "run"
+    yield path
+    for pid in processes_of(path):
+        os.kill(pid, signal.SIGKILL)
+    subprocess.run(
+        [sys.executable, "launch/stop.py", f"run_dir={path}"], cwd=ROOT, timeout=60, capture_output=True, check=False
+    )
+
+
+def steps_done(run_dir):
+    try:
+        return len(read_losses(run_dir / "losses.csv"))
+    except OSError:
+        return 0
+
+
+def same_run(a: Path, b: Path) -> None:
+    assert read_losses(a / "losses.csv") == read_losses(b / "losses.csv")
+    assert (a / "metrics.jsonl").read_text() == (b / "metrics.jsonl").read_text()
+    one, other = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert one.keys() == other.keys() and all(one[k].equal(other[k]) for k in one)
+
+
+def test_everything_killed_and_the_command_typed_again(run_dir, tmp_path):
+    settings = [*TINY, f"dataset.cache={tmp_path / 'cache'}", "training.epochs=40", "deepspeed=zero1"]
+    trained(2, tmp_path / "undisturbed", *settings)
+    job = start(run_dir, *settings, "logger=quiet")
+    total = len(read_losses(tmp_path / "undisturbed" / "losses.csv"))
+    wait_for(lambda: True if steps_done(run_dir) > total // 5 else None, "first steps")
+    while pids := processes_of(run_dir):
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+    job.wait(30)
+    before = steps_done(run_dir)
+    assert 0 < before < total, "the kill came too late to test anything"
+    again = start(run_dir, *settings, "logger=quiet", "resume=must")
+    assert again.wait(120) == 0, Path(f"{run_dir}.log").read_text()[-4000:]
+    assert "going on after step" in (run_dir / "logs" / "rank-0.log").read_text()
+    same_run(run_dir, tmp_path / "undisturbed")
+    assert not processes_of(run_dir)
+    from gemini_gnn.recovery import home
+
+    assert not home.arena_of(run_dir).exists(), "nothing stays in memory after the end"
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_checkpoints_on_a_shared_folder_resume_bit_identical(tmp_path, zero):
+    settings = [*TINY, f"dataset.cache={tmp_path / 'cache'}", "training.epochs=4", f"deepspeed=zero{zero}"]
+    trained(2, tmp_path / "undisturbed", *settings)
+    nfs = [*settings, "snapshot=nfs", "snapshot.nfs_every=5"]
+    codes = train_ranks(2, tmp_path / "run", *nfs, environ={"GEMINI_GNN_FAULT": "kill:rank=1:step=13"})
+    assert codes[1] == -signal.SIGKILL and codes[0] != 0
+    trained(2, tmp_path / "run", *nfs, "resume=must")
+    assert "going on after step 10" in logs(tmp_path / "run", 2)
+    same_run(tmp_path / "run", tmp_path / "undisturbed")
+
+
+def test_resume_must_needs_something_to_resume(tmp_path):
+    settings = [*TINY, f"dataset.cache={tmp_path / 'cache'}", "resume=must"]
+    assert train_ranks(1, tmp_path / "run", *settings) == [2]
+    assert "snapshot=none keeps nothing" in logs(tmp_path / "run", 1)
+    assert train_ranks(1, tmp_path / "run2", *settings, "snapshot=nfs") == [2]
+    assert "no complete checkpoint" in logs(tmp_path / "run2", 1)
+
+
+def test_an_orderly_stop_loses_no_step(run_dir, tmp_path):
+    """Ctrl-C between two snapshots: the same command goes on after the very step it stopped at."""
+    settings = [
+        *TINY,
+        f"dataset.cache={tmp_path / 'cache'}",
+        "training.epochs=200",
+        "snapshot.every=1000",
+        "logger=quiet",
+    ]
+    job = start(run_dir, *settings)
+    wait_for(lambda: True if steps_done(run_dir) > 10 else None, "first steps")
+    os.killpg(job.pid, signal.SIGINT)
+    assert job.wait(60) != 0
+    stopped = steps_done(run_dir)
+    again = start_slots(run_dir, *settings, "resume=must")
+    wait_for(lambda: True if steps_done(run_dir) > stopped + 5 else None, "new steps")
+    assert f"going on after step {stopped} of" in (run_dir / "logs" / "rank-0.log").read_text()
+    for slot in again:
+        slot.send_signal(signal.SIGINT)
+    assert [slot.wait(60) for slot in again] == [130, 130]

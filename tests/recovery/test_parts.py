@@ -1,0 +1,325 @@
+"""Locks, terms, sockets and words: the parts of recovery by themselves."""
+
+from __future__ import annotations
+
+import errno
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import psutil
+import pytest
+
+from gemini_gnn.errors import RecoveryError, RunDirError
+from gemini_gnn.recovery import home, messages, processes, shim
+from gemini_gnn.recovery.worker import children
+from gemini_gnn.recovery.worker.decisions import Failure
+from gemini_gnn.recovery.worker.journal import Journal
+from gemini_gnn.snapshot.store import locks
+from tests.recovery.jobs import PATIENCE_S, wait_for
+
+
+def test_the_lock_has_one_holder_and_survives_removal(short_path):
+    arena = short_path / "user" / "job"
+    lock = home.take_lock(arena)
+    assert lock is not None and home.take_lock(arena) is None and locks.agent_lives(arena)
+    home.leave_arena(arena)
+    assert not arena.parent.exists()
+    another = home.take_lock(arena)  # the old file is still locked, but it is not this one
+    assert another is not None
+    os.close(lock)
+    os.close(another)
+    assert not locks.agent_lives(arena)
+
+
+def test_a_folder_of_somebody_else_is_refused(short_path):
+    (short_path / "target").mkdir()
+    (short_path / "user").symlink_to(short_path / "target")
+    with pytest.raises(RecoveryError, match="it is a link"):
+        home.take_lock(short_path / "user" / "job")
+
+
+def test_a_long_path_is_refused(tmp_path):
+    with pytest.raises(RecoveryError, match="too long for a socket"):
+        home.make_arena(tmp_path / ("x" * 120))
+
+
+def test_terms_are_claimed_once(tmp_path):
+    home.make_run_dir(tmp_path)
+    (tmp_path / "terms" / "notes.json").write_text("{}")
+    assert [home.claim_term(tmp_path, {}) for _ in range(3)] == [1, 2, 3]
+    assert home.newest_term(tmp_path)["term"] == 3
+    (tmp_path / "terms" / "4.json").touch()  # its agent was killed before it could write
+    assert home.newest_term(tmp_path)["term"] == 3 and home.claim_term(tmp_path, {}) == 5
+
+
+def test_a_run_directory_has_one_id(short_path):
+    home.make_run_dir(short_path)
+    run = home.run_id(short_path)
+    assert home.run_id(short_path) == run
+    assert [path.name for path in (short_path / "terms").iterdir()] == ["id"]
+    home.make_arena(short_path / "arena")
+    assert not home.belongs_to(short_path / "arena", run)
+    home.assign(short_path / "arena", run)
+    assert home.belongs_to(short_path / "arena", run) and not home.belongs_to(short_path / "arena", run[::-1])
+    (short_path / "terms" / "id").write_text("12")
+    with pytest.raises(RunDirError, match="incomplete"):
+        home.run_id(short_path, patience_s=0.0)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_ids_made_at_the_same_moment_are_one(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+    home.make_run_dir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(lambda _: home.run_id(tmp_path), range(8)))) == 1
+
+
+def test_living_trainers_are_seen_until_the_kernel_is_done_with_them(tmp_path):
+    assert locks.living_trainer(tmp_path) is None
+    ready, says = os.pipe()
+    child = os.fork()
+    if child == 0:
+        locks.hold_trainers_lock(tmp_path)
+        os.write(says, b".")
+        signal.pause()
+    os.read(ready, 1)
+    assert locks.living_trainer(tmp_path) == child
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert locks.living_trainer(tmp_path) is None
+    os.close(ready)
+    os.close(says)
+
+
+MAIN_THREAD_EXITS = """
+import ctypes, threading, time
+threading.Thread(target=time.sleep, args=(3600,)).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+
+
+def test_a_process_whose_main_thread_has_exited_is_not_dead():
+    with subprocess.Popen([sys.executable, "-c", MAIN_THREAD_EXITS]) as lives:
+        wait_for(lambda: psutil.Process(lives.pid).status() == psutil.STATUS_ZOMBIE, "the exit of its main thread")
+        assert lives.poll() is None and not processes.is_zombie(lives.pid)
+        lives.kill()
+        os.waitid(os.P_PID, lives.pid, os.WEXITED | os.WNOWAIT)
+        assert processes.is_zombie(lives.pid)
+    assert not processes.is_zombie(lives.pid)
+
+
+@pytest.fixture
+def hung_warm(tmp_path):
+    """Children whose warm parent is stopped; ranks 0 and 1 are its children, the fork of rank 2 is not reported."""
+    home.make_run_dir(tmp_path)
+    pairs = [socket.socketpair() for _ in range(4)]
+    channels = [messages.Channel(ours) for ours, _ in pairs]
+    with (
+        selectors.DefaultSelector() as selector,
+        subprocess.Popen(
+            ["sh", "-c", "sleep 3600 & echo $!; sleep 3600 & echo $!; wait"], stdout=subprocess.PIPE, text=True
+        ) as parent,
+    ):
+        below = children.Children(tmp_path, "job", Journal(tmp_path, "m"), selector, reap_s=30.0)
+        pids = [int(parent.stdout.readline()) for _ in range(2)]
+        os.kill(parent.pid, signal.SIGSTOP)
+        below.warm = children.Warm(parent.pid, channels[3])
+        for rank, pid in enumerate([*pids, None]):
+            below.trainers[rank] = children.Trainer(channels[rank], time.monotonic(), pid)
+        below.theirs = messages.Channel(pairs[3][1])
+        yield below
+        for pid in pids:
+            processes.kill_child(parent.pid, pid)
+        parent.kill()
+    for ours, theirs in pairs:
+        ours.close()
+        theirs.close()
+
+
+def test_trainers_are_killed_though_their_warm_parent_hangs(hung_warm):
+    kept, killed = hung_warm.trainers[0].pid, hung_warm.trainers[1].pid
+    processes.kill_child(os.getpid(), killed)  # not this process's: a number that was given out again
+    hung_warm.kill([1])
+    wait_for(lambda: processes.is_zombie(killed), "the death of the trainer")
+    assert psutil.Process(kept).status() != psutil.STATUS_ZOMBIE
+    now = time.monotonic()
+    assert hung_warm._overdue(now) == hung_warm._overdue(now + children.REPORT_S - 0.1) == []
+    assert hung_warm.warm.dying_s is None
+    hung_warm._overdue(now + children.REPORT_S + 0.1)
+    assert hung_warm.warm.dying_s is not None  # its death makes them ours to reap
+
+
+def test_a_trainer_whose_fork_is_not_reported_is_killed_with_the_report_or_with_its_warm_parent(hung_warm):
+    hung_warm.kill([2])
+    now = time.monotonic()
+    hung_warm._overdue(now + children.REPORT_S - 0.1)
+    assert hung_warm.warm.dying_s is None
+    hung_warm._overdue(now + children.REPORT_S + 0.1)
+    assert hung_warm.warm.dying_s is not None
+
+
+def test_a_trainer_that_was_to_be_killed_is_killed_when_its_fork_is_reported(hung_warm):
+    reported, hung_warm.trainers[1].pid = hung_warm.trainers[1].pid, None
+    hung_warm.kill([1])
+    hung_warm.theirs.send({"kind": "forked", "rank": 1, "pid": reported})
+    hung_warm._reports(hung_warm.warm, time.monotonic())
+    wait_for(lambda: processes.is_zombie(reported), "its death")
+
+
+def test_channel_carries_messages_and_descriptors():
+    a, b = (messages.Channel(sock) for sock in socket.socketpair())
+    ready, says = os.pipe()
+    assert (
+        a.send({"kind": "one"}) and a.send({"kind": "two", "text": "x" * 50_000}, [says]) and a.send({"kind": "three"})
+    )
+    one, two, three = b.receive()
+    assert (one["kind"], two["kind"], three["kind"]) == ("one", "two", "three")
+    os.write(two["descriptors"][0], b"!")
+    assert os.read(ready, 1) == b"!"
+    for descriptor in (ready, says, *two["descriptors"]):
+        os.close(descriptor)
+    b.sock.send(b"no json\n")
+    assert a.receive() == [] and a.closed
+    a.close()
+    assert b.receive() == [] and b.closed
+    b.close()
+
+
+def test_channel_does_not_wait_for_who_does_not_read():
+    a, b = (messages.Channel(sock) for sock in socket.socketpair())
+    begin = time.monotonic()
+    while a.send({"kind": "say", "text": "x" * 100_000}):
+        assert time.monotonic() - begin < 10.0
+    assert a.closed and a.fileno() >= 0  # its owner's selector still has it
+    a.close()
+    b.close()
+
+
+def test_last_words_are_heard_by_who_was_speaking_too():
+    a, b = (messages.Channel(sock) for sock in socket.socketpair())
+    b.send({"kind": "failed"})
+    b.close()
+    assert not a.send({"kind": "stop"}) and not a.closed
+    assert a.receive() == [{"kind": "failed"}] and a.closed
+    a.close()
+
+
+def test_the_outcome_of_an_earlier_start_is_not_ours():
+    """An agent tells its outcome to all who are connected, also to a shim of the next start it has not listened to."""
+    agent, ours = (messages.Channel(sock) for sock in socket.socketpair())
+    agent.send({"kind": "outcome", "outcome": "failed", "code": 1})
+    screen = shim.Screen(speaks=False, streams=False, terminal=False)
+    assert shim._serve(ours, {"kind": "register"}, screen, shim.StopRequest()) == {"kind": "ending"}
+    agent.close()
+    ours.close()
+
+
+def test_agents_may_die_four_times_but_not_within_an_hour():
+    assert not shim.died_too_often([0.0, 1.0, 2.0])
+    assert shim.died_too_often([0.0, 1.0, 2.0, 3.0])
+    assert not shim.died_too_often([0.0, 3000.0, 3500.0, 3700.0])
+    assert shim.died_too_often([0.0, 3000.0, 3500.0, 3700.0, 3800.0])
+
+
+def test_a_listening_socket_is_all_that_is_made(tmp_path):
+    """A second name, of an agent that is killed at once, would be taken for a snapshot."""
+    for _ in range(2):
+        messages.listen(tmp_path / home.AGENT_SOCKET).close()
+        assert [path.name for path in tmp_path.iterdir()] == [home.AGENT_SOCKET]
+    assert (tmp_path / home.AGENT_SOCKET).stat().st_mode & 0o777 == 0o600
+
+
+def test_output_to_a_pipe_that_does_not_block_is_complete():
+    """Some terminals and tools leave it so; a burst of output then meets a full pipe."""
+    out, into = os.pipe()
+    os.set_blocking(into, False)
+    screen = shim.Screen(speaks=True, streams=True, terminal=False)
+    writer = threading.Thread(target=lambda: (screen._write(into, b"x" * 1_000_000), os.close(into)))
+    writer.start()
+    with open(out, "rb") as reader:
+        assert len(reader.read()) == 1_000_000
+    writer.join()
+    assert screen.streams
+
+
+def test_a_full_disk_does_not_end_the_agent(tmp_path):
+    """Events and the agent's own log are most often on the same disk."""
+    home.make_run_dir(tmp_path)
+    (tmp_path / "events" / "agent-m.jsonl").symlink_to("/dev/full")
+    program = "import sys; from pathlib import Path; from gemini_gnn.recovery.worker.journal import Journal\n"
+    program += f"journal = Journal(Path({os.fspath(tmp_path)!r}), 'm'); journal.log('one'); journal.log('two')\n"
+    program += "print('lives', flush=True); import os; os._exit(0)"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=full, timeout=PATIENCE_S)
+    assert ended.returncode == 0 and ended.stdout == b"lives\n"
+
+
+def test_the_first_error_is_whole_in_its_log_also_when_the_job_goes_on(tmp_path):
+    home.make_run_dir(tmp_path)
+    journal = Journal(tmp_path, "m")
+    errors = [Failure(0, 1, 1.0, "gone", "trace of 0", consequence=True), Failure(1, 1, 2.0, "bad", "trace of 1")]
+    for first in (None, errors[1]):
+        journal.errors = [*errors, Failure(2, 1, 3.0, "later", "trace of 2")]
+        journal.write_errors(first)
+        assert journal.log_of(1).read_text() == "trace of 1\n" and journal.errors == []
+        assert all("ended by" in journal.log_of(rank).read_text() for rank in (0, 2))
+        journal.log_of(1).unlink()
+
+
+def test_a_run_directory_has_one_agent_and_a_dead_one_does_not_keep_it(tmp_path):
+    home.make_run_dir(tmp_path)
+    lock = home.take_run_dir(tmp_path, "the worker agent on h1, pid 7")
+    before = psutil.Process().num_fds()
+    with pytest.raises(RunDirError, match="in use by the worker agent on h1, pid 7"):
+        home.take_run_dir(tmp_path, "another", patience_s=0.0)
+    assert psutil.Process().num_fds() == before
+    os.close(lock)
+    os.close(home.take_run_dir(tmp_path, "the next", patience_s=0.0))
+
+
+def test_an_agents_log_that_cannot_be_written_is_said(short_path):
+    home.make_run_dir(short_path)
+    shim.agent_log(short_path).mkdir()
+    with pytest.raises(RunDirError, match="cannot write .*agent-.*give another run_dir"):
+        shim.reach_agent(home.arena_of(short_path, short_path), short_path)
+
+
+def test_an_agent_that_cannot_be_started_is_said_and_the_lock_is_free_again(short_path, monkeypatch):
+    home.make_run_dir(short_path)
+    arena = home.arena_of(short_path, short_path)
+
+    def fork() -> int:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(RecoveryError, match="cannot start the worker agent: Resource temporarily unavailable"):
+        shim.reach_agent(arena, short_path)
+    lock = home.take_lock(arena)
+    assert lock is not None
+    os.close(lock)
+
+
+def test_launch_token_is_one_per_launch():
+    from gemini_gnn.cluster.place import Place
+
+    two = Place(0, 2, 0, 2, "m", "127.0.0.1", 0, "plain")
+    one = Place(0, 1, 0, 1, "m", "127.0.0.1", 0, "plain")
+    assert shim.launch_token(two, {}).startswith(f"{os.getppid()}-")
+    assert shim.launch_token(one, {}).startswith(f"{os.getpid()}-")
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
+    assert shim.launch_token(two, slurm) == shim.launch_token(one, slurm) != shim.launch_token(two, {})
+
+
+@pytest.mark.parametrize("module", ["gemini_gnn.run", "gemini_gnn.recovery.shim", "gemini_gnn.recovery.worker.agent"])
+def test_slot_process_and_agent_are_light(module):
+    program = f"import sys, {module}; print([m for m in ('torch', 'numpy', 'deepspeed') if m in sys.modules])"
+    seen = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert seen.stdout.strip() == "[]", seen.stderr

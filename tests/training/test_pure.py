@@ -1,0 +1,176 @@
+"""Metrics, schedules, run state and the run directory: no processes."""
+
+import fcntl
+import json
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, f1_score
+
+from gemini_gnn.config import Config, OptimizerConfig
+from gemini_gnn.errors import RunDirError
+from gemini_gnn.observe.events import EventLog
+from gemini_gnn.observe.progress import Progress, say
+from gemini_gnn.observe.run_directory import LossLog, RunDir, differences, read_config, read_losses, resume_of
+from gemini_gnn.training import metrics
+from gemini_gnn.training.schedule import lr_factor
+from gemini_gnn.training.state import RunState, evaluation_due, record_evaluation
+
+
+def test_single_label_metrics_equal_sklearn_and_add_up_over_ranks():
+    rng = np.random.default_rng(0)
+    logits, y = rng.normal(size=(500, 7)), rng.integers(-1, 6, 500)
+    whole = metrics.counts(logits, y)
+    halves = metrics.counts(logits[:123], y[:123]) + metrics.counts(logits[123:], y[123:])
+    assert (whole == halves).all()
+    known, predicted = y[y >= 0], logits.argmax(1)[y >= 0]
+    got = metrics.from_counts(whole)
+    assert got["accuracy"] == pytest.approx(accuracy_score(known, predicted))
+    assert got["micro_f1"] == pytest.approx(f1_score(known, predicted, average="micro"))
+    assert got["macro_f1"] == pytest.approx(f1_score(known, predicted, average="macro"))
+
+
+def test_multi_label_metrics_equal_sklearn():
+    rng = np.random.default_rng(1)
+    logits, y = rng.normal(size=(300, 5)), rng.integers(0, 2, (300, 5)).astype(np.uint8)
+    got = metrics.from_counts(metrics.counts(logits, y))
+    assert got["accuracy"] == pytest.approx(accuracy_score(y, logits > 0))
+    assert got["micro_f1"] == pytest.approx(f1_score(y, logits > 0, average="micro"))
+    assert got["macro_f1"] == pytest.approx(f1_score(y, logits > 0, average="macro"))
+
+
+def test_metrics_of_nothing_are_not_a_number():
+    assert np.isnan(metrics.from_counts(metrics.counts(np.zeros((0, 3)), np.zeros(0, np.int64)))["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "factor"),
+    [("constant", 99, 1.0), ("linear", 60, 0.5), ("cosine", 60, 0.5), ("cosine", 110, 0.0), ("step", 110, 0.25)],
+)
+def test_schedules(schedule, step, factor):
+    config = OptimizerConfig(schedule=schedule, warmup_steps=10, step_every=50)
+    assert lr_factor(step, config, 110) == pytest.approx(factor)
+    assert lr_factor(4, config, 110) == pytest.approx(0.5), "half-way through the warm-up"
+
+
+def test_evaluations_are_due_at_epoch_ends_once():
+    state = RunState(step=30)
+    assert evaluation_due(state, 10, 1, 5) == 3
+    state.evaluated = 3
+    assert evaluation_due(state, 10, 1, 5) == 0
+    assert evaluation_due(RunState(step=31), 10, 1, 5) == 0
+    assert evaluation_due(RunState(step=30), 10, 2, 5) == 0
+    assert evaluation_due(RunState(step=50), 10, 0, 5) == 5, "always at the end"
+    assert evaluation_due(RunState(), 10, 1, 5) == 0
+
+
+def test_the_best_evaluation_is_the_earliest_of_equals():
+    state = RunState()
+    assert record_evaluation(state, 1, {"accuracy": 0.5}, {"accuracy": 0.4}, "accuracy")
+    assert not record_evaluation(state, 2, {"accuracy": 0.5}, {"accuracy": 0.9}, "accuracy")
+    assert state.best == {"epoch": 1, "val_accuracy": 0.5, "test_accuracy": 0.4} and state.worse == 1
+
+
+def test_run_state_round_trips_through_json():
+    state = RunState(step=7, best={"epoch": 1.0}, losses=[[7, 1, 0.25]])
+    other = RunState()
+    other.load_state_dict(json.loads(json.dumps(state.state_dict())))
+    assert other == state
+
+
+def test_losses_each_step_once_after_a_resume(tmp_path):
+    path = tmp_path / "losses.csv"
+    log = LossLog(path)
+    log.resume(0, [])
+    for step in range(1, 6):
+        log.append(step, 1, 1 / step)
+    log.close()
+    with open(path, "a") as file:
+        file.write("6,1,0.1")  # torn by a kill
+    log = LossLog(path)
+    log.resume(3, [[2, 1, 0.5], [3, 1, 1 / 3], [4, 1, 9.0]])
+    log.append(4, 1, 0.25)
+    log.close()
+    assert read_losses(path) == [(1, 1, 1.0), (2, 1, 0.5), (3, 1, 1 / 3), (4, 1, 0.25)]
+
+
+def test_lost_rows_come_back_from_the_snapshot(tmp_path):
+    log = LossLog(tmp_path / "losses.csv")
+    log.resume(2, [[1, 1, 0.5], [2, 1, 0.25]])
+    log.close()
+    assert [row[0] for row in read_losses(tmp_path / "losses.csv")] == [1, 2]
+
+
+def test_a_run_dir_belongs_to_one_run(tmp_path):
+    config = Config(run_dir=str(tmp_path / "run"))
+    run = RunDir.claim(config)
+    for look in (RunDir.claim, RunDir.check):
+        with pytest.raises(RunDirError, match="in use by pid"):
+            look(config)
+    run.release()
+    with open(tmp_path / "run" / ".lock") as another_machine:
+        fcntl.flock(another_machine, fcntl.LOCK_SH)
+        RunDir.check(config)
+    RunDir.claim(config).release()
+    other = Config(run_dir=config.run_dir, seed=5)
+    (tmp_path / "run" / "losses.csv").write_text("step,epoch,loss\n1,1,0.5\n")
+    with pytest.raises(RunDirError, match="seed: 0 -> 5"):
+        RunDir.claim(other)
+    again = RunDir.claim(config)
+    again.finish({"test_accuracy": 1.0})
+    again.release()
+    with pytest.raises(RunDirError, match="finished run"):
+        RunDir.claim(config)
+
+
+def test_settings_may_be_mended_until_the_first_step(tmp_path):
+    config, other = (Config(run_dir=str(tmp_path / "run"), seed=seed) for seed in (0, 5))
+    assert resume_of(config) == "auto"  # a new folder
+    RunDir.claim(config).release()
+    (tmp_path / "run" / "losses.csv").write_text("step,epoch,loss\n")
+    assert resume_of(config) == "auto" and resume_of(other) == "never"
+    with pytest.raises(RunDirError, match="seed: 0 -> 5"):
+        RunDir.claim(Config(run_dir=config.run_dir, seed=5, resume="must"))
+    RunDir.claim(other).release()
+    assert resume_of(other) == "auto" and read_config(tmp_path / "run").seed == 5
+
+
+def test_free_settings_do_not_make_another_run():
+    assert differences({"resume": "auto", "seed": 1}, {"resume": "must", "seed": 1}) == []
+    assert differences({"a": {"b": 1}}, {"a": {"b": 2}}) == ["a.b: 1 -> 2"]
+
+
+def test_an_unwritable_run_dir_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirError, match="not writable"):
+        RunDir.claim(Config(run_dir=str(tmp_path / "file" / "run")))
+
+
+def test_events_are_json_lines(tmp_path):
+    log = EventLog(tmp_path / "e.jsonl", 3)
+    for i in range(100):
+        log.emit("step", i=i)
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "e.jsonl").read_text().splitlines()]
+    assert [row["i"] for row in rows] == list(range(100)) and rows[0]["rank"] == 3
+
+
+def test_events_survive_a_missing_folder(tmp_path, capsys):
+    log = EventLog(tmp_path / "nowhere" / "e.jsonl", 0)
+    log.emit("step")
+    log.close()
+    assert "cannot write events" in capsys.readouterr().err
+
+
+def test_progress_names_the_step_that_was_done_and_a_message_ends_its_line(capsys):
+    progress = Progress(True, epochs=2, steps_per_epoch=4, terminal=True)
+    progress.every_s = 0.0
+    progress.step(1, 0.5)
+    assert "epoch 1/2 step 1/4 loss 0.5000" in (first := capsys.readouterr().out) and "left" not in first
+    progress.step(4, 0.25)
+    assert "epoch 1/2 step 4/4 loss 0.2500" in (out := capsys.readouterr().out) and "left" in out
+    say("stopped")
+    assert capsys.readouterr() == ("\n", "stopped\n")
+    progress.line("epoch 1/2")
+    say("done")
+    assert capsys.readouterr()[1] == "done\n"
