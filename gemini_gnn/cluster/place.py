@@ -70,7 +70,7 @@ def discover(environ: Mapping[str, str], machine: str | None = None) -> Place:
         if int(environ.get("WORLD_SIZE") or 1) > 1:
             raise ClusterError("WORLD_SIZE is set but RANK is not: start the ranks with deepspeed, srun or torchrun")
         return Place(0, 1, 0, 1, machine, "127.0.0.1", 0, "plain")
-    _check(place)
+    check_place(place)
     return place
 
 
@@ -157,7 +157,7 @@ def unequal(found: str) -> str:
     )
 
 
-def _check(place: Place) -> None:
+def check_place(place: Place) -> None:
     if not 0 <= place.local_rank < place.local_world_size <= place.world_size or not 0 <= place.rank < place.world_size:
         raise ClusterError(
             f"the environment contradicts itself: rank {place.rank} of {place.world_size}, "
@@ -173,6 +173,19 @@ def _check(place: Place) -> None:
         )
     if place.machines > 1 and _is_loopback(place.master_addr):
         raise ClusterError(_loopback(place, place.master_addr))
+
+
+def launcher_variables(place: Place) -> dict[str, str]:
+    """The variables in which libraries look for ``place``; the inverse of :func:`discover` under a launcher."""
+    return {
+        "RANK": str(place.rank),
+        "WORLD_SIZE": str(place.world_size),
+        "LOCAL_RANK": str(place.local_rank),
+        "LOCAL_SIZE": str(place.local_world_size),
+        "LOCAL_WORLD_SIZE": str(place.local_world_size),
+        "MASTER_ADDR": place.master_addr,
+        "MASTER_PORT": str(place.master_port),
+    }
 
 
 def expand_tasks(text: str) -> list[int]:

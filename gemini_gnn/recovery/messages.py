@@ -1,4 +1,9 @@
-"""JSON lines over a unix socket between shim, worker agent, warm parent and trainer; descriptors may ride along.
+"""The messages between slot process, worker agent, warm parent and trainer, and the sockets they travel on.
+
+On the wire a message is one line of JSON: its class in snake case under ``kind``, then its fields; those to an agent, whose
+sender may be of another installation, have ``protocol`` too. Descriptors may ride along. A message that does not fit its
+class, or a class that the reader does not expect there, closes the connection; ``Channel.complaint`` says why, and nobody
+else is harmed.
 
 A message that was sent but not read when its reader dies is lost with the reader; nobody waits for an answer without
 watching for the end of the stream, so a lost message is always seen as a lost peer. A sender never waits for a reader
@@ -10,43 +15,317 @@ from __future__ import annotations
 import array
 import json
 import os
+import re
 import select
 import socket
 import struct
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from gemini_gnn.cluster.place import Place
+
 MAX_MESSAGE_BYTES = 16 << 20
+MAX_DESCRIPTORS = 253  # the kernel's limit for one message
 PROTOCOL = (
-    1  # of what visitors say to an agent, which may be of an older installation than they: count up with every change
+    2  # of what an agent is told, which may be of an older installation than the sender: count up with every change
 )
 
 
-class Channel:
-    """One end of a stream socket. ``closed`` becomes true when the peer is gone or spoke nonsense.
+# --- slot process (or stop.py) -> agent -------------------------------------------------------------------------------
 
-    The socket itself stays open until :meth:`close`: a selector may know it, and its number must not be given to another.
+
+@dataclass(frozen=True)
+class Register:
+    """A slot process wants a trainer to run in its place, and waits for the outcome.
+
+    Attributes:
+        place: where that trainer stands in the job.
+        target: "package.module:function" that it calls.
+        payload: JSON that the function gets.
+        preload: modules that trainers are forked with.
+        resume: "auto" | "never" | "must".
+        max_restarts: at most so many within an hour.
+        deaths: agents of this launch that died before.
+        environment, folder, path, command: of the slot process; the trainer's too.
+        cores: it may run on; the trainer too.
+        launch: the same for all slot processes of one launch on one machine.
+        pid: of the slot process.
     """
 
-    def __init__(self, sock: socket.socket):
+    place: Place
+    target: str
+    payload: dict[str, Any]
+    preload: list[str]
+    resume: str
+    max_restarts: int
+    deaths: int
+    environment: dict[str, str]
+    folder: str
+    path: list[str]
+    command: list[str]
+    cores: list[int]
+    launch: str
+    pid: int
+
+
+@dataclass(frozen=True)
+class Stop:
+    """End the job in order.
+
+    Attributes:
+        reason: in words. code: exit code of the job.
+        keep: leave the snapshots in host memory.
+        force: do not wait for the trainers to finish their step.
+    """
+
+    reason: str
+    code: int
+    keep: bool = True
+    force: bool = False
+
+
+# --- agent -> slot process (or stop.py) -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The slot's trainer will run. ``log``: its log, new from ``offset`` on. ``term``: the agent's."""
+
+    term: int
+    log: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Refused:
+    """It will not. ``text``: why, for people; ``code``: exit code."""
+
+    code: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The job of an earlier start is just ending: ask again."""
+
+
+@dataclass(frozen=True)
+class Say:
+    """News of the job, for people."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The agent's last message: how the job ended on this machine.
+
+    Attributes:
+        outcome: "done" | "stopped" | "failed" | "lost". code: exit code. reason: in a line.
+        rank: whose error ended it; None for no error, -1 for the agent's own. text: of that error.
+        kept_files: snapshot files left in host memory. dropped_bytes: of those that were removed.
+    """
+
+    outcome: str
+    code: int
+    reason: str
+    rank: int | None = None
+    text: str = ""
+    kept_files: int = 0
+    dropped_bytes: int = 0
+
+
+# --- agent <-> warm parent --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Preload:
+    """Import ``modules`` with ``path`` as ``sys.path``; answered by Ready or Unfit."""
+
+    modules: list[str]
+    path: list[str]
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Fork a trainer for each of ``descriptors``, its socket to the agent."""
+
+    descriptors: list[int]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The imports are done, after ``seconds``."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """The warm parent cannot import or must not fork; ``text`` says why."""
+
+    text: str
+
+
+# --- agent <-> trainer ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Forked:
+    """A trainer's first message. It is the agent's child, has done nothing yet, and waits for its Task."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """The trainer a fresh fork is to become.
+
+    Attributes:
+        place, target, payload, environment, folder, path, command, cores: see :class:`Register`.
+        log: file that its output goes to.
+        job: id of the job. arena: folder of its snapshots.
+        term, generation: of the membership it belongs to. resume: "auto" | "never" | "must".
+        sharing: ranks that run on the same cores.
+        descriptors: the listening socket of the store that it is to serve, or none.
+    """
+
+    place: Place
+    target: str
+    payload: dict[str, Any]
+    environment: dict[str, str]
+    folder: str
+    path: list[str]
+    command: list[str]
+    cores: list[int]
+    log: str
+    job: str
+    arena: str
+    term: int
+    generation: int
+    resume: str
+    sharing: int
+    descriptors: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Started:
+    """The trainer calls its target now, at ``time_s`` on this machine's monotonic clock."""
+
+    time_s: float
+
+
+@dataclass(frozen=True)
+class Listens:
+    """The trainer looks for requests to stop."""
+
+
+@dataclass(frozen=True)
+class StopAsked:
+    """To a trainer: finish this step and end."""
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A trainer's last words; see ``decisions.Failure``, which has the same fields and its rank."""
+
+    code: int
+    time_s: float
+    summary: str
+    text: str
+    consequence: bool
+
+
+Message = (
+    Register | Stop | Accepted | Refused | Ending | Say | Ended
+    | Preload | Fork | Ready | Unfit | Forked | Task | Started | Listens | StopAsked | Failed
+)  # fmt: skip
+TO_AGENT = (Register, Stop)  # from slot processes and stop.py, of any installation of this user's
+TO_SLOT = (Accepted, Refused, Ending, Say, Ended)
+FROM_WARM = (Ready, Unfit)
+TO_WARM = (Preload, Fork)
+FROM_TRAINER = (Forked, Started, Listens, Failed)
+TO_TRAINER = (Task, StopAsked)
+
+
+def kind_of(message: type) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", message.__name__).lower()
+
+
+def encode(message: Message) -> bytes:
+    record = {"kind": kind_of(type(message)), **msgspec.to_builtins(message)}
+    if "descriptors" in record:
+        record["descriptors"] = len(record["descriptors"])
+    if isinstance(message, TO_AGENT):
+        record["protocol"] = PROTOCOL
+    return json.dumps(record).encode() + b"\n"
+
+
+def decode(line: bytes, expects: Sequence[type], descriptors: list[int]) -> Message:
+    """The message in ``line``; takes as many ``descriptors`` as came with it.
+
+    Raises:
+        ValueError: it is none of ``expects``.
+    """
+    try:
+        record = json.loads(line)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    kind = record.pop("kind", None) if isinstance(record, dict) else None
+    of_kind = {kind_of(one): one for one in expects}
+    if not isinstance(kind, str) or kind not in of_kind:
+        raise ValueError(f"expected one of {', '.join(of_kind)}; got {kind!r}")
+    wanted = of_kind[kind]
+    if wanted in TO_AGENT and record.get("protocol") != PROTOCOL:
+        raise OtherProtocol(f"{record.get('protocol')}")
+    if any(one.name == "descriptors" for one in fields(wanted)):
+        count = record.get("descriptors")
+        if not isinstance(count, int) or not 0 <= count <= len(descriptors):
+            raise ValueError(f"{kind}: said {count!r} descriptors, {len(descriptors)} came")
+        record["descriptors"], descriptors[:] = descriptors[:count], descriptors[count:]
+    try:
+        message: Message = msgspec.convert(record, wanted)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{kind}: {error}") from None
+    return message
+
+
+class OtherProtocol(ValueError):
+    """The peer is of another version; its text is that version's number."""
+
+
+class Channel:
+    """One end of a stream socket. ``closed`` becomes true when the peer is gone, does not read, or spoke nonsense.
+
+    The socket itself stays open until :meth:`close`: a selector may know it, and its number must not be given to another.
+
+    Attributes:
+        expects: classes of the messages that may come.
+        complaint: the nonsense it spoke; None for a peer that is there, or just gone.
+    """
+
+    def __init__(self, sock: socket.socket, expects: Sequence[type]):
         sock.setblocking(False)
-        self.sock = sock
+        self.sock, self.expects = sock, expects
         self.closed = False
+        self.complaint: ValueError | None = None
         self._received = bytearray()
         self._descriptors: list[int] = []
 
     def fileno(self) -> int:
         return self.sock.fileno()
 
-    def send(self, message: dict[str, Any], descriptors: Sequence[int] = (), timeout_s: float = 0.0) -> bool:
-        """Whether the kernel took all of it. The peer owns copies of the descriptors and gets them with the message."""
+    def send(self, message: Message, timeout_s: float = 0.0) -> bool:
+        """Whether the kernel took all of it. The peer gets copies of the message's descriptors."""
         if self.closed:
             return False
-        if descriptors:
-            message = {**message, "descriptors": len(descriptors)}
-        data = memoryview(json.dumps(message).encode() + b"\n")
+        descriptors = getattr(message, "descriptors", [])
+        data = memoryview(encode(message))
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         deadline = time.monotonic() + timeout_s
         while data:
@@ -63,11 +342,12 @@ class Channel:
                 return False  # gone; what it said before is still to be received, and then the end of the stream
         return True
 
-    def receive(self) -> list[dict[str, Any]]:
-        """Every complete message that is here; never waits. Received descriptors are in its ``descriptors``."""
+    def receive(self) -> list[Message]:
+        """Every complete message that is here; never waits."""
         while not self.closed:
             try:
-                data, ancillary, _, _ = self.sock.recvmsg(1 << 16, socket.CMSG_SPACE(16 * 4), socket.MSG_CMSG_CLOEXEC)
+                room = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
+                data, ancillary, _, _ = self.sock.recvmsg(1 << 16, room, socket.MSG_CMSG_CLOEXEC)
             except (BlockingIOError, InterruptedError):
                 break
             except OSError:
@@ -79,28 +359,39 @@ class Channel:
                     numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
                     self._descriptors += numbers
             self._received += data
-            if not data or len(self._received) > MAX_MESSAGE_BYTES:
+            if len(self._received) > MAX_MESSAGE_BYTES:
+                self.complaint = ValueError(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
+            if not data or self.complaint:
                 self.closed = True
         messages = []
         *lines, rest = self._received.split(b"\n")
         self._received = bytearray(rest)
         for line in lines:
             try:
-                message = json.loads(line)
-            except ValueError:
-                message = None
-            if not isinstance(message, dict):
-                self.closed = True
+                messages.append(decode(bytes(line), self.expects, self._descriptors))
+            except ValueError as error:
+                self.complaint = error
+                self.closed = not isinstance(error, OtherProtocol)  # that one can still be told
                 break
-            if "descriptors" in message:
-                count = message["descriptors"]
-                message["descriptors"] = [self._descriptors.pop(0) for _ in range(count)]
-            messages.append(message)
         return messages
+
+    def wait(self, timeout_s: float) -> list[Message]:
+        """As :meth:`receive`, after something came or ``timeout_s`` have passed."""
+        select.select([self.sock], [], [], timeout_s)
+        return self.receive()
 
     def close(self) -> None:
         self.closed = True
         self.sock.close()
+        for descriptor in self._descriptors:  # of messages that never became complete
+            os.close(descriptor)
+        self._descriptors = []
+
+
+def pair(ours: Sequence[type]) -> tuple[Channel, socket.socket]:
+    """A channel that expects ``ours``, and the other end's socket."""
+    here, there = socket.socketpair()
+    return Channel(here, ours), there
 
 
 def listen(path: Path) -> socket.socket:
@@ -118,7 +409,7 @@ def listen(path: Path) -> socket.socket:
 
 
 def connect(path: Path) -> Channel | None:
-    """A channel to who listens at ``path``, or None when nobody of this user does."""
+    """A channel to the agent that listens at ``path``, or None when no process of this user does."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.settimeout(5.0)
     try:
@@ -129,7 +420,7 @@ def connect(path: Path) -> Channel | None:
     if peer(sock)[1] != os.getuid():
         sock.close()
         return None
-    return Channel(sock)
+    return Channel(sock, TO_SLOT)
 
 
 def peer(sock: socket.socket) -> tuple[int, int]:

@@ -48,21 +48,55 @@ def name_this(name: str) -> None:
     _prctl(PR_SET_NAME, name.encode())
 
 
-def wait_for_child() -> tuple[int, int] | None:
-    """(pid, code) of a child that has ended, reaped now; code is negative for a signal."""
-    try:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-    except ChildProcessError:
-        return None
-    return (pid, os.waitstatus_to_exitcode(status)) if pid else None
+def fall_to(agent: int, patience_s: float = 5.0) -> None:
+    """Wait until the parent has exited and ``agent``, the subreaper above it, is the parent; die with that one.
+
+    Exits if the agent has died, or the parent does not exit in time.
+    """
+    deadline = time.monotonic() + patience_s
+    while os.getppid() != agent:
+        if time.monotonic() > deadline:
+            os._exit(1)
+        time.sleep(0.0002)  # there is no event to wait for
+    die_with_parent(agent)
+
+
+def reap_children() -> list[tuple[int, int]]:
+    """(pid, code) of every child that has ended, reaped now with its process group killed; code is negative for a signal.
+
+    The group is killed while the zombie still holds the number: it can be nobody else's.
+    """
+    ended: list[tuple[int, int]] = []
+    while True:
+        try:
+            child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:
+            return ended
+        if child is None:
+            return ended
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # died before it had a group of its own
+            os.killpg(child.si_pid, signal.SIGKILL)  # data loader workers and the like
+        _, status = os.waitpid(child.si_pid, 0)
+        ended.append((child.si_pid, os.waitstatus_to_exitcode(status)))
+
+
+def reap_child(pid: int, patience_s: float) -> int | None:
+    """The code of the child ``pid``, reaped; None if it has not ended after ``patience_s``."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.001)
 
 
 def kill_and_reap_children(patience_s: float) -> bool:
     """SIGKILL all children, and the orphans that become ours thereby; whether all of them are reaped in time."""
     deadline = time.monotonic() + patience_s
     while True:
-        while wait_for_child() is not None:
-            pass
+        reap_children()
         left = children()
         if not left:
             return True
@@ -74,41 +108,21 @@ def kill_and_reap_children(patience_s: float) -> bool:
         time.sleep(0.001)
 
 
-def children(parent: int | None = None) -> list[int]:
-    """Pids of the children of ``parent`` (default: this process), also those that are dead and not reaped."""
-    parent = os.getpid() if parent is None else parent
+def children() -> list[int]:
+    """Pids of the children of this process, also those that are dead and not reaped."""
+    own = os.getpid()
     try:
-        return list(map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split()))
-    except OSError:  # a kernel without CONFIG_PROC_CHILDREN, or it is gone
-        return [int(path.name) for path in Path("/proc").glob("[0-9]*") if _stat(path)[1:2] == [str(parent)]]
+        return list(map(int, Path(f"/proc/{own}/task/{own}/children").read_text().split()))
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN
+        return [int(path.name) for path in Path("/proc").glob("[0-9]*") if _parent(path) == str(own)]
 
 
-def kill_child(parent: int, pid: int) -> None:
-    """SIGKILL to ``pid`` if it is a child of ``parent``, who may reap it at any moment: then the number is another's."""
+def _parent(process: Path) -> str:
+    """Pid of its parent; empty for a process that is gone."""
     try:
-        handle = os.pidfd_open(pid)  # before its parent is read: no number is reused in between
+        return (process / "stat").read_text().rpartition(")")[2].split()[1]
     except OSError:
-        return  # gone
-    try:
-        if _stat(Path(f"/proc/{pid}"))[1:2] == [str(parent)]:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or a program with more rights
-                signal.pidfd_send_signal(handle, signal.SIGKILL)
-    finally:
-        os.close(handle)
-
-
-def is_zombie(pid: int) -> bool:
-    """Whether ``pid`` is dead and not reaped: not while a thread lives on though the main one has exited, state Z as well."""
-    fields = _stat(Path(f"/proc/{pid}"))
-    return fields[:1] == ["Z"] and fields[17] == "1"  # num_threads
-
-
-def _stat(process: Path) -> list[str]:
-    """State, parent and so on; empty for a process that is gone."""
-    try:
-        return (process / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
+        return ""
 
 
 def mark(arena: Path) -> tuple[str, str]:

@@ -17,27 +17,25 @@ would have the launcher terminate the one that speaks, perhaps while that is sti
 from __future__ import annotations
 
 import os
-import select
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gemini_gnn.cluster.place import Place
 from gemini_gnn.errors import RecoveryError, RunDirError
-from gemini_gnn.observe import logs
 from gemini_gnn.recovery import home, messages
+from gemini_gnn.recovery.screen import POLL_S, Screen
 
 AGENT_START_S = 60.0  # for an agent to listen, on a busy machine with a slow file system
 ANSWER_S = 60.0  # for an agent of an earlier start to be gone, and ours to answer
 MAX_DEATHS = 4  # of agents within DEATHS_S that had accepted this shim, before something else must be wrong
 DEATHS_S = 3600.0
 LAST_WORDS_S = 10.0  # for the slot that speaks to come and be refused too
-POLL_S = 0.1
 AGENT = "gemini_gnn.recovery.worker.agent"
 
 
@@ -77,24 +75,22 @@ def run(
     run_dir = Path(os.path.realpath(run_dir))
     arena = home.arena_of(run_dir, os.path.realpath(arena_root))
     home.make_run_dir(run_dir)
-    request = {
-        "kind": "register",
-        "protocol": messages.PROTOCOL,
-        "place": asdict(place),
-        "target": target,
-        "payload": payload,
-        "preload": [*preload, target.partition(":")[0]],
-        "resume": resume,
-        "max_restarts": max_restarts,
-        "deaths": 0,
-        "environment": dict(os.environ),
-        "folder": os.getcwd(),
-        "cores": sorted(os.sched_getaffinity(0)),  # srun and numactl bind each rank to its own
-        "path": [os.path.abspath(entry) for entry in sys.path],
-        "command": sys.argv,
-        "launch": launch_token(place, os.environ),
-        "pid": os.getpid(),
-    }
+    request = messages.Register(
+        place=place,
+        target=target,
+        payload=payload,
+        preload=[*preload, target.partition(":")[0]],
+        resume=resume,
+        max_restarts=max_restarts,
+        deaths=0,
+        environment=dict(os.environ),
+        folder=os.getcwd(),
+        cores=sorted(os.sched_getaffinity(0)),  # srun and numactl bind each rank to its own
+        path=[os.path.abspath(entry) for entry in sys.path],
+        command=sys.argv,
+        launch=launch_token(place, os.environ),
+        pid=os.getpid(),
+    )
     screen = Screen(speaks=place.local_rank == 0, streams=place.rank == 0, terminal=terminal)
     stop = StopRequest()
     deaths: list[float] = []  # when, on the monotonic clock
@@ -104,32 +100,29 @@ def run(
             agent = reach_agent(arena, run_dir)
             answer = _serve(agent, request, screen, stop)
             agent.close()
-            match answer["kind"]:
-                case "outcome":
-                    return screen.outcome(answer)
-                case "refused":
+            match answer:
+                case messages.Ended():
+                    return screen.ended(answer)
+                case messages.Refused():
                     # Our end has the launcher terminate the others: the one that says why may still be loading.
                     if place.local_rank != 0:
                         stop.wait(LAST_WORDS_S)
-                    return screen.outcome(answer)
-                case "died":
+                    screen.say(answer.text)
+                    return answer.code
+                case Gone(accepted=True):
                     now = time.monotonic()
                     deaths, until_s = [*deaths, now], now + ANSWER_S
                     if died_too_often(deaths):
-                        raise RecoveryError(
-                            f"the worker agent died {MAX_DEATHS} times within an hour; see {run_dir}/events, and the "
-                            f"end of {agent_log(run_dir)}:\n{_tail(agent_log(run_dir))}"
-                        )
-                    request["deaths"] = len(deaths)
-                    request["resume"] = "auto" if resume == "never" else resume
+                        raise RecoveryError(f"the worker agent died {MAX_DEATHS} times within an hour; {_see(run_dir)}")
+                    resume = "auto" if request.resume == "never" else request.resume
+                    request = replace(request, deaths=len(deaths), resume=resume)
                     screen.say(
                         "the worker agent died; starting another, which goes on from the snapshots in host memory"
                     )
-                case "ending" | "unheard":  # of an earlier start, or just dying: gone in a moment
+                case _:  # it is ending an earlier start, or just dying: gone in a moment
                     if time.monotonic() > until_s:
                         raise RecoveryError(
-                            f"the worker agent of an earlier start does not end, or a new one cannot begin; see "
-                            f"{run_dir}/events, and the end of {agent_log(run_dir)}:\n{_tail(agent_log(run_dir))}"
+                            f"the worker agent of an earlier start does not end, or a new one cannot begin; {_see(run_dir)}"
                         )
                     time.sleep(POLL_S)
 
@@ -185,16 +178,18 @@ def reach_agent(arena: Path, run_dir: Path) -> messages.Channel:
                 os.close(lock)
             started += 1
         time.sleep(0.005)
-    log = agent_log(run_dir)
-    raise RecoveryError(f"the worker agent does not come up on {os.uname().nodename}; the end of {log}:\n{_tail(log)}")
+    raise RecoveryError(f"the worker agent does not come up on {os.uname().nodename}; {_see(run_dir)}")
 
 
 def agent_log(run_dir: Path) -> Path:
     return run_dir / "logs" / f"agent-{os.uname().nodename}.log"
 
 
-def _tail(log: Path) -> str:
-    return log.read_text(errors="replace")[-2000:] if log.exists() else ""
+def _see(run_dir: Path) -> str:
+    """Where to look, and the end of what stands there."""
+    log = agent_log(run_dir)
+    tail = log.read_text(errors="replace")[-2000:] if log.exists() else ""
+    return f"see {run_dir}/events, and the end of {log}:\n{tail}"
 
 
 def _start_agent(arena: Path, run_dir: Path, lock: int) -> None:
@@ -237,28 +232,37 @@ def _start_agent(arena: Path, run_dir: Path, lock: int) -> None:
 # --- waiting for the outcome ------------------------------------------------------------------------------------------
 
 
-def _serve(agent: messages.Channel, request: dict[str, Any], screen: Screen, stop: StopRequest) -> dict[str, Any]:
-    """Register and wait: the agent's last message; "died" or "unheard" when it was gone without one, after or before
-    it accepted us (a dying agent's socket may still take a connection)."""
-    gone = {"kind": "unheard"}
+@dataclass(frozen=True)
+class Gone:
+    """The agent is gone without an outcome. Before it ``accepted`` us that means little: a dying one may take connections."""
+
+    accepted: bool
+
+
+Answer = messages.Ended | messages.Refused | messages.Ending | Gone
+
+
+def _serve(agent: messages.Channel, request: messages.Register, screen: Screen, stop: StopRequest) -> Answer:
+    """Register and wait: the agent's last message, or that it is gone without one."""
+    accepted = False
     agent.send(request, timeout_s=10.0)
     stop.deliver_to(agent)
     try:
         while True:
-            readable, _, _ = select.select([agent], [], [], POLL_S)
-            for message in agent.receive() if readable else []:
-                if message["kind"] == "accepted":
-                    gone = {"kind": "died"}
-                    screen.follow(Path(message["log"]), message["offset"])
-                elif message["kind"] == "say":
-                    screen.say(message["text"])
-                elif message["kind"] == "outcome" and gone["kind"] == "unheard":
-                    return {"kind": "ending"}  # of an earlier start: it had not read our request
-                elif message["kind"] in ("outcome", "refused", "ending"):
-                    return message
+            for message in agent.wait(POLL_S):
+                match message:
+                    case messages.Accepted():
+                        accepted = True
+                        screen.follow(Path(message.log), message.offset)
+                    case messages.Say(text):
+                        screen.say(text)
+                    case messages.Ended() if not accepted:
+                        return messages.Ending()  # of an earlier start: it had not read our request
+                    case messages.Ended() | messages.Refused() | messages.Ending():
+                        return message
             screen.copy()
             if agent.closed:
-                return gone
+                return Gone(accepted)
     finally:
         stop.deliver_to(None)
 
@@ -268,7 +272,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._agent: messages.Channel | None = None
-        self._message: dict[str, Any] | None = None
+        self._message: messages.Stop | None = None
         self._interrupts = 0
 
     def deliver_to(self, agent: messages.Channel | None) -> None:
@@ -291,9 +295,7 @@ class StopRequest:
             return  # DeepSpeed's launcher sends SIGTERM after the terminal's SIGINT: the first reason stays
         reasons: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGHUP: "the terminal is gone"}
         reason = reasons.get(number, "SIGTERM")
-        code, force = 128 + number, self._interrupts > 1
-        stop = {"kind": "stop", "reason": reason, "code": code, "keep": True, "force": force}
-        self._message = {**stop, "protocol": messages.PROTOCOL}  # it may be read together with our registration
+        self._message = messages.Stop(reason, 128 + number, force=self._interrupts > 1)
         self.deliver_to(self._agent)
 
     @contextmanager
@@ -308,61 +310,3 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-class Screen:
-    """What a person sees: rank 0's output as it comes, and what happens to the job. A terminal that is gone is no error."""
-
-    def __init__(self, speaks: bool, streams: bool, terminal: bool):
-        self.speaks, self.streams, self.terminal = speaks, streams, terminal
-        self._within_line = False
-        self._log: int | None = None
-
-    def follow(self, log: Path, offset: int) -> None:
-        """From ``offset`` on; a second call (another agent) goes on where the first was."""
-        if self.streams and self._log is None:
-            self._log = os.open(log, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            os.lseek(self._log, offset, os.SEEK_SET)
-
-    def copy(self) -> None:
-        while self._log is not None and (data := os.read(self._log, 1 << 16)):
-            self._write(1, logs.without_headers(data))
-            self._within_line = not data.endswith(b"\n")
-
-    def say(self, text: str) -> None:
-        if self.speaks:
-            self.copy()
-            begin = "\n" if self.terminal and self._within_line else ""
-            self._write(2, f"{begin}[gemini_gnn] {text}\n".encode())
-            self._within_line = False
-
-    def outcome(self, message: dict[str, Any]) -> int:
-        """The last words; the exit code."""
-        self.copy()
-        if message["kind"] == "refused":
-            self.say(message["text"])
-        elif message["outcome"] != "done":
-            self.say(_last_words(message, shown=self.streams and message["rank"] == 0))
-        return message["code"]
-
-    def _write(self, number: int, data: bytes) -> None:
-        try:
-            while data:
-                try:
-                    data = data[os.write(number, data) :]
-                except BlockingIOError:  # somebody who shares the terminal or pipe has made it so
-                    select.select([], [number], [], POLL_S)
-        except OSError:  # the terminal or pipe is gone: the logs have it all
-            self.streams = self.speaks = False
-            self._log = None
-
-
-def _last_words(message: dict[str, Any], shown: bool) -> str:
-    """Why the job ended, and what to do. ``shown``: the error has been seen already."""
-    who = f"rank {message['rank']}: " if message["rank"] not in (None, -1) else ""
-    text = f"{who}{(message['text'] or message['reason']).rstrip()}"
-    words = f"{message['outcome']}: {'the error above' if shown else text}"
-    if message["kept_files"]:
-        mended = " once the cause is mended" if message["outcome"] == "failed" else ""
-        words += f"\nhost memory is kept: the same command goes on from the newest snapshot in it{mended}"
-    return words

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import signal
 import time
 from pathlib import Path
@@ -38,7 +37,7 @@ def stop(run_dir: Path, *, keep: bool = False, arena_root: str | os.PathLike[str
             asked = messages.peer(agent.sock)[0]
             outcome = _ask(agent, keep, deadline)
             agent.close()
-            if outcome is not None and (keep or not outcome["kept_files"]):  # else it was ending already, and kept them
+            if outcome is not None and (keep or not outcome.kept_files):  # else it was ending already, and kept them
                 return _said(run_dir, outcome) + elsewhere
         elif not arena.exists():
             return _nothing_runs(run_dir) + elsewhere
@@ -65,16 +64,14 @@ def drop_finished(run_dir: Path, arena_root: str | os.PathLike[str]) -> None:
             os.close(lock)
 
 
-def _ask(agent: messages.Channel, keep: bool, deadline: float) -> dict[str, Any] | None:
+def _ask(agent: messages.Channel, keep: bool, deadline: float) -> messages.Ended | None:
     """The outcome the agent tells; None if it is gone without, or the deadline has passed. Raises RecoveryError: refused."""
-    request = {"kind": "stop", "reason": "launch/stop.py", "code": 128 + signal.SIGTERM, "keep": keep, "force": False}
-    agent.send({**request, "protocol": messages.PROTOCOL}, timeout_s=5.0)
+    agent.send(messages.Stop("launch/stop.py", 128 + signal.SIGTERM, keep=keep), timeout_s=5.0)
     while not agent.closed and time.monotonic() < deadline:
-        select.select([agent], [], [], 0.1)
-        for message in agent.receive():
-            if message["kind"] == "refused":
-                raise RecoveryError(message["text"])
-            if message["kind"] == "outcome":
+        for message in agent.wait(0.1):
+            if isinstance(message, messages.Refused):
+                raise RecoveryError(message.text)
+            if isinstance(message, messages.Ended):
                 return message
     return None
 
@@ -105,13 +102,13 @@ def _elsewhere(term: dict[str, Any]) -> str:
     return "\nthe other machines of this job keep their snapshots in host memory: run this command on each of them too"
 
 
-def _said(run_dir: Path, outcome: dict[str, Any]) -> str:
-    words = f"the job of {run_dir} has ended: {outcome['outcome']}"
-    if outcome["dropped_bytes"]:
+def _said(run_dir: Path, outcome: messages.Ended) -> str:
+    words = f"the job of {run_dir} has ended: {outcome.outcome}"
+    if outcome.dropped_bytes:
         words += (
-            f"; its snapshots in host memory ({outcome['dropped_bytes'] / 1e6:.1f} MB) are removed: "
+            f"; its snapshots in host memory ({outcome.dropped_bytes / 1e6:.1f} MB) are removed: "
             "what is not in a checkpoint is lost (keep=true would have kept them)"
         )
-    elif outcome["kept_files"]:
+    elif outcome.kept_files:
         words += "; the same command goes on from the snapshot in host memory"
     return words

@@ -100,9 +100,9 @@ class Job:
         return found
 
     def pid_of(self, role: str) -> int:
-        """The agent, or the warm parent (of the processes that look like it, the one that is nobody's fork)."""
+        """The agent, or the warm parent (what it forks looks like it, but for the name)."""
         pids = [pid for pid, kind in self.processes().items() if kind == role]
-        (pid,) = [pid for pid in pids if psutil.Process(pid).ppid() not in pids]
+        (pid,) = [pid for pid in pids if role != "warm" or psutil.Process(pid).name() == "gnn-warm"]
         return pid
 
     def clean(self) -> None:
@@ -113,7 +113,7 @@ class Job:
         wait_for(lambda: not self.processes(), "the end of a job's processes", 10.0)
         for launch in self.launches:
             launch.communicate()
-        stop(self.run_dir)
+        stop(self.run_dir, keep=False)
         assert not self.arena.exists()
 
     def assert_nothing_left(self) -> None:

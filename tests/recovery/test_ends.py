@@ -63,12 +63,11 @@ def test_a_stop_that_comes_together_with_the_registration(job):
     wait_for(lambda: [pid for pid, kind in run.processes().items() if kind == "launch"][1:], "the slot process")
     (slot,) = psutil.Process(launch.pid).children()
     wait_for(lambda: select.select([listener], [], [], 0)[0], "its connection")
-    visitor = messages.Channel(listener.accept()[0])
+    visitor = messages.Channel(listener.accept()[0], messages.TO_AGENT)
     wait_for(lambda: select.select([visitor], [], [], 0)[0], "its registration")
     os.kill(slot.pid, signal.SIGTERM)
     register, asked = read_until(visitor, 2)
-    assert (register["kind"], asked["kind"]) == ("register", "stop")
-    assert register["protocol"] == asked["protocol"] == messages.PROTOCOL
+    assert isinstance(register, messages.Register) and isinstance(asked, messages.Stop)
     listener.close()
     os.unlink(run.arena / home.AGENT_SOCKET)
     os.close(lock)
@@ -77,8 +76,8 @@ def test_a_stop_that_comes_together_with_the_registration(job):
     run.assert_nothing_left()
 
 
-def read_until(channel: messages.Channel, count: int) -> list[dict]:
-    found: list[dict] = []
+def read_until(channel: messages.Channel, count: int) -> list[messages.Message]:
+    found: list[messages.Message] = []
     wait_for(lambda: found.extend(channel.receive()) or len(found) >= count, f"{count} messages")
     return found
 
@@ -174,7 +173,7 @@ def test_what_trainers_started_ends_with_them(job, agent_dies):
 # --- stop.py and an agent that is just coming or going ------------------------------------------------------------------
 
 
-def agent_that(arena: Path, *answers: dict) -> threading.Thread:
+def agent_that(arena: Path, *answers: messages.Message) -> threading.Thread:
     """Holds the arena's lock, answers one visitor, and goes."""
     lock = home.take_lock(arena)
     assert lock is not None
@@ -182,7 +181,7 @@ def agent_that(arena: Path, *answers: dict) -> threading.Thread:
     listener.setblocking(True)
 
     def serve() -> None:
-        visitor = messages.Channel(listener.accept()[0])
+        visitor = messages.Channel(listener.accept()[0], messages.TO_AGENT)
         wait_for(visitor.receive, "the request")
         for answer in answers:
             visitor.send(answer)
@@ -208,7 +207,7 @@ def test_stop_of_a_job_whose_agent_goes_without_a_word(tmp_path, short_path):
 
 def test_stop_drops_what_an_end_that_was_under_way_has_kept(tmp_path, short_path):
     arena = home.arena_of(tmp_path / "run", short_path)
-    outcome = {"kind": "outcome", "outcome": "stopped", "code": 130, "kept_files": 1, "dropped_bytes": 0}
+    outcome = messages.Ended("stopped", 130, "Ctrl-C", kept_files=1)
     going = agent_that(arena, outcome)
     (arena / "snapshot").write_bytes(b"s" * 4096)
     assert "removed its snapshots" in stop(tmp_path / "run", arena_root=short_path) and not arena.exists()

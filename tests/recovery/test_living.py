@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -71,7 +72,24 @@ def test_the_agent_is_out_of_the_launchers_reach(living):
     assert len(living.processes()) == 3 + 2 + 2  # launcher and slots, agent and warm parent, trainers
 
 
-@pytest.mark.parametrize("said", [b"", b"no json\n", b"[1, 2]\n", b'{"kind": "weather"}\n', b'{"kind": "stop"'])
+NONSENSE = {
+    "nothing": b"",
+    "no JSON": b"no json\n",
+    "no object": b"[1, 2]\n",
+    "unknown": b'{"kind": "weather"}\n',
+    "of another direction": b'{"kind": "ended", "outcome": "done", "code": 0, "reason": "x"}\n',
+    "cut off": b'{"kind": "stop"',
+    "a field is missing": b'{"kind": "register", "protocol": %d}\n' % messages.PROTOCOL,
+    "a field is of another type": b'{"kind": "stop", "protocol": %d, "reason": 1, "code": "x"}\n' % messages.PROTOCOL,
+    "descriptors that did not come": b'{"descriptors": 1}\n',
+    "no text": b"\xff\xfe\n",
+    "nested": b"[" * 100_000 + b"\n",
+    "nested in a field": b'{"kind": "stop", "protocol": %d, "reason": %s}\n'
+    % (messages.PROTOCOL, b"[" * 100_000 + b"]" * 100_000),
+}
+
+
+@pytest.mark.parametrize("said", NONSENSE.values(), ids=NONSENSE)
 def test_a_visitor_that_talks_nonsense_or_leaves(living, said):
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as visitor:
         visitor.connect(os.fspath(living.arena / home.AGENT_SOCKET))
@@ -86,10 +104,11 @@ def test_a_visitor_that_talks_nonsense_or_leaves(living, said):
 @pytest.mark.parametrize("said", [{"kind": "register"}, {"kind": "stop", "protocol": messages.PROTOCOL + 1}])
 def test_a_program_of_another_version_is_refused(living, said):
     visitor = messages.connect(living.arena / home.AGENT_SOCKET)
-    assert visitor is not None and visitor.send(said)
+    assert visitor is not None
+    visitor.sock.sendall(json.dumps(said).encode() + b"\n")
     (answer,) = wait_for(visitor.receive, "the answer")
-    assert answer["kind"] == "refused" and f"pid {living.pid_of('agent')}" in answer["text"]
-    assert f"protocol {messages.PROTOCOL}, this program {said.get('protocol')}" in answer["text"]
+    assert isinstance(answer, messages.Refused) and f"pid {living.pid_of('agent')}" in answer.text
+    assert f"protocol {messages.PROTOCOL}, this program {said.get('protocol')}" in answer.text
     visitor.close()
 
 

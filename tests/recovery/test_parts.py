@@ -11,18 +11,21 @@ import subprocess
 import sys
 import threading
 import time
+import typing
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 
+from gemini_gnn.cluster.place import Place
 from gemini_gnn.errors import RecoveryError, RunDirError
-from gemini_gnn.recovery import home, messages, processes, shim
-from gemini_gnn.recovery.worker import children
+from gemini_gnn.recovery import home, messages, shim
+from gemini_gnn.recovery.screen import Screen
+from gemini_gnn.recovery.worker import children, decisions
 from gemini_gnn.recovery.worker.decisions import Failure
 from gemini_gnn.recovery.worker.journal import Journal
 from gemini_gnn.snapshot.store import locks
-from tests.recovery.jobs import PATIENCE_S, wait_for
+from tests.recovery.jobs import PATIENCE_S
 
 
 def test_the_lock_has_one_holder_and_survives_removal(short_path):
@@ -99,127 +102,181 @@ def test_living_trainers_are_seen_until_the_kernel_is_done_with_them(tmp_path):
     os.close(says)
 
 
-MAIN_THREAD_EXITS = """
-import ctypes, threading, time
-threading.Thread(target=time.sleep, args=(3600,)).start()
-ctypes.CDLL(None).pthread_exit(None)
-"""
-
-
-def test_a_process_whose_main_thread_has_exited_is_not_dead():
-    with subprocess.Popen([sys.executable, "-c", MAIN_THREAD_EXITS]) as lives:
-        wait_for(lambda: psutil.Process(lives.pid).status() == psutil.STATUS_ZOMBIE, "the exit of its main thread")
-        assert lives.poll() is None and not processes.is_zombie(lives.pid)
-        lives.kill()
-        os.waitid(os.P_PID, lives.pid, os.WEXITED | os.WNOWAIT)
-        assert processes.is_zombie(lives.pid)
-    assert not processes.is_zombie(lives.pid)
-
-
 @pytest.fixture
-def hung_warm(tmp_path):
-    """Children whose warm parent is stopped; ranks 0 and 1 are its children, the fork of rank 2 is not reported."""
+def below(tmp_path):
+    """The children of an agent that this process plays, with trainers 0 and 1 asked for; ``ends``: what a trainer would hold."""
     home.make_run_dir(tmp_path)
-    pairs = [socket.socketpair() for _ in range(4)]
-    channels = [messages.Channel(ours) for ours, _ in pairs]
-    with (
-        selectors.DefaultSelector() as selector,
-        subprocess.Popen(
-            ["sh", "-c", "sleep 3600 & echo $!; sleep 3600 & echo $!; wait"], stdout=subprocess.PIPE, text=True
-        ) as parent,
-    ):
-        below = children.Children(tmp_path, "job", Journal(tmp_path, "m"), selector, reap_s=30.0)
-        pids = [int(parent.stdout.readline()) for _ in range(2)]
-        os.kill(parent.pid, signal.SIGSTOP)
-        below.warm = children.Warm(parent.pid, channels[3])
-        for rank, pid in enumerate([*pids, None]):
-            below.trainers[rank] = children.Trainer(channels[rank], time.monotonic(), pid)
-        below.theirs = messages.Channel(pairs[3][1])
-        yield below
-        for pid in pids:
-            processes.kill_child(parent.pid, pid)
-        parent.kill()
-    for ours, theirs in pairs:
-        ours.close()
-        theirs.close()
+    warm, theirs = messages.pair(messages.FROM_WARM)
+    to_warm = messages.Channel(theirs, messages.TO_WARM)
+    with selectors.DefaultSelector() as selector:
+        found = children.Children(tmp_path, "job", Journal(tmp_path, "m"), selector)
+        found.warm = children.Warm(os.getpid(), warm)
+        found.fork({rank: a_task(rank) for rank in range(2)})
+        (asked,) = to_warm.receive()
+        found.ends = [messages.Channel(socket.socket(fileno=fd), messages.TO_TRAINER) for fd in asked.descriptors]
+        yield found
+    for channel in (warm, to_warm, *found.ends, *(one.channel for one in found.trainers.values())):
+        channel.close()
 
 
-def test_trainers_are_killed_though_their_warm_parent_hangs(hung_warm):
-    kept, killed = hung_warm.trainers[0].pid, hung_warm.trainers[1].pid
-    processes.kill_child(os.getpid(), killed)  # not this process's: a number that was given out again
-    hung_warm.kill([1])
-    wait_for(lambda: processes.is_zombie(killed), "the death of the trainer")
-    assert psutil.Process(kept).status() != psutil.STATUS_ZOMBIE
-    now = time.monotonic()
-    assert hung_warm._overdue(now) == hung_warm._overdue(now + children.REPORT_S - 0.1) == []
-    assert hung_warm.warm.dying_s is None
-    hung_warm._overdue(now + children.REPORT_S + 0.1)
-    assert hung_warm.warm.dying_s is not None  # its death makes them ours to reap
-
-
-def test_a_trainer_whose_fork_is_not_reported_is_killed_with_the_report_or_with_its_warm_parent(hung_warm):
-    hung_warm.kill([2])
-    now = time.monotonic()
-    hung_warm._overdue(now + children.REPORT_S - 0.1)
-    assert hung_warm.warm.dying_s is None
-    hung_warm._overdue(now + children.REPORT_S + 0.1)
-    assert hung_warm.warm.dying_s is not None
-
-
-def test_a_trainer_that_was_to_be_killed_is_killed_when_its_fork_is_reported(hung_warm):
-    reported, hung_warm.trainers[1].pid = hung_warm.trainers[1].pid, None
-    hung_warm.kill([1])
-    hung_warm.theirs.send({"kind": "forked", "rank": 1, "pid": reported})
-    hung_warm._reports(hung_warm.warm, time.monotonic())
-    wait_for(lambda: processes.is_zombie(reported), "its death")
-
-
-def test_channel_carries_messages_and_descriptors():
-    a, b = (messages.Channel(sock) for sock in socket.socketpair())
-    ready, says = os.pipe()
-    assert (
-        a.send({"kind": "one"}) and a.send({"kind": "two", "text": "x" * 50_000}, [says]) and a.send({"kind": "three"})
+def a_task(rank: int) -> messages.Task:
+    place = Place(rank, 2, rank, 2, "m", "127.0.0.1", 0, "plain")
+    words = dict.fromkeys(("target", "folder", "log", "job", "arena"), "x")
+    lists: dict = dict(path=[], command=[], cores=[])
+    return messages.Task(
+        place, payload={}, environment={}, term=1, generation=1, resume="auto", sharing=1, **words, **lists
     )
-    one, two, three = b.receive()
-    assert (one["kind"], two["kind"], three["kind"]) == ("one", "two", "three")
-    os.write(two["descriptors"][0], b"!")
-    assert os.read(ready, 1) == b"!"
-    for descriptor in (ready, says, *two["descriptors"]):
-        os.close(descriptor)
-    b.sock.send(b"no json\n")
-    assert a.receive() == [] and a.closed
+
+
+def test_a_trainer_says_its_pid_and_gets_its_task(below):
+    below.ends[1].send(messages.Forked(17))
+    assert below.read(time.monotonic()) == [] and below.trainers[1].pid == 17
+    assert below.ends[1].receive() == [a_task(1)] and below.ends[0].receive() == []
+
+
+def test_a_trainer_that_has_not_said_its_pid_is_gone_when_it_is_killed_or_its_socket_closes(below):
+    below.kill([0])
+    assert below.read(time.monotonic()) == [decisions.Exited(0, -signal.SIGKILL)]
+    below.ends[0].send(messages.Forked(17))
+    assert below.ends[0].receive() == [] and below.ends[0].closed  # no task for it, however late it is forked
+    below.ends[1].close()
+    assert below.read(time.monotonic()) == [decisions.Exited(1, -signal.SIGKILL)] and below.trainers == {}
+
+
+def test_a_trainer_that_dies_with_its_words_unread(below):
+    """Its exit is seen before its first message is read: it must not be taken for a stranger's."""
+    failed = messages.Failed(3, 1.0, "s", "t", consequence=False)
+    child = os.fork()
+    if child == 0:
+        below.ends[0].send(messages.Forked(os.getpid()))
+        below.ends[0].send(failed)
+        os._exit(3)
+    below.ends[0].close()
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    told = decisions.Failed(Failure(0, 3, 1.0, "s", "t"))
+    assert below._reaped(child, 3, time.monotonic()) == [told, decisions.Exited(0, 3)]
+    os.waitpid(child, 0)
+
+
+def test_nonsense_of_a_trainer_closes_its_connection_and_harms_nobody(below):
+    for end in below.ends:
+        end.send(messages.Forked(17))
+    below.ends[0].sock.sendall(b'{"kind": "failed", "code": "x"}\n')
+    assert below.read(time.monotonic()) == [] and below.trainers.keys() == {0, 1}
+    assert below.trainers[0].channel.fileno() < 0 < below.trainers[1].channel.fileno()
+
+
+EXAMPLES = [
+    messages.Register(
+        Place(0, 1, 0, 1, "m", "h0", 1, "plain"), "m:f", {"a": [1, None, 2.5]}, ["m"], "auto", 3, 0,
+        {"A": "\udc80"}, "/", ["/x"], ["c"], [0, 1], "token", 7,
+    ),
+    messages.Stop("why", 130, keep=False, force=True),
+    messages.Accepted(1, "/log", 7),
+    messages.Refused(2, "no"),
+    messages.Ending(),
+    messages.Say("news"),
+    messages.Ended("failed", 1, "r", 0, "t", 2, 3),
+    messages.Preload(["m"], ["/x"]),
+    messages.Fork([]),
+    messages.Ready(0.5),
+    messages.Unfit("t"),
+    messages.Forked(7),
+    messages.Started(0.5),
+    messages.Listens(),
+    messages.StopAsked(),
+    messages.Failed(1, 0.5, "s", "t", True),
+    a_task(0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda one: type(one).__name__)
+def test_a_message_is_read_as_it_was_sent(message):
+    a, b = (messages.Channel(sock, typing.get_args(messages.Message)) for sock in socket.socketpair())
+    assert a.send(message) and b.receive() == [message] and not b.closed
     a.close()
-    assert b.receive() == [] and b.closed
     b.close()
 
 
-def test_channel_does_not_wait_for_who_does_not_read():
-    a, b = (messages.Channel(sock) for sock in socket.socketpair())
+def test_every_message_has_an_example():
+    assert {type(one) for one in EXAMPLES} == set(typing.get_args(messages.Message))
+
+
+def test_channel_carries_messages_and_descriptors():
+    a, b = (messages.Channel(sock, (messages.Say, messages.Fork)) for sock in socket.socketpair())
+    ready, says = os.pipe()
+    assert a.send(messages.Say("one")) and a.send(messages.Fork([says, says])) and a.send(messages.Say("x" * 50_000))
+    one, two, three = b.receive()
+    assert one.text == "one" and len(three.text) == 50_000 and len(set(two.descriptors)) == 2
+    os.write(two.descriptors[1], b"!")
+    assert os.read(ready, 1) == b"!"
+    for descriptor in (ready, says, *two.descriptors):
+        os.close(descriptor)
+    b.sock.send(b"no json\n")
+    assert a.receive() == [] and a.closed and "Expecting value" in str(a.complaint)
+    a.close()
+    assert b.receive() == [] and b.closed and b.complaint is None
+    b.close()
+
+
+def test_descriptors_of_a_message_that_is_refused_are_closed():
+    a, b = (messages.Channel(sock, (messages.Say,)) for sock in socket.socketpair())
+    ready, says = os.pipe()
+    a.send(messages.Fork([says]))
+    os.close(says)
+    assert b.receive() == [] and "expected one of say; got 'fork'" in str(b.complaint)
+    b.close()
+    assert os.read(ready, 1) == b""
+    os.close(ready)
+    a.close()
+
+
+def test_channel_does_not_wait_for_a_peer_that_does_not_read():
+    a, b = (messages.Channel(sock, (messages.Say,)) for sock in socket.socketpair())
     begin = time.monotonic()
-    while a.send({"kind": "say", "text": "x" * 100_000}):
+    while a.send(messages.Say("x" * 100_000)):
         assert time.monotonic() - begin < 10.0
     assert a.closed and a.fileno() >= 0  # its owner's selector still has it
     a.close()
     b.close()
 
 
-def test_last_words_are_heard_by_who_was_speaking_too():
-    a, b = (messages.Channel(sock) for sock in socket.socketpair())
-    b.send({"kind": "failed"})
+def test_last_words_are_heard_by_one_that_was_speaking_too():
+    a, b = (messages.Channel(sock, messages.FROM_TRAINER) for sock in socket.socketpair())
+    b.send(messages.Listens())
     b.close()
-    assert not a.send({"kind": "stop"}) and not a.closed
-    assert a.receive() == [{"kind": "failed"}] and a.closed
+    assert not a.send(messages.StopAsked()) and not a.closed
+    assert a.receive() == [messages.Listens()] and a.closed
     a.close()
 
 
 def test_the_outcome_of_an_earlier_start_is_not_ours():
     """An agent tells its outcome to all who are connected, also to a shim of the next start it has not listened to."""
-    agent, ours = (messages.Channel(sock) for sock in socket.socketpair())
-    agent.send({"kind": "outcome", "outcome": "failed", "code": 1})
-    screen = shim.Screen(speaks=False, streams=False, terminal=False)
-    assert shim._serve(ours, {"kind": "register"}, screen, shim.StopRequest()) == {"kind": "ending"}
+    agent, ours = (messages.Channel(sock, messages.TO_SLOT) for sock in socket.socketpair())
+    agent.send(messages.Ended("failed", 1, "earlier"))
+    screen = Screen(speaks=False, streams=False, terminal=False)
+    assert shim._serve(ours, EXAMPLES[0], screen, shim.StopRequest()) == messages.Ending()
     agent.close()
     ours.close()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_log_that_cannot_be_read_ends_the_showing_and_nothing_else(tmp_path, monkeypatch, capfd, number):
+    (tmp_path / "log").write_text("shown\n")
+    screen = Screen(speaks=True, streams=True, terminal=False)
+    screen.follow(tmp_path / "log", 0)
+    screen.copy()
+
+    def unreadable(*_):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "read", unreadable)
+        screen.copy()
+    assert screen.ended(messages.Ended("failed", 3, "the reason", rank=0, text="its error")) == 3
+    out, err = capfd.readouterr()
+    assert out == "shown\n" and "cannot be read any more" in err and "failed: rank 0: its error" in err
+    assert err.count("cannot be read") == 1
 
 
 def test_agents_may_die_four_times_but_not_within_an_hour():
@@ -241,7 +298,7 @@ def test_output_to_a_pipe_that_does_not_block_is_complete():
     """Some terminals and tools leave it so; a burst of output then meets a full pipe."""
     out, into = os.pipe()
     os.set_blocking(into, False)
-    screen = shim.Screen(speaks=True, streams=True, terminal=False)
+    screen = Screen(speaks=True, streams=True, terminal=False)
     writer = threading.Thread(target=lambda: (screen._write(into, b"x" * 1_000_000), os.close(into)))
     writer.start()
     with open(out, "rb") as reader:
@@ -308,8 +365,6 @@ def test_an_agent_that_cannot_be_started_is_said_and_the_lock_is_free_again(shor
 
 
 def test_launch_token_is_one_per_launch():
-    from gemini_gnn.cluster.place import Place
-
     two = Place(0, 2, 0, 2, "m", "127.0.0.1", 0, "plain")
     one = Place(0, 1, 0, 1, "m", "127.0.0.1", 0, "plain")
     assert shim.launch_token(two, {}).startswith(f"{os.getppid()}-")

@@ -16,17 +16,32 @@ from tests.recovery.jobs import held, job, wait_for
 __all__ = ["job"]  # the fixture
 
 
-def test_a_warm_parent_that_does_not_reap_is_killed_and_the_job_goes_on(job):
+def test_a_stopped_warm_parent_harms_nobody_until_a_fork_is_needed_and_is_replaced_then(job):
     run = job()
     launch = run.launch(2, "train", impatient=True)
     run.training(2)
     os.kill(run.pid_of("warm"), signal.SIGSTOP)
     os.kill(run.notes("training", rank=1)[0]["pid"], signal.SIGKILL)
-    run.training(2, generation=2)
-    assert [event["forked"] for event in run.events("warm_hangs")] == [True]
+    run.training(2, generation=3)  # those of generation 2 were never forked
+    assert len(run.events("warm_hangs")) == 1 and run.notes("training", generation=2) == []
     run.finish()
     code, _, err = run.end(launch)
-    assert code == 0 and "the warm parent died (SIGKILL)" in err
+    assert code == 0 and "the warm parent died (it did not fork within 1 s)" in err
+    run.assert_nothing_left()
+
+
+def test_trainers_outlive_their_warm_parent(job):
+    run = job()
+    launch = run.launch(2, "train")
+    run.training(2)
+    os.kill(run.pid_of("warm"), signal.SIGKILL)
+    wait_for(lambda: len(run.events("warm_ready")) == 2, "the next warm parent")
+    assert run.events("trainer_exited") == []
+    os.kill(run.notes("training", rank=0)[0]["pid"], signal.SIGKILL)
+    run.training(2, generation=2)
+    run.finish()
+    code, _, err = run.end(launch)
+    assert code == 0 and "the warm parent died (SIGKILL); starting another" in err
     run.assert_nothing_left()
 
 
@@ -45,23 +60,23 @@ def test_a_warm_parent_that_does_not_fork_is_killed_and_the_job_begins(job, tmp_
     monkeypatch.setenv("PYTHONPATH", os.fspath(tmp_path))
     run = job()
     code, _, err = run.end(run.launch(2, "report", preload=["hangs_once"], impatient=True))
-    assert code == 0 and "the warm parent died (SIGKILL)" in err
-    assert [event["forked"] for event in run.events("warm_hangs")] == [False]
+    assert code == 0 and "the warm parent died (it did not fork within 1 s)" in err
+    assert len(run.events("warm_hangs")) == 1
     assert {note["generation"] for note in run.notes("report")} == {2}
     run.assert_nothing_left()
 
 
-def test_no_generation_begins_while_an_orphan_of_the_last_is_not_reaped(job):
-    """The warm parent is dead and one trainer takes its time to die; the agent is not kept from answering."""
+def test_no_generation_begins_while_a_trainer_of_the_last_is_not_reaped(job):
+    """One trainer takes its time to die; the agent is not kept from answering."""
     run = job()
     launch = run.launch(2, "train")
     slow = run.training(2)[0]["pid"]
     with held(slow):
-        os.kill(run.pid_of("warm"), signal.SIGKILL)
-        wait_for(lambda: len(run.events("warm_ready")) == 2, "the next warm parent")
+        os.kill(run.training(2)[1]["pid"], signal.SIGKILL)
+        wait_for(lambda: run.events("trainer_exited"), "the first exit")
         code, _, err = run.end(run.launch(2, "train"))
         assert code == 2 and "already running" in err
-        assert run.notes("training", generation=2) == [] and run.events("trainer_exited") == []
+        assert run.notes("training", generation=2) == [] and len(run.events("trainer_exited")) == 1
     run.training(2, generation=2)
     assert [event["code"] for event in run.events("trainer_exited")] == [-signal.SIGKILL] * 2
     run.finish()
@@ -81,16 +96,19 @@ def test_a_trainer_that_cannot_be_reaped_ends_the_job_and_is_named(job):
     assert home.snapshot_files(run.arena)
 
 
-def test_a_warm_parent_that_cannot_be_reaped_ends_the_job_and_is_named(job):
+def test_a_warm_parent_that_cannot_be_reaped_is_replaced(job):
     run = job()
     launch = run.launch(2, "train", impatient=True)
     run.training(2)
     warm = run.pid_of("warm")
     with held(warm):
         os.kill(warm, signal.SIGKILL)
-        code, _, err = run.end(launch)
-    assert code == 1 and f"lost: the warm parent (process {warm}) could not be reaped" in err
-    wait_for(lambda: not run.processes(), "the end of all processes", 10.0)
+        wait_for(lambda: len(run.events("warm_ready")) == 2, "the next warm parent")
+        os.kill(run.notes("training", rank=0)[0]["pid"], signal.SIGKILL)
+        run.training(2, generation=2)
+        run.finish()
+        assert run.end(launch)[0] == 0
+    run.assert_nothing_left()
 
 
 STAYS = """
@@ -147,21 +165,19 @@ def test_a_stopped_agent_is_waited_for(job):
     run.assert_nothing_left()
 
 
-def test_a_warm_parent_that_dies_with_its_reports_unread(job):
-    """The last exit of a generation and the end of the warm parent are seen in one look: the next fork waits for another."""
+def test_a_warm_parent_and_a_trainer_that_die_together(job):
+    """Both deaths are seen in one look: the next fork waits for another warm parent."""
     run = job()
     launch = run.launch(1, "train")
     (trainer,) = run.training(1)
     agent, warm = run.pid_of("agent"), run.pid_of("warm")
     os.kill(agent, signal.SIGSTOP)
     os.kill(trainer["pid"], signal.SIGKILL)
-    wait_for(
-        lambda: trainer["pid"] not in run.processes() and not os.path.exists(f"/proc/{trainer['pid']}"), "its reaping"
-    )
     os.kill(warm, signal.SIGKILL)
+    wait_for(lambda: not {trainer["pid"], warm} & run.processes().keys(), "their deaths")
     os.kill(agent, signal.SIGCONT)
     wait_for(lambda: run.notes("training")[-1]["generation"] > 1, "the next generation")
     assert run.pid_of("agent") == agent
-    stop(run.run_dir)
+    stop(run.run_dir, keep=False)
     assert run.end(launch)[0] == 143
     run.assert_nothing_left()

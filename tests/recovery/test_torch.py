@@ -94,7 +94,8 @@ def test_sys_exit_means_what_a_shell_sees():
     assert entry._exit_code(SystemExit()) == entry._exit_code(SystemExit(0)) == (0, None)
     assert entry._exit_code(SystemExit(259))[0] == 3
     assert entry._exit_code(SystemExit(entry.STOPPED)) == (entry.STOPPED, None)
-    assert entry._exit_code(SystemExit("no data")) == (1, ("SystemExit: no data", "no data"))
+    code, failed = entry._exit_code(SystemExit("no data"))
+    assert (code, failed.code, failed.summary, failed.text) == (1, 1, "SystemExit: no data", "no data")
 
 
 def test_a_missing_script_is_an_error_of_use():

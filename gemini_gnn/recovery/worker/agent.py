@@ -3,17 +3,17 @@
 Who owns what. The agent holds the flock on ``agent.lock`` from before its exec (the shim that started it passes the
 descriptor on), so at most one lives per job and machine, and everything under the arena folder is its own. The agent of
 rank 0's machine also holds a lock in the run directory, so that no other machine, user or arena runs the same job. It is
-single-threaded: a loop over sockets, with the decisions in ``decisions.py`` and all that concerns warm parent and trainers
-in ``children.py``. It is nobody's child (re-parented to init).
+single-threaded: a loop over sockets, with the decisions in ``decisions.py`` and all that concerns warm parent and trainers,
+its children, in ``children.py``. It is nobody's child itself (re-parented to init).
 
-What may be interrupted where. The agent may be killed at any instruction: the kernel kills the warm parent and with it the
+What may be interrupted where. The agent may be killed at any instruction: the kernel kills the warm parent and the
 trainers (PDEATHSIG), closes the shims' sockets, drops the lock; the shims start another agent, which waits until the kernel
 has finished with every trainer of the old one (``locks.living_trainer``) before it forks. Shims and trainers may vanish
 between any two messages: a closed socket is an event like the others. Which message may be lost: any to or from a process
 that died; that a signal came is never lost, because the descriptor it is seen through stands before its handler does.
 
 Requests come from processes of the same user only: the folder is 0700, the socket 0600, and the kernel is asked for the
-peer's uid. The shims' messages: register, stop; ours: accepted, refused, ending, say, outcome.
+peer's uid. A message that does not fit closes its connection and is logged; it harms nobody else.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ import socket
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from gemini_gnn.cluster.place import Place, check_place, launcher_variables
 from gemini_gnn.errors import GeminiError
 from gemini_gnn.recovery import home, messages, processes
 from gemini_gnn.recovery.worker import decisions
@@ -42,10 +42,10 @@ REAP_ORPHANS_S = 5.0  # for killed children to be gone
 
 @dataclass
 class Shim:
-    """A slot process that waits for the outcome; ``request`` is its ``register`` message."""
+    """A slot process that waits for the outcome, with its request."""
 
     channel: messages.Channel
-    request: dict[str, Any]
+    request: messages.Register
 
 
 class Agent:
@@ -62,7 +62,7 @@ class Agent:
         self.nobody_s = time.monotonic() + NOBODY_S
         self.run_dir_lock: int | None = None
         self.arena_gone = False
-        self.request: dict[str, Any] = {}  # of the first shim: what all of them share
+        self.request: messages.Register | None = None  # of the first shim: what all of them share
         self.shims: dict[int, Shim] = {}
         self.visitors: list[messages.Channel] = []  # connected, no registered shim (yet)
         self.journal = Journal(run_dir, self.machine)
@@ -75,7 +75,7 @@ class Agent:
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.selector.register(self.wakeup, selectors.EVENT_READ)
         self.limits = Limits()
-        self.children = Children(arena, self.job, self.journal, self.selector, self.limits.reap_s)
+        self.children = Children(arena, self.job, self.journal, self.selector)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -134,7 +134,8 @@ class Agent:
     def _act(self, action: decisions.Action) -> None:
         match action:
             case decisions.StartWarm():
-                self.children.start_warm(self.request["preload"], self.request["path"])
+                assert self.request is not None
+                self.children.start_warm(self.request.preload, self.request.path)
             case decisions.Fork(generation, ranks):
                 self.journal.status("running", generation=generation)
                 self.journal.write_errors(None)
@@ -164,28 +165,31 @@ class Agent:
             if messages.peer(sock)[1] != os.getuid():
                 sock.close()
                 continue
-            channel = messages.Channel(sock)
+            channel = messages.Channel(sock, messages.TO_AGENT)
             self.selector.register(channel, selectors.EVENT_READ)
             self.visitors.append(channel)
 
     def _forget(self, channel: messages.Channel) -> None:
+        if channel.complaint is not None:
+            self.journal.log("message_refused", pid=messages.peer(channel.sock)[0], text=str(channel.complaint))
         self.selector.unregister(channel)
         channel.close()
 
     def _read_visitors(self) -> None:
         for channel in list(self.visitors):
             for message in channel.receive():
-                if message.get("protocol") != messages.PROTOCOL:
-                    text = (
-                        f"the worker agent of this job (pid {os.getpid()} on {self.machine}) speaks protocol "
-                        f"{messages.PROTOCOL}, this program {message.get('protocol')}: use the installation of gemini_gnn that "
-                        "started the job, or end the job by SIGTERM to its worker agent"
-                    )
-                    channel.send({"kind": "refused", "code": 2, "text": text})
-                elif message.get("kind") == "register":
+                if isinstance(message, messages.Register):
                     self._register(channel, message)
-                elif message.get("kind") == "stop":
+                elif isinstance(message, messages.Stop):
                     self._stop_asked(channel, message)
+            if isinstance(channel.complaint, messages.OtherProtocol):
+                text = (
+                    f"the worker agent of this job (pid {os.getpid()} on {self.machine}) speaks protocol "
+                    f"{messages.PROTOCOL}, this program {channel.complaint}: use the installation of gemini_gnn that "
+                    "started the job, or end the job by SIGTERM to its worker agent"
+                )
+                self._refuse(channel, text)
+                channel.closed = True
             if channel.closed and channel in self.visitors:
                 self.visitors.remove(channel)
                 self._forget(channel)
@@ -193,7 +197,7 @@ class Agent:
     def _read_shims(self) -> None:
         for rank, shim in list(self.shims.items()):
             for message in shim.channel.receive():
-                if message.get("kind") == "stop":
+                if isinstance(message, messages.Stop):
                     self._stop_asked(shim.channel, message)
             if shim.channel.closed:
                 del self.shims[rank]
@@ -201,86 +205,84 @@ class Agent:
                 self.journal.log("shim_lost", rank=rank)
                 self._see(decisions.StopAsked(f"the slot process of rank {rank} is gone", 128 + signal.SIGKILL))
 
-    def _stop_asked(self, channel: messages.Channel, message: dict[str, Any]) -> None:
-        asked = decisions.StopAsked(message["reason"], message["code"], keep=message["keep"], force=message["force"])
+    def _stop_asked(self, channel: messages.Channel, message: messages.Stop) -> None:
+        asked = decisions.StopAsked(message.reason, message.code, keep=message.keep, force=message.force)
         self.journal.log("stop_asked", pid=messages.peer(channel.sock)[0], reason=asked.reason, force=asked.force)
         self._see(asked)
 
-    def _register(self, channel: messages.Channel, request: dict[str, Any]) -> None:
-        place = request["place"]
-        rank = place["rank"]
+    def _refuse(self, channel: messages.Channel, text: str) -> None:
+        channel.send(messages.Refused(2, text))
+        self.journal.log("refused", pid=messages.peer(channel.sock)[0], text=text)
+
+    def _register(self, channel: messages.Channel, request: messages.Register) -> None:
         if self.outcome is not None or (self.state is not None and decisions.may_be_ending(self.state)):
-            channel.send({"kind": "ending"})
+            channel.send(messages.Ending())
             return
-        if self.state is None:
-            try:
+        try:
+            check_place(request.place)
+            if self.state is None:
                 self._begin(request)
-            except GeminiError as error:
-                channel.send({"kind": "refused", "code": 2, "text": str(error)})
+        except GeminiError as error:
+            self._refuse(channel, str(error))
+            if self.state is None:
                 self.nobody, self.nobody_s = Outcome("failed", 2, str(error)), time.monotonic()
-                return
-        assert self.state is not None
-        if request["launch"] != self.request["launch"] or rank in self.state.registered:
-            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since_s))
-            text = (
-                f"this job is already running on {self.machine}: worker agent pid {os.getpid()}, since {since}; "
-                f"stop it with `python launch/stop.py run_dir={self.run_dir}`, or give another run_dir=..."
-            )
-            channel.send({"kind": "refused", "code": 2, "text": text})
-            self.journal.log("refused", rank=rank, pid=request["pid"])
             return
+        if (problem := self._not_of_this_launch(request)) is not None:
+            self._refuse(channel, problem)
+            return
+        rank = request.place.rank
         self.visitors.remove(channel)
         self.shims[rank] = Shim(channel, request)
         log = self.journal.log_of(rank)
-        channel.send({"kind": "accepted", "term": self.term, "log": os.fspath(log), "offset": _size_bytes(log)})
-        self.journal.log("registered", rank=rank, pid=request["pid"])
+        channel.send(messages.Accepted(self.term, os.fspath(log), _size_bytes(log)))
+        self.journal.log("registered", rank=rank, pid=request.pid)
         self._see(decisions.Registered(rank))
 
-    def _begin(self, request: dict[str, Any]) -> None:
-        """The first shim says what this job is; its term begins.
+    def _not_of_this_launch(self, request: messages.Register) -> str | None:
+        """Why this slot process cannot be one of the launch that runs; None if it is."""
+        assert self.state is not None and self.request is not None
+        place, first = request.place, self.request.place
+        if request.launch != self.request.launch or place.rank in self.state.registered:
+            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since_s))
+            return (
+                f"this job is already running on {self.machine}: worker agent pid {os.getpid()}, since {since}; "
+                f"stop it with `python launch/stop.py run_dir={self.run_dir}`, or give another run_dir=..."
+            )
+        if (place.world_size, place.local_world_size) != (first.world_size, first.local_world_size):
+            return (
+                f"expected {first.local_world_size} of {first.world_size} ranks on {self.machine}, as rank {first.rank} "
+                f"says; rank {place.rank} says {place.local_world_size} of {place.world_size}"
+            )
+        return None
+
+    # --- the beginning ------------------------------------------------------------------------------------------------
+
+    def _begin(self, request: messages.Register) -> None:
+        """The first shim says what this job is.
 
         Raises:
-            RunDirError, RecoveryError: the run directory or the arena refuses.
+            RunDirError, RecoveryError: the run directory or the arena refuses; nothing has begun.
         """
-        place = request["place"]
-        if place["rank"] == place["local_rank"] and self.run_dir_lock is None:
-            who = f"the worker agent on {self.machine}, pid {os.getpid()}, with its snapshots in {self.arena.parent}"
-            self.run_dir_lock = home.take_run_dir(self.run_dir, who)
-        run = home.run_id(self.run_dir)
+        place, limits = request.place, replace(self.limits, max_restarts=request.max_restarts)
+        self._take_run_dir(place)
         # The agent before us may have died while it cleaned up after the work was done: a script must not begin again.
         before, status = home.newest_term(self.run_dir), home.read_status(self.run_dir)
-        was_done = request["deaths"] > 0 and status.get("state") == "done" and status.get("term") == before.get("term")
-        limits = replace(self.limits, max_restarts=request["max_restarts"])
-        self.journal.speaks_for_job = place["rank"] == place["local_rank"]
-        if was_done:  # and must stay so for the next slot, which may come to an agent of its own: no term is claimed
+        if request.deaths > 0 and status.get("state") == "done" and status.get("term") == before.get("term"):
+            # It must stay done for the next slot, which may come to an agent of its own: no term is claimed.
             self.term = self.journal.term = before.get("term", 0)
             self._earlier_trainer(limits.reap_s)
             self.request = request
-            self.state = decisions.State(place["local_world_size"], place["world_size"], limits)
+            self.state = decisions.State(place.local_world_size, place.world_size, limits)
             self.outcome = Outcome("done", 0, "done", keep=False)
             return
-        claim = {"machine": self.machine, "pid": os.getpid(), "time": time.time(), "launch": request["launch"]}
-        claim |= {key: place[key] for key in ("world_size", "local_world_size")}
-        self.term = home.claim_term(self.run_dir, {**claim, "arena_root": os.fspath(self.arena.parent.parent)})
-        self.journal.term = self.term
-        self.journal.log(
-            "started", term=self.term, pid=os.getpid(), arena=os.fspath(self.arena), command=request["command"]
-        )
+        self._claim_term(request)
         stuck = self._earlier_trainer(limits.reap_s)
         if stuck is None:
-            reason = "resume=never" if request["resume"] == "never" else ""
-            if request["resume"] == "auto" and not home.belongs_to(self.arena, run):
-                reason = "they are of a run directory that was removed"  # its first start must not go on in the middle
-            if reason and home.snapshot_files(self.arena):
-                _, size_bytes = home.remove_snapshots(self.arena)
-                self.journal.log("snapshots_removed", bytes=size_bytes, reason=reason)
-            home.assign(self.arena, run)
+            self._clear_arena(request.resume)
         # From here on there is a job: nothing above may fail any more.
         self.request = request
         # Trainers of a launch whose agent died are no first generation: they may find its work complete.
-        self.state = decisions.State(
-            place["local_world_size"], place["world_size"], limits, generation=request["deaths"]
-        )
+        self.state = decisions.State(place.local_world_size, place.world_size, limits, generation=request.deaths)
         self.journal.status("starting")
         if stuck is not None:
             text = (
@@ -289,7 +291,36 @@ class Agent:
             )
             self._see(decisions.WarmRefused(Failure(-1, 1, time.monotonic(), text, text)))
             return
-        self.children.start_warm(request["preload"], request["path"])
+        self.children.start_warm(request.preload, request.path)
+
+    def _take_run_dir(self, place: Place) -> None:
+        """Lead the job, if rank 0 is on this machine: no other machine, user or arena may run it meanwhile."""
+        leads = place.rank == place.local_rank
+        if leads and self.run_dir_lock is None:
+            owner = f"the worker agent on {self.machine}, pid {os.getpid()}, with its snapshots in {self.arena.parent}"
+            self.run_dir_lock = home.take_run_dir(self.run_dir, owner)
+        self.journal.speaks_for_job = leads
+
+    def _claim_term(self, request: messages.Register) -> None:
+        place = request.place
+        claim = {"machine": self.machine, "pid": os.getpid(), "time": time.time(), "launch": request.launch}
+        claim |= {"world_size": place.world_size, "local_world_size": place.local_world_size}
+        self.term = home.claim_term(self.run_dir, {**claim, "arena_root": os.fspath(self.arena.parent.parent)})
+        self.journal.term = self.term
+        self.journal.log(
+            "started", term=self.term, pid=os.getpid(), arena=os.fspath(self.arena), command=request.command
+        )
+
+    def _clear_arena(self, resume: str) -> None:
+        """Remove snapshots that this job must not go on from. No trainer of an earlier term lives."""
+        run = home.run_id(self.run_dir)
+        reason = "resume=never" if resume == "never" else ""
+        if resume == "auto" and not home.belongs_to(self.arena, run):
+            reason = "they are of a run directory that was removed"  # its first start must not go on in the middle
+        if reason and home.snapshot_files(self.arena):
+            _, size_bytes = home.remove_snapshots(self.arena)
+            self.journal.log("snapshots_removed", bytes=size_bytes, reason=reason)
+        home.assign(self.arena, run)
 
     def _earlier_trainer(self, patience_s: float) -> int | None:
         """Invariant 5 across the death of an agent: end what is left of the last term; the trainer that stays."""
@@ -302,41 +333,44 @@ class Agent:
         return pid
 
     def _fork(self, generation: int, ranks: list[int]) -> None:
-        assert self.state is not None
-        # With all ranks here the store's port is ours to choose: bound and listening before any client comes.
-        store = None
+        assert self.state is not None and self.request is not None
+        requests = {rank: self.shims[rank].request if rank in self.shims else self.request for rank in ranks}
+        places = {rank: request.place for rank, request in requests.items()}
+        listening = []
         if self.state.local == self.state.world:
+            # With all ranks here the store's port is ours to choose: bound and listening before any client comes.
             store = socket.create_server(("127.0.0.1", 0), backlog=1024)
-        tasks = {}
-        for rank in ranks:
-            request = self.shims[rank].request if rank in self.shims else self.request
-            address = {} if store is None else {"master_addr": "127.0.0.1", "master_port": store.getsockname()[1]}
-            tasks[rank] = self._task(generation, {**request["place"], **address}, request)
-        self.children.fork(tasks, store)
-        if store is not None:
-            store.close()
+            port = store.getsockname()[1]
+            places = {rank: replace(place, master_addr="127.0.0.1", master_port=port) for rank, place in places.items()}
+            listening = [store.detach()]
+        tasks = {rank: self._task(generation, places[rank], requests[rank]) for rank in ranks}
+        if listening:
+            tasks[0] = replace(tasks[0], descriptors=listening)
+        self.children.fork(tasks)
 
-    def _task(self, generation: int, place: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
-        """What the trainer of ``place`` is to become."""
-        return {
-            "kind": "fork",
-            "place": place,
-            "environment": {
-                **request["environment"],
-                **_launcher_variables(place),
-                **dict([processes.mark(self.arena)]),
-            },
-            "log": os.fspath(self.journal.log_of(place["rank"])),
-            "job": self.job,
-            "arena": os.fspath(self.arena),
-            "term": self.term,
-            "generation": generation,
-            # What `never` had to forget was removed when this term began; a restart must go on. One answer for all ranks: after
-            # the death of an agent only some of their shims may know of it.
-            "resume": "auto" if generation > 1 and self.request["resume"] == "never" else self.request["resume"],
-            "sharing": sum(shim.request["cores"] == request["cores"] for shim in self.shims.values()),
-            **{key: request[key] for key in ("target", "payload", "folder", "path", "command", "cores")},
-        }
+    def _task(self, generation: int, place: Place, request: messages.Register) -> messages.Task:
+        """The trainer of ``place``."""
+        assert self.request is not None
+        # What `never` had to forget was removed when this term began; a restart must go on. One answer for all ranks: after
+        # the death of an agent only some of their shims may know of it.
+        resume = "auto" if generation > 1 and self.request.resume == "never" else self.request.resume
+        return messages.Task(
+            place=place,
+            target=request.target,
+            payload=request.payload,
+            environment=request.environment | launcher_variables(place) | dict([processes.mark(self.arena)]),
+            folder=request.folder,
+            path=request.path,
+            command=request.command,
+            cores=request.cores,
+            log=os.fspath(self.journal.log_of(place.rank)),
+            job=self.job,
+            arena=os.fspath(self.arena),
+            term=self.term,
+            generation=generation,
+            resume=resume,
+            sharing=sum(shim.request.cores == request.cores for shim in self.shims.values()),
+        )
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -357,16 +391,15 @@ class Agent:
             "ended", outcome=outcome.kind, code=outcome.code, reason=outcome.reason, dropped_bytes=dropped[1]
         )
         home.leave_arena(self.arena)  # from here on the arena is somebody else's
-        message = {
-            "kind": "outcome",
-            "outcome": outcome.kind,
-            "code": outcome.code,
-            "reason": outcome.reason,
-            "rank": failure.rank if failure else None,
-            "text": failure.text if failure else "",
-            "kept_files": kept,
-            "dropped_bytes": dropped[1],
-        }
+        message = messages.Ended(
+            outcome=outcome.kind,
+            code=outcome.code,
+            reason=outcome.reason,
+            rank=failure.rank if failure else None,
+            text=failure.text if failure else "",
+            kept_files=kept,
+            dropped_bytes=dropped[1],
+        )
         for channel in [shim.channel for shim in self.shims.values()] + self.visitors:
             channel.send(message)
 
@@ -375,21 +408,8 @@ class Agent:
     def _say(self, text: str) -> None:
         self.journal.log("say", text=text)
         for shim in self.shims.values():
-            if shim.request["place"]["local_rank"] == 0:
-                shim.channel.send({"kind": "say", "text": text})
-
-
-def _launcher_variables(place: dict[str, Any]) -> dict[str, str]:
-    """What libraries expect in the environment of a rank."""
-    return {
-        "RANK": str(place["rank"]),
-        "WORLD_SIZE": str(place["world_size"]),
-        "LOCAL_RANK": str(place["local_rank"]),
-        "LOCAL_SIZE": str(place["local_world_size"]),
-        "LOCAL_WORLD_SIZE": str(place["local_world_size"]),
-        "MASTER_ADDR": place["master_addr"],
-        "MASTER_PORT": str(place["master_port"]),
-    }
+            if shim.request.place.local_rank == 0:
+                shim.channel.send(messages.Say(text))
 
 
 def _size_bytes(path: Path) -> int:

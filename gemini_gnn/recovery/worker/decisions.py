@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+MAX_WARM_DEATHS = 3  # in a row, without becoming ready in between
 STOPPED = 75  # exit code of a trainer that left before its work was done because it was asked to (EX_TEMPFAIL)
 
 
@@ -150,13 +151,6 @@ class WarmDied:
 
 
 @dataclass(frozen=True)
-class WarmStuck:
-    """It was killed `reap_s` ago and is still there."""
-
-    pid: int
-
-
-@dataclass(frozen=True)
 class WarmRefused:
     """It cannot import or must not fork; trying again would not help."""
 
@@ -248,8 +242,6 @@ def decide(state: State, event: Event, now: float) -> Step:
             return _begin(replace(state, warm_ready=True, warm_deaths=0))
         case WarmDied(reason):
             return _warm_died(state, reason, now)
-        case WarmStuck(pid):
-            return _lost(state, f"the warm parent (process {pid})", now)
         case WarmRefused(failure):
             return _close(state, Outcome("failed", failure.code, failure.summary, failure=failure), now)
         case Listens(rank):
@@ -296,6 +288,10 @@ def signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
+
+
+def exit_name(code: int) -> str:
+    return signal_name(-code) if code < 0 else f"exit code {code}"
 
 
 def _registered(state: State, rank: int, now: float) -> Step:
@@ -364,10 +360,18 @@ def _ended_by_itself(state: State, now: float) -> Step:
         return _finish(state, Outcome("done", 0, "done", keep=False))
     if asked is not None:
         return _finish(state, asked)
-    failure = first_error(state.failures)
-    if failure is None:
+    if not state.failures:
         return _finish(state, Outcome("stopped", STOPPED, "the trainers stopped by themselves"))
-    return _finish(state, Outcome("failed", failure.code, failure.summary, failure=failure))
+    return _erred(state, now)
+
+
+def _erred(state: State, now: float) -> Step:
+    """End with the first error, but not with one that only says that a peer is gone: such a death can be gone on from."""
+    failure = first_error(state.failures)
+    assert failure is not None
+    if failure.consequence and may_restart(state, now) is None:
+        return _restart(state, f"rank {failure.rank} lost a peer and no trainer says why", failure.code, now)
+    return _close(state, Outcome("failed", failure.code, failure.summary, failure=failure), now)
 
 
 def _restart(state: State, cause: str, code: int, now: float) -> Step:
@@ -398,7 +402,8 @@ def _close(state: State, outcome: Outcome | None, now: float) -> Step:
 def _closed(state: State, now: float) -> Step:
     if state.outcome is not None:
         return _finish(state, state.outcome)
-    return _begin(replace(state, phase=Phase.GATHERING, deadline=now + state.limits.start_s))
+    state = replace(state, phase=Phase.GATHERING, deadline=now + state.limits.start_s)
+    return _without_warm(state, now) if state.warm_deaths > MAX_WARM_DEATHS else _begin(state)
 
 
 def _finish(state: State, outcome: Outcome) -> Step:
@@ -426,18 +431,18 @@ def _stop(state: State, asked: StopAsked, now: float) -> Step:
 
 
 def _warm_died(state: State, reason: str, now: float) -> Step:
-    """Its trainers die with it (the kernel sees to that); their exits follow."""
+    """It harms no trainer: another one is needed before the next generation can begin."""
     state = replace(state, warm_ready=False, warm_deaths=state.warm_deaths + 1)
-    if state.warm_deaths > 3:
-        text = f"the warm parent died {state.warm_deaths} times before it was ready ({reason}); see logs/agent-*.log"
-        return _close(state, Outcome("failed", 1, text, failure=Failure(-1, 1, now, text, text)), now)
-    if state.phase is Phase.RUNNING:
-        state, actions = _restart(state, f"the warm parent died ({reason})", 137, now)
-        again: list[Action] = [] if state.outcome is not None else [StartWarm()]
-        return state, actions + again
     if state.outcome is not None:
         return state, []
-    return state, [StartWarm()]
+    if state.warm_deaths <= MAX_WARM_DEATHS:
+        return state, [Say(f"the warm parent died ({reason}); starting another"), StartWarm()]
+    return _without_warm(state, now) if state.phase is Phase.GATHERING else (state, [])
+
+
+def _without_warm(state: State, now: float) -> Step:
+    text = f"the warm parent died {state.warm_deaths} times before it was ready; see logs/agent-*.log"
+    return _close(state, Outcome("failed", 1, text, failure=Failure(-1, 1, now, text, text)), now)
 
 
 def _tick(state: State, now: float) -> Step:
@@ -452,21 +457,16 @@ def _tick(state: State, now: float) -> Step:
             text = f"the imports of the warm parent took longer than {state.limits.start_s:.0f} s; see logs/agent-*.log"
         return _close(state, Outcome("failed", 1, text, failure=Failure(-1, 1, now, text, text)), now)
     if state.phase is Phase.RUNNING:
-        failure = first_error(state.failures)
-        if failure is None:  # somebody stopped by itself and the others go on: they will notice each other
+        if not state.failures:  # one stopped by itself and the others go on: they will notice each other
             return replace(state, deadline=None), []
-        return _close(state, Outcome("failed", failure.code, failure.summary, failure=failure), now)
+        return _erred(state, now)
     if state.phase is Phase.STOPPING:
         assert state.outcome is not None
         state, actions = _close(state, state.outcome, now)
         return state, [Say(f"killing the trainers: they did not stop within {state.limits.stop_s:.0f} s"), *actions]
     ranks = ", ".join(map(str, sorted(state.alive)))
-    return _lost(state, f"the trainers of ranks {ranks}", now)
-
-
-def _lost(state: State, who: str, now: float) -> Step:
     text = (
-        f"{who} could not be reaped within {state.limits.reap_s:.0f} s after SIGKILL: stuck in the kernel (a dead file "
-        "system or device?) or held by a debugger; this machine cannot go on, wait for them, or restart it"
+        f"the trainers of ranks {ranks} could not be reaped within {state.limits.reap_s:.0f} s after SIGKILL: stuck in the "
+        "kernel (a dead file system or device?) or held by a debugger; this machine cannot go on, wait for them, or restart it"
     )
     return _finish(state, Outcome("lost", 1, text, failure=Failure(-1, 1, now, text, text)))

@@ -1,7 +1,10 @@
-"""The first and last moments of a trainer: from the fork of the warm parent to the user's function, and its end.
+"""The first and last moments of a trainer: from its fork to the user's function, and its end.
 
-A trainer owns nothing that outlives it: the kernel kills it with its parent (PDEATHSIG), the arena and the run directory
-belong to the agent. It may be killed at any instruction. Its last words (``failed``) go to the agent over a socket that is
+A fresh fork says its pid to the agent and waits for its task; before that it does nothing but take the trainers' lock. So an
+agent that closes the connection has ended it for good, whether or not it has been forked yet.
+
+A trainer owns nothing that outlives it: the kernel kills it with the agent (PDEATHSIG), the arena and the run directory
+belong to the agent. It may be killed at any instruction. Its last words (``Failed``) go to the agent over a socket that is
 its own; they are sent before its connections to other trainers close, and read by the agent before the exit is counted.
 SIGTERM, SIGINT and SIGHUP do not end it: a launcher or scheduler sends them to every process it finds, while the agent
 decides when the job ends, so that the trainers can agree on the last step.
@@ -23,7 +26,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gemini_gnn.cluster.place import Place, threads
+from gemini_gnn.cluster.place import threads
 from gemini_gnn.errors import GeminiError, RecoveryError
 from gemini_gnn.observe import logs
 from gemini_gnn.observe.logs import is_consequence
@@ -34,6 +37,7 @@ from gemini_gnn.snapshot.store import locks
 
 __all__ = ["STOPPED", "stop_requested"]
 
+TASK_S = 60.0  # for the agent to say what to do
 OOM_SCORE_ADJ = 300  # out of memory: a trainer goes before the agent and before what others run here
 
 _agent: messages.Channel | None = None
@@ -52,22 +56,65 @@ def stop_requested() -> bool:
     if _agent is None or _stop:
         return _stop
     if not _listening:
-        _listening = _agent.send({"kind": "listens"}, timeout_s=1.0)
-    _stop = any(message["kind"] == "stop" for message in _agent.receive())
+        _listening = _agent.send(messages.Listens(), timeout_s=1.0)
+    _stop = any(isinstance(message, messages.StopAsked) for message in _agent.receive())
     return _stop
 
 
-def _become(task: dict[str, Any], agent: messages.Channel) -> None:
-    """Turn a fresh fork of the warm parent into the trainer of ``task``."""
+def run(descriptor: int, added: dict[str, str], arena: Path) -> NoReturn:
+    """The life of a fresh fork: the function of its task, and exit with what that returns.
+
+    Args:
+        descriptor: its socket to the agent, whose child it is.
+        added: what the warm parent's imports put into the environment.
+    """
+    os.setsid()  # a process group of its own: what it starts can be killed with it
+    locks.hold_trainers_lock(arena)  # before anything can be written: see living_trainer
+    agent = messages.Channel(socket.socket(fileno=descriptor), messages.TO_TRAINER)
+    agent.send(messages.Forked(os.getpid()), timeout_s=5.0)
+    task = _await_task(agent)
+    if task is None:
+        os._exit(1)  # the agent is gone, or the job goes on without this trainer
+    failure: messages.Failed | None = None
+    try:
+        _become(task, agent, added)
+        function = _resolve(task.target)
+        agent.send(messages.Started(time.monotonic()), timeout_s=1.0)
+        listen_fd = task.descriptors[0] if task.descriptors else None
+        code = function(task.payload, task.place, listen_fd) or 0
+        if not isinstance(code, int) or not 0 <= code < 128:
+            raise TypeError(f"{task.target} must return an exit code of 0..127 or None, not {code!r}")
+    except SystemExit as ending:
+        code, failure = _exit_code(ending)
+    except BaseException as error:
+        for_users = isinstance(error, GeminiError)
+        code = 2 if for_users else 1
+        summary, text = f"{type(error).__name__}: {error}", str(error) if for_users else traceback.format_exc()
+        failure = messages.Failed(code, time.monotonic(), summary[:2000], text[-20_000:], is_consequence(error))
+    # The agent writes it into the log when it knows whose error was the first; the others' only name theirs.
+    if failure is not None and not agent.send(failure, timeout_s=5.0):
+        print(failure.text, file=sys.stderr, flush=True)
+    _leave(code)
+
+
+def _await_task(agent: messages.Channel) -> messages.Task | None:
+    deadline = time.monotonic() + TASK_S
+    while not agent.closed and (left := deadline - time.monotonic()) > 0:
+        for message in agent.wait(left):
+            if isinstance(message, messages.Task):
+                return message
+    return None
+
+
+def _become(task: messages.Task, agent: messages.Channel, added: dict[str, str]) -> None:
+    """Turn a fresh fork into the trainer of ``task``."""
     global _agent
-    arena = Path(task["arena"])
-    locks.hold_trainers_lock(arena)  # before anything is written: see living_trainer
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # a handler, not SIG_IGN: programs it starts get the default back
         signal.siginterrupt(number, False)
-    _redirect(Path(task["log"]))
+    _redirect(Path(task.log))
     _agent = agent
-    place = Place(**task["place"])
+    place = task.place
     begin = logs.header(place.rank, place.machine, os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
     print(begin, end="", flush=True)  # other ranks read there which machine this one is on
     processes.name_this(f"gnn-rank-{place.rank}")
@@ -76,68 +123,29 @@ def _become(task: dict[str, Any], agent: messages.Channel) -> None:
     except OSError as error:  # some containers forbid it; then the kernel chooses as it likes
         print(f"warning: cannot set oom_score_adj: {error.strerror}", file=sys.stderr)
     try:
-        os.sched_setaffinity(0, task["cores"])  # the agent and we have those of the slot process that started it
+        os.sched_setaffinity(0, task.cores)  # the agent and we have those of the slot process that started it
     except OSError as error:
-        print(
-            f"warning: cannot run on the cores {task['cores']} of the slot process: {error.strerror}", file=sys.stderr
-        )
+        print(f"warning: cannot run on the cores {task.cores} of the slot process: {error.strerror}", file=sys.stderr)
     os.environ.clear()
-    os.environ.update(task["environment"])
-    os.chdir(task["folder"])
-    sys.path[:] = task["path"]
-    sys.argv[:] = task["command"]
+    os.environ.update(added | task.environment)
+    os.chdir(task.folder)
+    sys.path[:] = task.path
+    sys.argv[:] = task.command
     _reseed()
-    _threads(task["sharing"])
+    _threads(task.sharing)
     context.install(
         context.Context(
-            job=task["job"],
-            arena=arena,
+            job=task.job,
+            arena=Path(task.arena),
             rank=place.rank,
             world_size=place.world_size,
             local_rank=place.local_rank,
             local_world_size=place.local_world_size,
-            term=task["term"],
-            generation=task["generation"],
-            resume=task["resume"],
+            term=task.term,
+            generation=task.generation,
+            resume=task.resume,
         )
     )
-
-
-def run(task: dict[str, Any], parent: int) -> NoReturn:
-    """What a fresh fork of the warm parent ``parent`` does: the task's function, and exit with what it returns.
-
-    Args:
-        task: what ``agent.Agent._task`` says and ``descriptors``: [our socket to the agent, the store's listening socket].
-    """
-    os.setsid()  # a process group of its own: what it starts can be killed with it
-    processes.die_with_parent(parent)
-    descriptors: list[int] = task["descriptors"]
-    agent = messages.Channel(socket.socket(fileno=descriptors[0]))
-    listen_fd = descriptors[1] if len(descriptors) > 1 else None
-    code, failure, failed_s, consequence = 1, None, time.monotonic(), False
-    try:
-        _become(task, agent)
-        function = _resolve(task["target"])
-        agent.send({"kind": "started", "time_s": time.monotonic()}, timeout_s=1.0)
-        code = function(task["payload"], Place(**task["place"]), listen_fd) or 0
-        if not isinstance(code, int) or not 0 <= code < 128:
-            raise TypeError(f"{task['target']} must return an exit code of 0..127 or None, not {code!r}")
-    except SystemExit as ending:
-        failed_s = time.monotonic()
-        code, failure = _exit_code(ending)
-    except BaseException as error:
-        failed_s, consequence = time.monotonic(), is_consequence(error)
-        for_users = isinstance(error, GeminiError)
-        code = 2 if for_users else 1
-        failure = f"{type(error).__name__}: {error}", str(error) if for_users else traceback.format_exc()
-    if failure is not None:
-        summary, text = failure
-        record = {"kind": "failed", "time_s": failed_s, "code": code, "summary": summary[:2000]}
-        record["consequence"] = consequence
-        # The agent writes it into the log when it knows whose error was the first; the others' only name theirs.
-        if not agent.send({**record, "text": text[-20_000:]}, timeout_s=5.0):
-            print(text, file=sys.stderr, flush=True)
-    _leave(code)
 
 
 def _leave(code: int) -> NoReturn:
@@ -157,16 +165,16 @@ def _leave(code: int) -> NoReturn:
         os._exit(code)
 
 
-def _exit_code(ending: SystemExit) -> tuple[int, tuple[str, str] | None]:
+def _exit_code(ending: SystemExit) -> tuple[int, messages.Failed | None]:
     """What a shell would see of ``sys.exit(x)``."""
     if ending.code is None or ending.code == 0:
         return 0, None
+    code, text = 1, str(ending.code)
     if isinstance(ending.code, int):
-        code = ending.code & 0xFF
-        if code == STOPPED:
+        code, text = ending.code & 0xFF, f"the script called sys.exit({ending.code})"
+        if code in (0, STOPPED):
             return code, None
-        return code, (f"SystemExit: {code}", f"the script called sys.exit({ending.code})")
-    return 1, (f"SystemExit: {ending.code}", str(ending.code))
+    return code, messages.Failed(code, time.monotonic(), f"SystemExit: {ending.code}", text, False)
 
 
 def _resolve(target: str) -> Any:

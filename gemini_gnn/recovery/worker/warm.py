@@ -6,29 +6,25 @@ leaves children that hang for ever. So the agent starts it with numeric librarie
 every fork it is checked that there is exactly one thread here and no open GPU; else the fork is refused, with the
 import that started the threads.
 
-It dies with its agent, and its trainers die with it (PDEATHSIG both times). It reaps its trainers: each is seen as a
-zombie first, its process group is killed while the zombie still holds the number, then it is reaped and reported.
+It dies with its agent (PDEATHSIG). Its trainers are not its children: a process in between forks them and exits, so
+that they fall to the agent, which reaps them. They live on when this process dies.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import importlib
 import os
-import select
 import signal
 import socket
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
 
 from gemini_gnn.recovery import messages, processes
 from gemini_gnn.recovery.worker import entry
-from gemini_gnn.snapshot.store import locks
 
 
 def threads() -> int:
@@ -72,79 +68,57 @@ def unfit() -> str | None:
     return None
 
 
-def reap() -> list[tuple[int, int]]:
-    """(pid, code) of every child that has ended, its process group killed; code is negative for a signal."""
-    ended: list[tuple[int, int]] = []
-    while True:
-        try:
-            child = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        except ChildProcessError:
-            return ended
-        if child is None:
-            return ended
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # died before it had a group of its own
-            os.killpg(child.si_pid, signal.SIGKILL)  # data loader workers and the like
-        _, status = os.waitpid(child.si_pid, 0)
-        ended.append((child.si_pid, os.waitstatus_to_exitcode(status)))
+def serve(agent: messages.Channel, agent_pid: int) -> tuple[int, dict[str, str]]:
+    """Carry out the agent's requests.
 
-
-def serve(agent: messages.Channel) -> dict[str, Any]:
-    """Carry out the agent's requests. Returns only in a forked child: the task it is to become."""
-    added = dict[str, str]()  # what the imports put into the environment
-    ranks: dict[int, int] = {}  # pid -> rank of the living trainers
-    wakeup, signalled = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(signalled, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    poll = select.poll()
-    poll.register(wakeup, select.POLLIN)
-    poll.register(agent, select.POLLIN)
+    Returns:
+        Only in a trainer: its socket to the agent, and what the imports put into the environment.
+    """
+    added = dict[str, str]()
     while not agent.closed:
-        poll.poll()
-        with contextlib.suppress(BlockingIOError):
-            os.read(wakeup, 4096)
-        for request in agent.receive():
-            if request["kind"] == "preload":
+        for request in agent.wait(3600.0):
+            if isinstance(request, messages.Preload):
                 before, begin = dict(os.environ), time.monotonic()
-                sys.path[:] = request["path"]
-                problem = preload(request["modules"])
+                sys.path[:] = request.path
+                problem = preload(request.modules)
                 added = {key: value for key, value in os.environ.items() if before.get(key) != value}
-                answer = {"kind": "ready"} if problem is None else {"kind": "refused", "text": problem}
-                agent.send({**answer, "seconds": time.monotonic() - begin}, timeout_s=10.0)
-            elif request["kind"] == "fork":
-                rank, task = request["place"]["rank"], {**request, "environment": {**added, **request["environment"]}}
-                pid, problem = _fork(task)
-                if pid == 0:
-                    signal.set_wakeup_fd(-1)
-                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                    # NVML goes on with the files it opened before the fork: closed, their numbers would be another's.
-                    processes.close_descriptors({0, 1, 2, *task["descriptors"], *nvidia_files()})
-                    return task
-                for descriptor in task["descriptors"]:
+                done = messages.Ready(time.monotonic() - begin)
+                agent.send(done if problem is None else messages.Unfit(problem), timeout_s=10.0)
+            elif isinstance(request, messages.Fork):
+                trainer = _fork_all(request.descriptors, agent, agent_pid)
+                if trainer is not None:
+                    return trainer, added
+                for descriptor in request.descriptors:
                     os.close(descriptor)
-                if pid is None:
-                    agent.send({"kind": "refused", "rank": rank, "text": problem}, timeout_s=10.0)
-                else:
-                    ranks[pid] = rank
-                    agent.send({"kind": "forked", "rank": rank, "pid": pid}, timeout_s=10.0)
-            elif request["kind"] == "kill":
-                for pid, rank in ranks.items():
-                    if rank in request["ranks"]:
-                        os.kill(pid, signal.SIGKILL)  # not reaped, so the number is still its own
-        for pid, code in reap():
-            if pid in ranks:  # else a helper that an import has started
-                agent.send({"kind": "exited", "rank": ranks.pop(pid), "code": code}, timeout_s=10.0)
     os._exit(0)  # the agent is gone
 
 
-def _fork(task: dict[str, Any]) -> tuple[int | None, str]:
+def _fork_all(descriptors: list[int], agent: messages.Channel, agent_pid: int) -> int | None:
+    """A trainer for each of ``descriptors``; in a trainer, its own. The process in between leaves them to the agent."""
     if (complaint := unfit()) is not None:
-        return None, complaint
+        agent.send(messages.Unfit(complaint), timeout_s=10.0)
+        return None
     sys.stdout.flush()
     sys.stderr.flush()
     try:
-        return os.fork(), ""
+        warm = os.getpid()
+        between = os.fork()
+        if between:
+            os.waitpid(between, 0)
+            return None
+        processes.die_with_parent(warm)
+        for descriptor in descriptors:
+            if os.fork() == 0:
+                # NVML goes on with the files it opened before the fork: closed, their numbers would be another's.
+                processes.close_descriptors({0, 1, 2, descriptor, *nvidia_files()})
+                processes.fall_to(agent_pid)
+                return descriptor
     except OSError as error:
-        return None, f"cannot fork a trainer: {error.strerror}; is memory or the number of processes exhausted?"
+        text = f"cannot fork a trainer: {error.strerror}; is memory or the number of processes exhausted?"
+        agent.send(messages.Unfit(text), timeout_s=10.0)
+        if os.getpid() == warm:
+            return None
+    os._exit(0)
 
 
 def main() -> None:
@@ -157,11 +131,10 @@ def main() -> None:
     processes.die_with_parent(options.agent)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # the agent decides
-    lock = locks.hold_trainers_lock(options.arena)
-    own_pid = os.getpid()
-    task = serve(messages.Channel(socket.socket(fileno=options.channel)))
-    del lock
-    entry.run(task, own_pid)
+    processes.name_this("gnn-warm")
+    agent = messages.Channel(socket.socket(fileno=options.channel), messages.TO_WARM)
+    descriptor, added = serve(agent, options.agent)
+    entry.run(descriptor, added, options.arena)
 
 
 if __name__ == "__main__":
