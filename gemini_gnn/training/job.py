@@ -17,7 +17,7 @@ import torch
 
 from gemini_gnn.cluster.place import Place, threads
 from gemini_gnn.config import Config, from_mapping
-from gemini_gnn.errors import ClusterError, ConfigError, GeminiError, RunDirError, SnapshotError
+from gemini_gnn.errors import ClusterError, ConfigError, RunDirError, SnapshotError
 from gemini_gnn.faults import from_environ
 from gemini_gnn.graph.datasets import fingerprint, load_dataset
 from gemini_gnn.graph.partition.folder import PartitionedGraph
@@ -58,7 +58,7 @@ def main(payload: dict[str, Any], place: Place, listen_fd: int | None = None) ->
 
 
 def without_agent(payload: dict[str, Any], place: Place, listen_fd: int | None = None) -> int:
-    """As :func:`main` where nobody is above: errors are said here. 2 for one the user can mend, 1 for any other."""
+    """As :func:`main` where nobody is above: errors are said here, and the job's first one gives the exit code."""
     torch.set_num_threads(threads(os.environ, len(os.sched_getaffinity(0)), place.local_world_size))
     try:
         return run(from_mapping(payload), place, listen_fd)
@@ -66,8 +66,7 @@ def without_agent(payload: dict[str, Any], place: Place, listen_fd: int | None =
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except Exception as error:
-        last_words(Path(payload["run_dir"]), place.rank, place.world_size, error)
-        return 2 if isinstance(error, GeminiError) else 1
+        return last_words(Path(payload["run_dir"]), place.rank, place.world_size, error)
 
 
 def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
