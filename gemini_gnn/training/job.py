@@ -20,6 +20,7 @@ from gemini_gnn.config import Config, from_mapping
 from gemini_gnn.errors import ClusterError, ConfigError, RunDirError, SnapshotError
 from gemini_gnn.faults import from_environ
 from gemini_gnn.graph.datasets import fingerprint, load_dataset
+from gemini_gnn.graph.graph import one_way_share
 from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.graph.partition.on_demand import open_or_make
 from gemini_gnn.observe.events import EventLog
@@ -140,6 +141,12 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
             f"edge cut {graph.meta.quality.edge_cut:.3f}); "
             f"{groups.world_size} ranks on {groups.backend}, {job.source.steps_per_epoch} steps per epoch"
         )
+        one_way = one_way_share(graph.colptr, graph.row, graph.original)
+        if one_way > 0.5:
+            say(
+                f"about {one_way:.0%} of the edges have no reverse: messages go from source to target only. If the graph is "
+                "undirected and its file lists each edge once, read it with dataset.undirected=true"
+            )
     job.snapshots = start_snapshots(job)
     job.events.emit("restored" if job.state.step else "first_snapshot", step=job.state.step)
     if run_dir is not None:
