@@ -54,6 +54,12 @@ def as_graph(data: Any, name: str = "graph", **reading: Any) -> Graph:
         return data if isinstance(data, Graph) else data.as_graph()
     if isinstance(data, (str, Path)):
         return datasets.from_folder(Path(data), **reading)
+    pyg = sys.modules.get("torch_geometric.data")  # slow to import: where nobody did, `data` is not of it
+    if pyg is not None and isinstance(data, pyg.Dataset):
+        raise DataError(
+            f"expected one graph; got the PyG data set {type(data).__name__} of {len(data)}. Give one of its graphs: "
+            "dataset[0]"
+        )
     if hasattr(data, "edge_index"):
         return datasets.from_pyg(data, name=name, **reading)
     if hasattr(data, "adjacency"):

@@ -2,13 +2,16 @@
 
 import copy
 import os
+import re
 import sys
 
 import networkx
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from torch_geometric.data import Data
+from torch_geometric.datasets import FakeDataset
 
 import gemini_gnn
 from gemini_gnn.api import settings_to_config
@@ -126,6 +129,46 @@ def test_a_graph_without_validation_nodes_is_refused(tmp_path):
     bare.val_mask[:] = False
     with pytest.raises(DataError, match="no validation nodes"):
         gemini_gnn.train(bare, tmp_path / "run", SETTINGS)
+
+
+def test_a_data_set_is_not_a_graph(tmp_path):
+    gemini_gnn.train(data(), tmp_path / "run", SETTINGS)
+    fake = FakeDataset(num_graphs=2)
+    said = r"got the PyG data set FakeDataset of 2\. Give one of its graphs: dataset\[0\]"
+    with pytest.raises(DataError, match=said):
+        gemini_gnn.train(fake, tmp_path / "other", SETTINGS)
+    with pytest.raises(DataError, match=said):
+        gemini_gnn.predict(tmp_path / "run", fake)
+
+
+@pytest.mark.parametrize(
+    ("x", "said"),
+    [
+        (
+            torch.eye(120).to_sparse(),
+            r"got torch\.sparse_coo\. Give `data\.x = torch\.as_tensor\(data\.x\.to_dense\(\)\)`",
+        ),
+        (
+            torch.eye(120).to_sparse_csr(),
+            r"got torch\.sparse_csr\. Give `data\.x = torch\.as_tensor\(data\.x\.to_dense\(\)\)`",
+        ),
+        (scipy.sparse.eye(120).tocsr(), r"got csr_matrix\. Give `data\.x = torch\.as_tensor\(data\.x\.toarray\(\)\)`"),
+        (np.eye(120), r"got ndarray\. Give `data\.x = torch\.as_tensor\(data\.x\)`"),
+    ],
+)
+def test_features_that_are_no_dense_tensor_are_refused(tmp_path, x, said):
+    given = data()
+    given.x = x
+    with pytest.raises(DataError, match=f"expected x as a dense tensor; {said}"):
+        gemini_gnn.train(given, tmp_path / "run", SETTINGS)
+    given.x = eval(re.search("`data.x = (.*)`", said.replace("\\", ""))[1], {"torch": torch, "data": given})
+    assert gemini_gnn.partition(given, tmp_path / "parts", parts=1).x.shape == (120, 120)
+
+
+def test_bfloat16_features_are_read(tmp_path):
+    given = data()
+    given.x = given.x.bfloat16()
+    assert np.array_equal(gemini_gnn.partition(given, tmp_path / "parts", parts=1).x, given.x.float().numpy())
 
 
 def test_something_else_is_refused(tmp_path):

@@ -24,6 +24,12 @@ def test_every_option_of_every_group_composes(choice):
         assert isinstance(compose([choice]), Config)
 
 
+def test_coauthorship_is_learnt_without_weight_decay():
+    for name in ("coauthor_cs", "coauthor_physics"):
+        assert compose([f"dataset={name}"]).optimizer.weight_decay == 0
+    assert compose(["dataset=coauthor_cs", "optimizer.weight_decay=0.1"]).optimizer.weight_decay == 0.1
+
+
 def test_overrides_reach_the_typed_config():
     config = compose(
         ["--local_rank=1", "dataset.nodes=77", "sampling.fanouts=[3,-1]", "deepspeed=zero2", "optimizer.lr=1"]

@@ -52,8 +52,10 @@ def empty_rows(rows: int, width: int, dtype: torch.dtype, device: torch.device) 
 def _words(rows: torch.Tensor) -> np.ndarray:
     """The same memory as a numpy matrix of the widest word that divides a row."""
     assert rows.is_contiguous()
-    as_bytes = rows.view(torch.uint8).numpy()
-    return as_bytes.view(next(word for size, word in _WORDS if as_bytes.shape[1] % size == 0))
+    width = rows.shape[1] * rows.element_size()
+    # Flat first: strides of a matrix without rows, or of one column, mean nothing to torch's is_contiguous, but to view.
+    as_bytes = rows.view(rows.numel()).view(torch.uint8).numpy().reshape(len(rows), width)
+    return as_bytes.view(next(word for size, word in _WORDS if width % size == 0))
 
 
 @numba.njit(nogil=True, cache=True)

@@ -302,16 +302,20 @@ def verdict(records: list[dict[str, Any]], rank: int, world_size: int, machines:
     )
 
 
-def last_words(run_dir: Path, rank: int, world_size: int, error: BaseException, settle_s: float = SETTLE_S) -> None:
+def last_words(run_dir: Path, rank: int, world_size: int, error: BaseException, settle_s: float = SETTLE_S) -> int:
     """Record ``error`` and say it, or its cause, where the user reads it. Called once, when this rank gives up.
 
     Without :func:`redirect` (a worker agent has its own, a notebook has none) it goes to stderr as it is.
+
+    Returns:
+        The exit code of the job, the same on every rank, whichever of them the launcher sees first: 2 if the job's first
+        error is one the user can mend, else 1.
     """
     trace = "".join(traceback.format_exception(error))
     if _terminal is None:
-        record_error(run_dir, rank, error)
         print(f"error: {error}" if isinstance(error, GeminiError) else trace, file=sys.stderr, flush=True)
-        return
+        understood(run_dir, rank, world_size, error, settle_s)
+        return _exit_code(run_dir, rank, error)
     if threading.current_thread() is threading.main_thread():
         # DeepSpeed's launcher sends SIGTERM to all its ranks when one has ended, and gives them 30 s.
         signal.signal(signal.SIGTERM, lambda *_: None)
@@ -320,6 +324,12 @@ def last_words(run_dir: Path, rank: int, world_size: int, error: BaseException, 
     _terminal.say(trace, terminal=False)
     if said is not None:
         _terminal.say(f"error: {said}\n", terminal=True)
+    return _exit_code(run_dir, rank, error)
+
+
+def _exit_code(run_dir: Path, rank: int, error: BaseException) -> int:
+    first = choose_first([*read_errors(run_dir), _record(rank, error)])
+    return 2 if first is not None and first["expected"] else 1
 
 
 def understood(

@@ -29,18 +29,30 @@ from typing import Any, TextIO
 from gemini_gnn.config import Config, from_mapping, to_mapping
 from gemini_gnn.errors import RunDirError
 
-# Settings that may change between two starts of one run without making it another run.
+# Settings that may change between two starts of one run: none of them changes the losses of its steps.
 FREE_SETTINGS: tuple[str, ...] = (
     "run_dir",
     "resume",
+    # Only shown or kept:
     "logger",
-    "distributed",
     "snapshot",
-    "partition.timeout_s",
     "partition.plot",
+    # How ranks meet, wait and check (another backend may sum in another order, which changes last bits):
+    "distributed",
+    "partition.timeout_s",
     "partition.verify",
+    # Where files lie; their contents are in the fingerprint of the graph:
+    "dataset.root",
+    "dataset.cache",
+    # Evaluation reads the weights into a model of its own and draws from no generator of the training. It chooses the
+    # best epoch and, with training.patience, the last one, but no update of the weights.
+    "evaluation",
+    # How a batch is made, not which: its edges, their order and its features are the same, bit for bit.
+    "sampling.topology",
+    "sampling.prefetch",
+    "sampling.chunk_bytes",
+    "features.in_ram",
 )
-FREE_SETTINGS += ("dataset.root", "dataset.cache", "sampling.prefetch", "sampling.chunk_bytes", "features.in_ram")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -39,16 +39,22 @@ class PyGSampler(BaseSampler):
         weight: name of an edge attribute ``[edges]`` to draw by instead of uniformly, or None.
 
     Raises:
-        DataError: no ``edge_index`` (also: an ``adj_t``), ids out of range, or weights that are not positive.
-        ConfigError: a fanout that is neither positive nor -1.
+        DataError: no ``edge_index`` (also: an ``adj_t``), ids out of range, no such weights, or not positive ones.
+        ConfigError: fanouts that are no list, or neither positive nor -1.
     """
 
     def __init__(self, data: Data, fanouts: Sequence[int], seed: int = 0, weight: str | None = None) -> None:
         check_fanouts(fanouts)
         if not isinstance(data, Data) or "edge_index" not in data:
             raise DataError(
-                f"expected a homogeneous torch_geometric Data with edge_index; got {type(data).__name__} without one. "
-                "An adj_t is turned back by `data.edge_index = torch.stack(data.adj_t.t().coo()[:2])`"
+                f"expected a homogeneous torch_geometric Data with edge_index; got {type(data).__name__}. Of a data set give "
+                "one graph, dataset[0]; an adj_t is turned back by `data.edge_index = torch.stack(data.adj_t.t().coo()[:2])`"
+            )
+        if weight is not None and not (isinstance(weight, str) and isinstance(data.get(weight), torch.Tensor)):
+            raise DataError(
+                f"weight: expected the name of an edge attribute to draw by, or None; got "
+                f"{repr(weight) if isinstance(weight, str) else type(weight).__name__}. This data has "
+                f"{', '.join(name for name in data.edge_attrs() if name != 'edge_index') or 'no edge attributes'}"
             )
         num_nodes = int(data.num_nodes or 0)
         source, target = data.edge_index.cpu().numpy()

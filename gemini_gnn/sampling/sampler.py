@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 
 import numpy as np
 
@@ -118,8 +119,12 @@ def room_for(nodes: np.ndarray, known: int, more: int, scratch: Scratch) -> np.n
 
 
 def check_fanouts(fanouts: Sequence[int]) -> None:
-    if not len(fanouts) or not all(f == -1 or f > 0 for f in fanouts):
-        raise ConfigError(f"sampling.fanouts: expected positive numbers or -1 (all), hop 1 first; got {list(fanouts)}")
+    given = list(fanouts) if isinstance(fanouts, Iterable) else []
+    if not given or not all(isinstance(f, Integral) and (f == -1 or f > 0) for f in given):
+        raise ConfigError(
+            "sampling.fanouts: expected a list of positive integers or -1 (all), one per hop, hop 1 first, "
+            f"such as [10, 5]; got {given or fanouts!r}"
+        )
 
 
 def check_nodes(ids: np.ndarray, num_nodes: int, name: str = "seeds") -> None:

@@ -17,9 +17,10 @@ import torch
 
 from gemini_gnn.cluster.place import Place, threads
 from gemini_gnn.config import Config, from_mapping
-from gemini_gnn.errors import ClusterError, ConfigError, GeminiError, RunDirError, SnapshotError
+from gemini_gnn.errors import ClusterError, ConfigError, RunDirError, SnapshotError
 from gemini_gnn.faults import from_environ
 from gemini_gnn.graph.datasets import fingerprint, load_dataset
+from gemini_gnn.graph.graph import one_way_share
 from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.graph.partition.on_demand import open_or_make
 from gemini_gnn.observe.events import EventLog
@@ -58,7 +59,7 @@ def main(payload: dict[str, Any], place: Place, listen_fd: int | None = None) ->
 
 
 def without_agent(payload: dict[str, Any], place: Place, listen_fd: int | None = None) -> int:
-    """As :func:`main` where nobody is above: errors are said here. 2 for one the user can mend, 1 for any other."""
+    """As :func:`main` where nobody is above: errors are said here, and the job's first one gives the exit code."""
     torch.set_num_threads(threads(os.environ, len(os.sched_getaffinity(0)), place.local_world_size))
     try:
         return run(from_mapping(payload), place, listen_fd)
@@ -66,8 +67,7 @@ def without_agent(payload: dict[str, Any], place: Place, listen_fd: int | None =
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except Exception as error:
-        last_words(Path(payload["run_dir"]), place.rank, place.world_size, error)
-        return 2 if isinstance(error, GeminiError) else 1
+        return last_words(Path(payload["run_dir"]), place.rank, place.world_size, error)
 
 
 def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
@@ -141,6 +141,12 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
             f"edge cut {graph.meta.quality.edge_cut:.3f}); "
             f"{groups.world_size} ranks on {groups.backend}, {job.source.steps_per_epoch} steps per epoch"
         )
+        one_way = one_way_share(graph.colptr, graph.row, graph.original)
+        if one_way > 0.5:
+            say(
+                f"about {one_way:.0%} of the edges have no reverse: messages go from source to target only. If the graph is "
+                "undirected and its file lists each edge once, read it with dataset.undirected=true"
+            )
     job.snapshots = start_snapshots(job)
     job.events.emit("restored" if job.state.step else "first_snapshot", step=job.state.step)
     if run_dir is not None:

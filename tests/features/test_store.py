@@ -70,12 +70,24 @@ def test_rows_are_copied_whatever_their_width_and_never_outside():
             copy_rows(source, np.array(bad), target, np.array([0]))
 
 
+def test_strides_that_mean_nothing_do_not_matter():
+    """numpy gives a matrix without elements strides (0, 0); the stride of a single column or row is any number."""
+    none = torch.from_numpy(np.ones((4, 5), np.float32)[np.arange(0)])
+    assert none.stride() == (0, 0)
+    nothing = np.arange(0)
+    copy_rows(none, nothing, torch.zeros(4, 5), nothing)
+    copy_rows(torch.zeros(4, 5), nothing, none, nothing)
+    copy_rows(torch.zeros(3, 0), np.arange(3), torch.zeros(3, 0), np.arange(3))
+    column, target = torch.arange(21.0).as_strided((3, 1), (1, 7)), torch.zeros(3, 1)
+    copy_rows(column, np.array([2, 0]), target, np.array([0, 1]))
+    assert target.flatten().tolist() == [2, 0, 0]
+
+
 # -- ranks -------------------------------------------------------------------------------------------------------------
 
 
-def gathers(rank, world):
+def gathers(rank, world, bounds):
     x = features()
-    bounds = np.linspace(0, NODES, world + 1).astype(np.int64)
     begin, end = int(bounds[rank]), int(bounds[rank + 1])
     wide = datetime.timedelta(seconds=60)
     halo = HaloExchange(dist.new_group(backend="gloo", timeout=wide), bounds, rank, chunk_bytes=999, timeout_s=30)
@@ -107,8 +119,12 @@ def gathers(rank, world):
             assert counts.remote_bytes == remote * WIDTH * dtype.itemsize
 
 
-def test_gathered_rows_are_those_on_disk():
-    run_ranks(gathers, 3)
+@pytest.mark.parametrize(
+    "bounds", [(0, 200, 400, NODES), (0, 0, 300, NODES), (0, 300, 300, NODES), (0, 9, NODES, NODES)]
+)
+def test_gathered_rows_are_those_on_disk(bounds):
+    """Also where the first, the middle or the last rank owns nothing."""
+    run_ranks(gathers, 3, np.array(bounds))
 
 
 def broken_out_early(rank, world):

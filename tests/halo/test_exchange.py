@@ -1,4 +1,5 @@
 import datetime
+import itertools
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from gemini_gnn.errors import ExchangeError
+from gemini_gnn.halo import plan
 from gemini_gnn.halo.exchange import HaloExchange
 from tests.ranks import run_ranks
 
@@ -141,6 +143,37 @@ def both(rank, world):
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_rows_equal_the_matrix_and_asks_the_local_answers(world):
     assert run_ranks(both, world) == [2] * world
+
+
+def some_have_nothing(rank, world):
+    """Every rank in turn owns nothing, and every set of ranks asks nothing, in rows, fetch and ask."""
+    full = matrix_of()
+    for poor in range(world):
+        others = np.linspace(0, NODES, world).astype(np.int64)
+        bounds = np.insert(others, poor, others[poor])
+        halo = exchange(rank, world, bounds)
+        assert (halo.begin == halo.end) == (rank == poor)
+        local = full[halo.begin : halo.end]
+
+        def by_numpy(numbers, local=local):
+            return torch.from_numpy(local.numpy()[numbers])
+
+        for asking in itertools.product((False, True), repeat=world):
+            ids = pick(rank, poor) if asking[rank] else np.arange(NODES)[[]]
+            for given in (local, by_numpy):
+                assert torch.equal(halo.rows(ids, given), full[torch.from_numpy(ids)])
+            split = plan.split(ids, bounds, rank)
+            out = torch.zeros(len(ids), WIDTH)
+            halo.fetch(split, local, out)
+            out[torch.from_numpy(split.own)] = local[torch.from_numpy(split.own_local)]
+            assert torch.equal(out, full[torch.from_numpy(ids)])
+            counts, columns = halo.ask(ids, neighbors, [np.int64, np.float32, np.int16])
+            expected_counts, expected = neighbors(ids)
+            assert np.array_equal(counts, expected_counts) and all(map(np.array_equal, columns, expected))
+
+
+def test_ranks_that_own_nothing_or_ask_nothing():
+    run_ranks(some_have_nothing, 3)
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------

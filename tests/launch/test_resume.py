@@ -128,6 +128,30 @@ def test_checkpoints_on_a_shared_folder_resume_bit_identical(tmp_path, zero):
     same_run(tmp_path / "run", tmp_path / "undisturbed")
 
 
+def test_settings_that_cannot_change_losses_may_change_in_a_resumed_run(tmp_path):
+    settings = [
+        *TINY,
+        f"dataset.cache={tmp_path / 'cache'}",
+        "training.epochs=3",
+        "snapshot=nfs",
+        "snapshot.nfs_every=5",
+    ]
+    expected, _ = trained(2, tmp_path / "undisturbed", *settings)
+    train_ranks(2, tmp_path / "run", *settings, environ={"GEMINI_GNN_FAULT": "kill:rank=1:step=13"})
+    others = ["evaluation.every=2", "evaluation.fanouts=[3,3]", "evaluation.batch_size=100", "logger=default"]
+    others += [
+        "sampling.topology=partitioned",
+        "sampling.prefetch=0",
+        "sampling.chunk_bytes=4096",
+        "features.in_ram=false",
+    ]
+    assert train_ranks(2, tmp_path / "run", *settings, "resume=must", "training.threads=2") == [2, 2]
+    assert "training.threads: 1 -> 2" in logs(tmp_path / "run", 2)
+    losses, _ = trained(2, tmp_path / "run", *settings, "resume=must", *others)
+    assert "going on after step 10" in logs(tmp_path / "run", 2)
+    assert losses == expected
+
+
 def test_resume_must_needs_something_to_resume(tmp_path):
     settings = [*TINY, f"dataset.cache={tmp_path / 'cache'}", "resume=must"]
     assert train_ranks(1, tmp_path / "run", *settings) == [2]

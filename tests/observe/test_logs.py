@@ -122,6 +122,18 @@ def test_without_redirect_an_error_goes_to_stderr(tmp_path, capsys):
     assert "ClusterError" in first_error(tmp_path)
 
 
+def test_every_rank_ends_with_the_code_of_the_first_error(tmp_path):
+    """Whichever rank a launcher sees end first."""
+    lost = ExchangeError("rank 0: rank 1 failed while preparing rows")  # for users, and no cause
+    logs.record_error(tmp_path, 1, KeyError("a bug"))
+    assert [logs.last_words(tmp_path, 0, 2, lost), logs.last_words(tmp_path, 1, 2, KeyError("a bug"))] == [1, 1]
+    logs.forget_errors(tmp_path)
+    logs.record_error(tmp_path, 1, ClusterError("no such interface"))
+    assert logs.last_words(tmp_path, 0, 2, RuntimeError("Connection closed by peer")) == 2
+    logs.forget_errors(tmp_path)
+    assert logs.last_words(tmp_path, 0, 2, lost, settle_s=0) == 2, "nobody says why"
+
+
 def test_a_full_disk_drops_lines_and_no_more():
     with open("/dev/full", "wb") as full:
         assert logs._Tolerant(full.fileno(), "w", closefd=False).write(b"line\n") == 5

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch_geometric.data import Data, HeteroData
+from torch_geometric.datasets import FakeDataset
 from torch_geometric.loader import NodeLoader
 from torch_geometric.nn import SAGEConv
 from torch_geometric.utils import k_hop_subgraph, trim_to_layer
@@ -103,11 +104,19 @@ def test_weights_are_drawn_by():
 
 def test_bad_arguments_say_what_is_wrong():
     data = graph()
-    with pytest.raises(ConfigError, match="fanouts"):
-        PyGSampler(data, [0])
-    for wrong in (HeteroData(), Data(x=data.x)):
-        with pytest.raises(DataError, match="edge_index"):
+    for fanouts in (10, [], [0], [2.5], "10", ["10"], None):
+        with pytest.raises(ConfigError, match=r"expected a list of positive integers or -1 .* such as \[10, 5\]; got"):
+            PyGSampler(data, fanouts)
+    PyGSampler(data, np.array([3, -1])), PyGSampler(data, (3, -1))
+    for wrong in (HeteroData(), Data(x=data.x), FakeDataset(num_graphs=1)):
+        with pytest.raises(DataError, match=r"edge_index; got \w+\. Of a data set give one graph, dataset\[0\]"):
             PyGSampler(wrong, [1])
+    for weight in ("weihgt", 3, data.edge_attr):
+        with pytest.raises(DataError, match="name of an edge attribute .*; got .* This data has edge_attr$"):
+            PyGSampler(data, [1], weight=weight)
+    bare = Data(edge_index=data.edge_index, num_nodes=150)
+    with pytest.raises(DataError, match="got 'w'. This data has no edge attributes"):
+        PyGSampler(bare, [1], weight="w")
     with pytest.raises(DataError, match=r"edge_index\[0\].*0\.\.1; got 0\.\.7"):
         PyGSampler(Data(edge_index=torch.tensor([[0, 7], [1, 1]]), num_nodes=2), [1])
     with pytest.raises(DataError, match="positive"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score
 
-from gemini_gnn.config import Config, OptimizerConfig
+from gemini_gnn.config import Config, OptimizerConfig, to_mapping
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.progress import Progress, say
@@ -138,6 +138,24 @@ def test_settings_may_be_mended_until_the_first_step(tmp_path):
 def test_free_settings_do_not_make_another_run():
     assert differences({"resume": "auto", "seed": 1}, {"resume": "must", "seed": 1}) == []
     assert differences({"a": {"b": 1}}, {"a": {"b": 2}}) == ["a.b: 1 -> 2"]
+    old, new = to_mapping(Config()), to_mapping(Config())
+    for group, changed in (
+        ("evaluation", {"every": 3, "fanouts": [4, 4], "batch_size": 1000}),
+        ("logger", {"progress": False, "tensorboard": False, "wandb": True, "wandb_project": "mine"}),
+        ("sampling", {"topology": "partitioned", "prefetch": 0, "chunk_bytes": 4096}),
+        ("features", {"in_ram": False}),
+        ("partition", {"timeout_s": 1.0, "plot": True, "verify": False}),
+    ):
+        assert old[group].keys() >= changed.keys()
+        new[group] |= changed
+    assert differences(old, new) == []
+    for group, changed in (
+        ("sampling", "batch_size"),
+        ("training", "threads"),
+        ("training", "epochs"),
+        ("model", "init"),
+    ):
+        assert differences(old, old | {group: old[group] | {changed: "other"}}), "this one changes losses"
 
 
 def test_an_unwritable_run_dir_is_said(tmp_path):

@@ -26,8 +26,10 @@ def from_pyg(data: torch_geometric.data.Data, name: str = "data", **settings: An
         settings: ``undirected, normalize, split, seed, featureless, require_labels`` as in :func:`assemble`.
 
     Raises:
-        DataError: no ``edge_index``, several node types, or what :func:`assemble` refuses.
+        DataError: no ``edge_index``, several node types, a sparse tensor, or what :func:`assemble` refuses.
     """
+    import torch
+
     edge_index = getattr(data, "edge_index", None)
     if edge_index is None or not hasattr(edge_index, "numpy"):
         raise DataError(
@@ -38,7 +40,18 @@ def from_pyg(data: torch_geometric.data.Data, name: str = "data", **settings: An
 
     def array(key: str) -> np.ndarray | None:
         value = getattr(data, key, None)
-        return None if value is None else value.detach().cpu().numpy()
+        if value is None:
+            return None
+        if not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+            got = value.layout if isinstance(value, torch.Tensor) else type(value).__name__
+            dense = f"torch.as_tensor(data.{key})"
+            for method in ("toarray()", "to_dense()"):  # of SciPy; of torch and torch-sparse
+                if hasattr(value, method[:-2]):
+                    dense = f"torch.as_tensor(data.{key}.{method})"
+            raise DataError(f"{name}: expected {key} as a dense tensor; got {got}. Give `data.{key} = {dense}`")
+        if value.dtype is torch.bfloat16:  # which numpy does not have
+            value = value.float()
+        return value.detach().cpu().numpy()
 
     source, target = edge_index.detach().cpu().numpy()
     masks = {part: mask for part in PARTS if (mask := array(f"{part}_mask")) is not None}
