@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.flaky import pytest_collection_modifyitems, pytest_terminal_summary
 from tests.lab.fixtures import lab, lab_session
 
 # The figures and bits these tests compare are the CPU's, also on a machine with a GPU; what runs there is in test_cuda.py.
@@ -18,7 +19,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-__all__ = ["data_root", "lab", "lab_session"]
+__all__ = ["data_root", "lab", "lab_session", "pytest_collection_modifyitems", "pytest_terminal_summary"]
 
 # Deterministic, and without deadlines: the machine may be slow, the code is judged by its results.
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -14,12 +14,14 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from gemini_gnn.config import Config
 from gemini_gnn.training.schedule import lr_factor
+
+T = TypeVar("T")
 
 # DeepSpeed looks for its accelerator while it is imported, which on a GPU means to ask the driver: a parent of forks must not
 # (what NVML holds open is closed in the children, what CUDA holds does not survive at all). So it is imported as for
@@ -132,20 +134,27 @@ def build_engine(model: torch.nn.Module, config: Config, total_steps: int) -> En
     return engine
 
 
-def on_reduce(engine: Engine, agree: Callable[[], None]) -> None:
-    """Call ``agree()`` on every rank between the backward computation and the reduction of its gradients.
+def backward(engine: Engine, loss: torch.Tensor, before_reduction: Callable[[], T]) -> T:
+    """The backward pass that ends a step. Returns what ``before_reduction()`` returned.
 
-    A blocking collective in ``agree`` is where a rank waits for slower ones; what the reduction then takes is transfer.
-    Called once per optimizer step, on the micro-batch that ends it.
+    DeepSpeed reduces the gradients at the end of its backward pass. ``before_reduction`` is called between the two, on
+    every rank: a collective in it is where a rank waits for slower ones, and what the reduction then takes is transfer.
+    Under ZeRO 2 and 3 a part of the gradients is reduced by then, while others are still computed.
     """
+    returned: list[T] = []
     reduce = engine.allreduce_gradients
 
-    def agree_then_reduce(*args: Any, **kwargs: Any) -> None:
-        if engine.is_gradient_accumulation_boundary():
-            agree()
+    def call_then_reduce(*args: Any, **kwargs: Any) -> None:
+        returned.append(before_reduction())
         reduce(*args, **kwargs)
 
-    engine.allreduce_gradients = agree_then_reduce
+    engine.allreduce_gradients = call_then_reduce
+    try:
+        engine.backward(loss)
+    finally:
+        del engine.allreduce_gradients  # the class's own again
+    (value,) = returned
+    return value
 
 
 def leave() -> None:

@@ -3,7 +3,7 @@
 Who owns what: the training thread owns model, engine, the world and evaluation groups; the prefetcher's thread owns the
 sampler, the feature store and the halo group. Every rank makes the same sequence of collectives: the number of
 batches, the decision to stop and the decision to capture are pure functions or agreed values, never private ones. The
-agreement is one small all-reduce per step between backward and gradient reduction (:class:`Status`); a rank that dies
+agreement is one small all-reduce per step between backward and gradient reduction (:func:`agree`); a rank that dies
 makes it raise on the others.
 
 What may be interrupted: a step that has not reached its end leaves no trace but lines in event logs; losses.csv is
@@ -16,6 +16,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -74,32 +75,32 @@ class NoSnapshots:
         pass
 
 
-@dataclass
-class Status:
-    """What all ranks agree on once per step, by one all-reduce of three numbers that runs anyway.
+@dataclass(frozen=True)
+class Agreed:
+    """One answer for all ranks to three questions about a step. Made by :func:`agree`.
 
     Attributes:
-        loss_sum: in: this rank's summed seed losses; out: everybody's.
-        unready: in: 1 if this rank cannot take a snapshot now; out: how many cannot.
-        stop: in: 1 if this rank was asked to stop; out: how many were.
-        wait_s: how long this rank waited in it, that is for slower ranks.
+        loss_sum: the seed losses of the step, summed over all ranks.
+        capture: every rank has a free slot, so all take a snapshot of this step.
+        stop: a rank was asked to stop, so all stop after this step.
+        wait_s: how long this rank waited for slower ones; the only value that differs between ranks.
     """
 
-    group: Any
-    loss_sum: float = 0.0
-    unready: int = 0
-    stop: int = 0
-    wait_s: float = 0.0
+    loss_sum: float
+    capture: bool
+    stop: bool
+    wait_s: float
 
-    def agree(self) -> None:
-        if self.group is None:
-            self.wait_s = 0.0
-            return
-        begin = time.perf_counter()
-        vector = torch.tensor([self.loss_sum, self.unready, self.stop], dtype=torch.float64)
-        dist.all_reduce(vector, group=self.group)
-        self.loss_sum, self.unready, self.stop = float(vector[0]), int(vector[1]), int(vector[2])
-        self.wait_s = time.perf_counter() - begin
+
+def agree(group: Any, loss_sum: float, ready: bool, stop: bool) -> Agreed:
+    """Sum the losses and join the answers of all ranks, by one small all-reduce. Collective."""
+    if group is None:
+        return Agreed(loss_sum, ready, stop, 0.0)
+    begin = time.perf_counter()
+    vector = torch.tensor([loss_sum, not ready, stop], dtype=torch.float64)
+    dist.all_reduce(vector, group=group)
+    total, unready, stops = vector.tolist()
+    return Agreed(total, unready == 0, stops > 0, time.perf_counter() - begin)
 
 
 @dataclass
@@ -108,7 +109,7 @@ class Phases:
 
     ``input`` is waiting for the prefetcher, of which ``exposed`` moved halo rows and ``input_others`` waited for slower
     ranks; ``others`` is waiting for slower ranks before the reduction; ``reduce`` is what DeepSpeed's collectives took
-    (within ``backward`` and ``update``).
+    (within ``backward`` and ``update``); ``report`` is losses.csv and the line on the screen.
 
     On a GPU these are the host's seconds: what it has queued there it waits for at the next number it reads, so much of
     ``backward`` and ``update`` is found in the ``input`` and ``forward`` of the next step. ``reduce`` is the GPU's.
@@ -122,10 +123,29 @@ class Phases:
     others: float = 0.0
     reduce: float = 0.0
     update: float = 0.0
+    report: float = 0.0
     snapshot: float = 0.0
 
     def total(self) -> float:
-        return self.input + self.forward + self.backward + self.others + self.update + self.snapshot
+        return self.input + self.forward + self.backward + self.others + self.update + self.report + self.snapshot
+
+    @contextmanager
+    def span(self, phase: str) -> Iterator[None]:
+        """Add the seconds of the block to ``phase``."""
+        begin = time.perf_counter()
+        yield
+        setattr(self, phase, getattr(self, phase) + time.perf_counter() - begin)
+
+    def next_of(self, batches: Iterator[MicroBatch]) -> MicroBatch:
+        """The next batch. Communication and slower ranks have the share in waiting for it that they had in making it."""
+        before = self.input
+        with self.span("input"):
+            batch = next(batches)
+        made_s = batch.sample_s + batch.fetch_s
+        if made_s > 0:
+            self.exposed += (self.input - before) * batch.transfer_s / made_s
+            self.input_others += (self.input - before) * batch.meet_s / made_s
+        return batch
 
 
 def summed_loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -193,15 +213,7 @@ def prepare(
 
 def train(run: Run) -> RunState:
     """Train from ``run.state`` to the end, to an early stop, or to an agreed stop (``state.step`` says which)."""
-    config, state, source, engine = run.config, run.state, run.source, run.engine
-    status = Status(run.groups.control)
-
-    def agree() -> None:
-        # Asked as late as may be: the copy of the step before has had this step's forward and backward to finish.
-        status.unready = int(not run.snapshots.ready())
-        status.agree()
-
-    deepspeed_engine.on_reduce(engine, agree)
+    config, state, source = run.config, run.state, run.source
     clock = deepspeed_engine.CollectiveClock(run.groups.device)
     depth = config.sampling.prefetch
     keys = itertools.chain.from_iterable(map(source.step_keys, range(state.step, run.total_steps)))
@@ -218,7 +230,7 @@ def train(run: Run) -> RunState:
                 epoch_begin = time.perf_counter()
             if state.stopped or state.step >= run.total_steps:
                 break
-            phases, edges = _one_step(run, batches, status, clock)
+            agreed, phases, edges = _one_step(run, batches, clock)
             run.events.emit(
                 "step", step=state.step, edges=edges, phases_s={k: round(v, 6) for k, v in vars(phases).items()}
             )
@@ -227,7 +239,7 @@ def train(run: Run) -> RunState:
                 if epoch_begin is not None:
                     run.report.epoch(time.perf_counter() - epoch_begin)
                 epoch_begin = time.perf_counter()
-            if status.stop and state.step < run.total_steps:  # after the last step only its evaluation is left
+            if agreed.stop and state.step < run.total_steps:  # after the last step only its evaluation is left
                 break
     if not state.stopped and state.step < run.total_steps:
         run.snapshots.final(state.step)  # an orderly stop loses no step, whatever snapshot.every says
@@ -235,64 +247,57 @@ def train(run: Run) -> RunState:
     return state
 
 
-def _one_step(run: Run, batches: Iterator[MicroBatch], status: Status, clock: Any):
-    """One optimizer step: ``accumulation`` micro-batches, agreement, reduction, update. Returns phases and edges."""
+def _one_step(
+    run: Run, batches: Iterator[MicroBatch], clock: deepspeed_engine.CollectiveClock
+) -> tuple[Agreed, Phases, int]:
+    """One optimizer step: ``accumulation`` micro-batches, agreement, reduction, update. Also returns its edges."""
     config, state, source, engine = run.config, run.state, run.source, run.engine
-    phases, edges, mark = Phases(), 0, time.perf_counter()
     maybe_fail(run.faults, run.groups.rank, state.step, run.recoveries)
-    status.loss_sum, status.stop = 0.0, int(stop_requested())
+    phases, edges, loss_sum, reduce_before = Phases(), 0, 0.0, clock.seconds
     seeds = source.seeds_in_step(state.step)
     # DeepSpeed divides by ranks and by micro-batches; the loss is the mean over all seeds of the step.
     scale = run.groups.world_size * config.training.accumulation / seeds
-    reduce_before = clock.seconds
+
     for micro in range(config.training.accumulation):
-        batch = next(batches)
-        now = time.perf_counter()
-        phases.input += now - mark
-        made_s = batch.sample_s + batch.fetch_s
-        # Of the time spent waiting for the batch, communication and slower ranks have the share they had in making it.
-        phases.exposed += (now - mark) * (batch.transfer_s / made_s if made_s > 0 else 0.0)
-        phases.input_others += (now - mark) * (batch.meet_s / made_s if made_s > 0 else 0.0)
-        mark = now
+        batch = phases.next_of(batches)
         edges += batch.edges
-        # Dropout is a function of the step and the rank, not of what was drawn before: a resume replays it.
-        torch.manual_seed(int(stream(DROPOUT, config.seed, state.step, micro, run.groups.rank)) >> 1)
-        loss = summed_loss(engine(batch.x, batch.blocks), batch.y)
-        status.loss_sum += float(loss.detach())
-        now = time.perf_counter()
-        phases.forward += now - mark
-        mark = now
-        engine.backward(loss * scale)
-        last = micro == config.training.accumulation - 1
-        if last:
-            # The window in which a background copy may read weights and moments ends with the update.
-            phases.backward += time.perf_counter() - mark - status.wait_s
-            phases.others = status.wait_s
-            mark = time.perf_counter()
-            run.snapshots.before_step()
-            phases.snapshot += time.perf_counter() - mark
-            mark = time.perf_counter()
+        with phases.span("forward"):
+            # Dropout is a function of the step and the rank, not of what was drawn before: a resume replays it.
+            torch.manual_seed(int(stream(DROPOUT, config.seed, state.step, micro, run.groups.rank)) >> 1)
+            loss = summed_loss(engine(batch.x, batch.blocks), batch.y)
+            loss_sum += float(loss.detach())
+        if micro < config.training.accumulation - 1:
+            with phases.span("backward"):
+                engine.backward(loss * scale)
+                engine.step()  # updates nothing yet: DeepSpeed counts the micro-batch
+    with phases.span("backward"):
+        # ready() is asked as late as may be: the copy of the step before has had forward and backward to finish.
+        agreed = deepspeed_engine.backward(
+            engine,
+            loss * scale,
+            before_reduction=lambda: agree(run.groups.control, loss_sum, run.snapshots.ready(), stop_requested()),
+        )
+    phases.backward -= agreed.wait_s
+    phases.others = agreed.wait_s
+    with phases.span("snapshot"):
+        # The window in which a background copy may read weights and moments ends with the update.
+        run.snapshots.before_step()
+    with phases.span("update"):
         engine.step()
-        now = time.perf_counter()
-        if last:
-            phases.update += now - mark
-        else:
-            phases.backward += now - mark
-        mark = now
     phases.reduce = clock.seconds - reduce_before
     state.step += 1
-    loss_mean = status.loss_sum / seeds
+    loss_mean = agreed.loss_sum / seeds
     if not np.isfinite(loss_mean):
         raise FloatingPointError(
             f"the loss of step {state.step} is {loss_mean}; lower optimizer.lr, or normalise features "
             "(dataset.normalize=l2)"
         )
-    epoch = (state.step - 1) // source.steps_per_epoch + 1
-    run.report.loss(state, epoch, loss_mean)
-    run.progress.step(state.step, loss_mean)
-    run.snapshots.after_step(state.step, capture=status.unready == 0)
-    phases.snapshot += time.perf_counter() - mark
-    return phases, edges
+    with phases.span("report"):
+        run.report.loss(state, (state.step - 1) // source.steps_per_epoch + 1, loss_mean)
+        run.progress.step(state.step, loss_mean)
+    with phases.span("snapshot"):
+        run.snapshots.after_step(state.step, agreed.capture)
+    return agreed, phases, edges
 
 
 def _evaluate(run: Run, epoch: int) -> None:

@@ -20,7 +20,7 @@ from gemini_gnn.observe.run_directory import LossLog, RunDir, write_atomically
 from gemini_gnn.training.groups import Groups
 from gemini_gnn.training.state import RunState
 
-PHASES = ("input", "exposed", "input_others", "forward", "backward", "others", "reduce", "update", "snapshot")
+PHASES = ("input", "exposed", "input_others", "forward", "backward", "others", "reduce", "update", "report", "snapshot")
 
 
 class Report:

@@ -65,6 +65,7 @@ def test_ranks_meet_over_the_agents_socket_and_again_after_each_kill_in_a_collec
     run.assert_nothing_left()
 
 
+@pytest.mark.processes
 def test_a_script_runs_as_it_would_by_itself(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(SCRIPT)
@@ -75,6 +76,7 @@ def test_a_script_runs_as_it_would_by_itself(tmp_path):
     assert not home.arena_of(tmp_path / "run").exists()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "text, code, seen",
     [
@@ -139,6 +141,7 @@ train("quiet", False)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not shutil.which(LAUNCHER), reason="DeepSpeed's launcher is not installed beside this Python")
 def test_deepspeed_script_goes_on_after_a_kill_under_its_launcher(tmp_path):
     """ZeRO-1, a rank killed after step 3: the second generation goes on from memory, with the losses of a quiet run."""

@@ -59,6 +59,7 @@ def launch(tmp_path, name, example, at, steps):
     return said, losses.read_text()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("example", "steps"), [("plain_ddp.py", 60), ("transformer_zero1.py", 12)])
 def test_a_killed_example_goes_on_with_the_same_losses(tmp_path, example, steps):
     said, undisturbed = launch(tmp_path, "whole", example, -1, steps)

@@ -26,6 +26,8 @@ from gemini_gnn.snapshot.store import arena
 from tests.ranks import _context as forkserver
 from tests.ranks import run_ranks
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def folder():
