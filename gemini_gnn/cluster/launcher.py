@@ -1,4 +1,4 @@
-"""The launcher of a job that has failed: its ssh clients are ended, so that it comes back.
+"""DeepSpeed's launcher: how it is started, and that of a job that has failed is freed, so that it comes back.
 
 A launcher that was started without all this still comes back: when the job has failed, :func:`free_launcher` ends its ssh
 clients for machines on which the job no longer runs. What it may end: an ssh of this user on this machine, started by
@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 from gemini_gnn.cluster.place import Place
 
+# The command `deepspeed`, which is a script whose #! line ends at the first blank in the path of the environment.
+DEEPSPEED = [sys.executable, "-P", "-m", "deepspeed.launcher.runner"]
 LAUNCH = "deepspeed.launcher.launch"  # what the launcher starts on every machine, and the parent of its slot processes
 SETTLE_S = 5.0  # for machines that are well to end their part
 
