@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import venv
@@ -125,6 +126,54 @@ def test_bad_input_is_one_clear_error(arguments, said, tmp_path):
     text = done.stdout + done.stderr
     assert done.returncode == 2, text
     assert "error: " in text and said in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        (["launch/train.py", "trainin.epochs=3"], "did you mean training.epochs?"),
+        (["launch/train.py", "run_dir={finished}"], "holds a finished run"),
+        (["-m", "gemini_gnn.run", "no_such.py"], "no_such.py is no file"),
+    ],
+)
+def test_an_error_of_all_slots_is_said_once(tmp_path, command, said):
+    """The launcher ends the others when it sees one end: the silent slot stays until the other has spoken."""
+    (tmp_path / "result.json").write_text("{}")
+    command = [sys.executable, *(word.format(finished=tmp_path) for word in command)]
+    slots = {}
+    for rank in (1, 0):
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_SIZE": "2"}
+        with open(tmp_path / f"{rank}.txt", "w") as file:
+            slots[rank] = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **place}, stdout=file, stderr=file)
+    try:
+        assert slots[0].wait(60) == 2
+        assert slots[1].poll() is None, "the silent slot ended first"
+        slots[1].terminate()
+        assert slots[1].wait(5) == 2
+    finally:
+        for slot in slots.values():
+            slot.kill()
+            slot.wait()
+    text, silent = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    assert text.count(said) == 1 and "Traceback" not in text
+    assert silent == ""
+
+
+COMMANDS = [str(path) for path in sorted((ROOT / "launch").glob("*.py")) if path.name != "stop.py"]
+
+
+@pytest.mark.parametrize(
+    "command", [*([path] for path in COMMANDS), ["-m", "gemini_gnn.run"]], ids=lambda c: c[-1][-20:]
+)
+def test_a_reader_who_has_read_enough_is_no_error(command):
+    """As in ``--help | head -1``."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with open(theirs, "wb") as nobody_reads:
+        done = subprocess.run(
+            [sys.executable, *command, "--help"], cwd=ROOT, stdout=nobody_reads, stderr=subprocess.PIPE, timeout=60
+        )
+    assert done.returncode in (0, 128 + signal.SIGPIPE) and done.stderr == b""  # 0: argparse does not look
 
 
 def test_importing_the_package_is_light():
