@@ -189,6 +189,13 @@ def exit_with(main: Callable[[list[str]], int]) -> NoReturn:
     except GeminiError as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2
+    except PermissionError as error:
+        print(
+            f"error: {error.filename}: you have no permission for it; let its owner type `chmod -R a+rX FOLDER`, "
+            "or name a folder of your own (run_dir=..., out=...)",
+            file=sys.stderr,
+        )
+        code = 2
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:
