@@ -18,7 +18,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ from pathlib import Path
 from common import machine, median, write
 
 from gemini_gnn.cluster.hosts import random_port
+from gemini_gnn.cluster.launcher import DEEPSPEED
 from gemini_gnn.observe.run_directory import read_losses
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,10 +34,8 @@ SETTINGS = ["training.epochs=40", "evaluation.every=10", "logger=quiet"]
 
 def start(run_dir: Path, *settings: str) -> subprocess.Popen[bytes]:
     port = str(random_port())  # that of a job just killed may not be free again
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2", "--master_port", port]
-    command.append("launch/train.py")
+    command = [*DEEPSPEED, "--num_accelerators", "2", "--master_port", port, "launch/train.py"]
     environ = {**os.environ, "DS_ACCELERATOR": "cpu", "BENCHMARK_JOB": str(run_dir)}
-    environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
     with open(f"{run_dir}.log", "ab") as log:
         return subprocess.Popen(
             [*command, f"run_dir={run_dir}", *SETTINGS, *settings],

@@ -31,7 +31,6 @@ import json
 import multiprocessing
 import os
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -43,6 +42,8 @@ import torch
 import torch.nn.functional as F
 from common import in_turns, machine, median, write
 from sampling import FANOUTS, SEEDS, pyg_neighbor_loader, skewed_graph
+
+from gemini_gnn.cluster.launcher import DEEPSPEED
 
 ROOT = Path(__file__).resolve().parent.parent
 FEATURES, HIDDEN, CLASSES, LAYERS = 128, 256, 47, 3
@@ -285,7 +286,7 @@ def ranks_section(arguments) -> dict:
 
 def launch(world: int, run_dir: Path, cache: Path, arguments) -> dict:
     """result.json of a training run, with the edge cut of its partition and the edges of a step over all ranks."""
-    command = ["deepspeed", "--num_accelerators", str(world), "benchmarks/pinned.py", "launch/train.py"]
+    command = [*DEEPSPEED, "--num_accelerators", str(world), "benchmarks/pinned.py", "launch/train.py"]
     command += [
         "dataset=blocks",
         f"dataset.nodes={arguments.ranks_nodes}",
@@ -308,7 +309,6 @@ def launch(world: int, run_dir: Path, cache: Path, arguments) -> dict:
         *arguments.set,
     ]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=arguments.timeout_s
     )

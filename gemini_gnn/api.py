@@ -186,7 +186,7 @@ def load(run_dir: str | Path) -> torch.nn.Module:
     Raises:
         RunDirError: the folder holds no trained model.
     """
-    from safetensors.torch import load_file
+    from safetensors import torch as safetensors
 
     from gemini_gnn.models.build import build_model
 
@@ -197,7 +197,8 @@ def load(run_dir: str | Path) -> torch.nn.Module:
         )
     card = json.loads((run_dir / "model.json").read_text())
     model = build_model(ModelConfig(**card["model"]), card["in_features"], card["num_classes"], seed=0)
-    model.load_state_dict(load_file(str(run_dir / "model.safetensors")))
+    # Not load_file, for which a file that may not be read does not exist.
+    model.load_state_dict(safetensors.load((run_dir / "model.safetensors").read_bytes()))
     return model.eval()
 
 

@@ -7,11 +7,14 @@ launcher's ``--local_rank`` is dropped, and errors become one line.
 from __future__ import annotations
 
 import difflib
+import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gemini_gnn.config import Config, from_mapping
 from gemini_gnn.errors import ConfigError, GeminiError
@@ -154,22 +157,52 @@ def groups() -> dict[str, list[str]]:
     }
 
 
-def command(main: Callable[[list[str]], int], purpose: str) -> None:
-    """Run a script of ``launch/``: help, and errors as one line with exit code 2 instead of a traceback."""
-    arguments = sys.argv[1:]
-    if any(a in ("-h", "--help") for a in arguments):
-        listed = "".join(f"  {name}: {', '.join(options)}\n" for name, options in groups().items())
-        print(USAGE.format(program=Path(sys.argv[0]).name, purpose=purpose, groups=listed))
-        sys.exit(0)
-    try:
+def command(main: Callable[[list[str]], int], purpose: str) -> NoReturn:
+    """Run a script of ``launch/`` that takes settings, with ``--help`` and ``--cfg``; see :func:`exit_with`."""
+
+    def helped(arguments: list[str]) -> int:
+        if any(a in ("-h", "--help") for a in arguments):
+            listed = "".join(f"  {name}: {', '.join(options)}\n" for name, options in groups().items())
+            print(USAGE.format(program=Path(sys.argv[0]).name, purpose=purpose, groups=listed))
+            return 0
         if "--cfg" in arguments:
             from omegaconf import OmegaConf
 
             print(OmegaConf.to_yaml(OmegaConf.structured(compose([a for a in arguments if a != "--cfg"]))))
-            sys.exit(0)
-        sys.exit(main(arguments))
+            return 0
+        return main(arguments)
+
+    exit_with(helped)
+
+
+def exit_with(main: Callable[[list[str]], int]) -> NoReturn:
+    """Exit with what ``main`` returns for this command line.
+
+    Errors meant for users are one line and exit code 2, not a traceback. A reader of the output that has read enough
+    (``--help | head``) is no error.
+    """
+    try:
+        try:
+            code = main(sys.argv[1:])
+        finally:
+            sys.stdout.flush()
     except GeminiError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        code = 2
+    except PermissionError as error:
+        print(
+            f"error: {error.filename}: you have no permission for it; let its owner type `chmod -R a+rX FOLDER`, "
+            "or name a folder of your own (run_dir=..., out=...)",
+            file=sys.stderr,
+        )
+        code = 2
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except BrokenPipeError:
+        stdout = select.poll()
+        stdout.register(1, 0)
+        if not stdout.poll(0):  # an error of another pipe
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the interpreter flushes once more at its end
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)

@@ -17,11 +17,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gemini_gnn.cluster import launcher
 from gemini_gnn.cluster.place import Place, discover
-from gemini_gnn.errors import GeminiError
+from gemini_gnn.compose import exit_with
+from gemini_gnn.errors import ConfigError
 
 ALWAYS = ["torch", "torch.distributed"]  # the store needs them
 
@@ -74,14 +75,20 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher puts it in front
     parser.add_argument("script", type=Path)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
-    options = parser.parse_args(arguments)
-    if not options.script.is_file():
-        parser.error(f"expected a Python script; {options.script} is no file")
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message}\n{parser.format_usage().rstrip()}")
+
+    parser.error = refuse  # type: ignore[method-assign]  # it would say so in every slot
+    place = discover(os.environ)
+    with launcher.first_speaks(place):
+        options = parser.parse_args(arguments)
+        if not options.script.is_file():
+            refuse(f"expected a Python script; {options.script} is no file")
     from gemini_gnn.observe.progress import say
     from gemini_gnn.recovery import shim
     from gemini_gnn.recovery.worker.decisions import STOPPED
 
-    place = discover(os.environ)
     passed_on = [f"--local_rank={options.local_rank}"] if options.local_rank is not None else []
     payload = {
         "script": os.fspath(options.script.absolute()),
@@ -107,8 +114,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except GeminiError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

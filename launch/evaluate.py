@@ -41,9 +41,9 @@ def main(arguments: list[str]) -> int:
         graph = PartitionedGraph.open(str(config.partition.folder)).as_graph()
     else:
         graph = datasets.load_dataset(config.dataset, say, require_labels=False)
-    found = api.predict(run_dir, graph)
     out = Path(named.get("out") or run_dir / "evaluation")
     out.mkdir(parents=True, exist_ok=True)
+    found = api.predict(run_dir, graph)
     for name, array in found.items():
         np.save(out / f"{name}.npy", array)
     print(f"{graph.name}: {graph.num_nodes:,} nodes, {graph.num_edges:,} edges")

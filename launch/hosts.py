@@ -9,11 +9,10 @@ run    the same, then `deepspeed --hostfile ...` with an ssh that gives up dead 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from gemini_gnn.cluster import hosts
-from gemini_gnn.errors import GeminiError
+from gemini_gnn.compose import exit_with
 
 
 def main(arguments: list[str]) -> int:
@@ -26,8 +25,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except GeminiError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

@@ -10,29 +10,24 @@ they are swept, because the same command can still go on from them.
 from __future__ import annotations
 
 import argparse
-import sys
 
-from gemini_gnn.errors import GeminiError
+from gemini_gnn.compose import exit_with
 from gemini_gnn.snapshot.store.inspect import inspect, sweep, table
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description="Snapshots in the host memory of this machine.")
     parser.add_argument("--job", help="only this job (the name of its arena folder)")
     parser.add_argument("--arena", default="/dev/shm", help="RAM file system to look at")
     parser.add_argument("--no-checksum", action="store_true", help="do not read the bytes")
     parser.add_argument("--sweep", action="store_true", help="remove the arenas whose worker agent is dead")
-    options = parser.parse_args()
-    try:
-        print(table(inspect(options.arena, options.job, checksum=not options.no_checksum)))
-        if options.sweep:
-            for line in sweep(options.arena, options.job):
-                print(line)
-    except GeminiError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    options = parser.parse_args(arguments)
+    print(table(inspect(options.arena, options.job, checksum=not options.no_checksum)))
+    if options.sweep:
+        for line in sweep(options.arena, options.job):
+            print(line)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_with(main)

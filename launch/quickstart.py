@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gemini_gnn.cluster.launcher import DEEPSPEED
 from gemini_gnn.compose import command, compose, take
 from gemini_gnn.graph.datasets import fingerprint
 from gemini_gnn.graph.datasets.files import cache_folder
@@ -34,12 +35,15 @@ def main(arguments: list[str]) -> int:
     overrides = [f"run_dir={named}", *others]
     run_dir = (ROOT / named).absolute()
     ranks = gpus() or 2
-    line = ["deepspeed", "--quiet", "--num_accelerators", str(ranks), "launch/train.py", *overrides]
+    line = ["--quiet", "--num_accelerators", str(ranks), "launch/train.py", *overrides]
+    # The script `deepspeed` begins with the path of its Python, which a shell cuts off at the first blank.
+    deepspeed = "deepspeed" if " " not in sys.executable else "python -m deepspeed.launcher.runner"
     print(
-        f"$ {shlex.join(line)}\n(about ten seconds until training begins: the launcher loads PyTorch too)", flush=True
+        f"$ {deepspeed} {shlex.join(line)}\n(about ten seconds until training begins: the launcher loads PyTorch too)",
+        flush=True,
     )
     environment = os.environ if gpus() else {**os.environ, "DS_ACCELERATOR": "cpu"}
-    training = subprocess.Popen(line, cwd=ROOT, env=environment)
+    training = subprocess.Popen([*DEEPSPEED, *line], cwd=ROOT, env=environment)
     baselines: subprocess.Popen[bytes] | None = None
     try:
         config = compose(overrides)
@@ -97,7 +101,7 @@ def main(arguments: list[str]) -> int:
     print(f"  tensorboard --logdir {config.run_dir}/tensorboard")
     print("  own data (edges as `source,target`, labels as `id,label`, one node or edge per line):")
     print(
-        f"  deepspeed --num_accelerators {ranks} launch/train.py dataset=edge_list dataset.path=edges.csv "
+        f"  {deepspeed} --num_accelerators {ranks} launch/train.py dataset=edge_list dataset.path=edges.csv "
         "dataset.labels=labels.csv run_dir=runs/mine"
     )
     return 0

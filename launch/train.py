@@ -23,23 +23,23 @@ PURPOSE = "Train a GNN on a partitioned graph. Start it with deepspeed, srun, or
 
 
 def main(arguments: list[str]) -> int:
-    config = compose(arguments)
-    config.run_dir = str(Path(config.run_dir).absolute())
     place = discover(os.environ)
-    in_memory = config.snapshot.mode == "memory"
-    # Again under the lock, later; here it costs no imports, and every machine ends at once.
-    if in_memory:  # a living job answers for itself: its worker agent is asked below
-        try:  # every slot looks: one that went on while the others end would start a worker agent
-            RunDir.check_earlier_run(Path(config.run_dir), config)
-        except RunDirError:
-            if place.local_rank != 0:
-                return 0  # the first one says why and fails; 2 here, and DeepSpeed's launcher may kill it before it has
-            from gemini_gnn.recovery.stop import drop_finished
+    with launcher.first_speaks(place):
+        config = compose(arguments)
+        config.run_dir = str(Path(config.run_dir).absolute())
+        in_memory = config.snapshot.mode == "memory"
+        # Again under the lock, later; here it costs no imports, and every machine ends at once.
+        if in_memory:  # a living job answers for itself: its worker agent is asked below
+            try:  # every slot looks: one that went on while the others end would start a worker agent
+                RunDir.check_earlier_run(Path(config.run_dir), config)
+            except RunDirError:
+                if place.local_rank == 0:
+                    from gemini_gnn.recovery.stop import drop_finished
 
-            drop_finished(Path(config.run_dir), config.snapshot.arena)
-            raise
-    elif place.local_rank == 0:
-        RunDir.check(config)
+                    drop_finished(Path(config.run_dir), config.snapshot.arena)
+                raise
+        elif place.local_rank == 0:
+            RunDir.check(config)
     if place.rank == 0:
         say("loading PyTorch and DeepSpeed, a few seconds")
     os.environ["GEMINI_GNN_TTY"] = "1" if sys.stdout.isatty() else "0"

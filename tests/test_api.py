@@ -1,9 +1,11 @@
 """gemini_gnn from Python, as in a notebook: several trainings in one process."""
 
 import copy
+import errno
 import os
 import re
 import sys
+from pathlib import Path
 
 import networkx
 import numpy as np
@@ -15,6 +17,7 @@ from torch_geometric.datasets import FakeDataset
 
 import gemini_gnn
 from gemini_gnn.api import settings_to_config
+from gemini_gnn.compose import exit_with
 from gemini_gnn.errors import ConfigError, DataError, PartitionError, RunDirError
 from gemini_gnn.graph.partition.folder import PartitionedGraph
 
@@ -113,6 +116,23 @@ def test_networkx_and_folders_of_npy(tmp_path):
         np.save(folder / f"{name}.npy", source[name].numpy())
     result = gemini_gnn.train(folder, tmp_path / "run", SETTINGS)
     assert result["world_size"] == 1 and 0 <= result["test_accuracy"] <= 1
+
+
+def test_a_model_may_be_read_by_whoever_may_read_its_run(tmp_path, monkeypatch, capsys):
+    gemini_gnn.train(data(), tmp_path / "run", SETTINGS)
+    modes = {name: (tmp_path / "run" / name).stat().st_mode for name in ("model.safetensors", "model.json")}
+    assert modes["model.safetensors"] == modes["model.json"], modes
+
+    def denied(path):  # as it would be for another user, but nothing is for root
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    weights, reading = tmp_path / "run" / "model.safetensors", Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: denied(path) if path == weights else reading(path))
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        exit_with(lambda _: gemini_gnn.load(tmp_path / "run"))
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {weights}: you have no permission") and said.count("\n") == 1
 
 
 def test_a_damaged_partition_is_refused_before_it_is_sampled(tmp_path):

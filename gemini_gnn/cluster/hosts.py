@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gemini_gnn.cluster.launcher import DEEPSPEED
 from gemini_gnn.cluster.place import unequal
 from gemini_gnn.errors import ClusterError
 
@@ -272,11 +273,16 @@ def run(path: Path, answers: Sequence[Answer], command: Sequence[str], environ: 
     Options of deepspeed may stand before the script in ``command`` and win over what is chosen here.
 
     Raises:
-        ClusterError: there are several machines, and deepspeed's own launcher for them, pdsh, is not on this one.
+        ClusterError: there are several machines, and pdsh, which starts them, is not here, or a path has a blank.
     """
+    for folder in (str(Path.cwd()), sys.executable) if len(answers) > 1 else ():
+        if " " in folder:
+            raise ClusterError(
+                "expected a path without blanks, since deepspeed writes it unquoted into the shell of the other "
+                f"machines; got {folder!r}. Move the project, or make a link without blanks, cd there, and make .venv anew"
+            )
     if len(answers) > 1 and not shutil.which("pdsh") and not any(word.startswith("--launcher") for word in command):
         raise ClusterError("deepspeed starts the other machines with pdsh, which is not here: apt-get install pdsh")
-    launcher = Path(sys.executable).with_name("deepspeed")
     chosen = ["--hostfile", str(path), "--master_port", str(random_port())]
     address = master_address(answers)
     if address is not None and len(answers) > 1:
@@ -285,9 +291,7 @@ def run(path: Path, answers: Sequence[Answer], command: Sequence[str], environ: 
     with tempfile.NamedTemporaryFile("w", prefix="gemini-gnn-env-") as file:
         file.write(forwarded(environ, files))
         file.flush()
-        process = subprocess.Popen(
-            [str(launcher), *chosen, *command], env=launcher_environment(environ, Path(file.name))
-        )
+        process = subprocess.Popen([*DEEPSPEED, *chosen, *command], env=launcher_environment(environ, Path(file.name)))
         # Ctrl-C reaches the launcher by itself; it tells the hosts, and this process waits for it to have done so.
         signal.signal(signal.SIGINT, lambda *_: None)
         signal.signal(signal.SIGTERM, lambda *_: process.terminate())

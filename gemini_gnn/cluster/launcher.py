@@ -1,4 +1,4 @@
-"""The launcher of a job that has failed: its ssh clients are ended, so that it comes back.
+"""DeepSpeed's launcher: how it is started, how it lets a slot finish its words, how it comes back after a failure.
 
 A launcher that was started without all this still comes back: when the job has failed, :func:`free_launcher` ends its ssh
 clients for machines on which the job no longer runs. What it may end: an ssh of this user on this machine, started by
@@ -17,14 +17,46 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from gemini_gnn.cluster.place import Place
+from gemini_gnn.errors import GeminiError
 
+# The command `deepspeed`, which is a script whose #! line ends at the first blank in the path of the environment.
+DEEPSPEED = [sys.executable, "-P", "-m", "deepspeed.launcher.runner"]
 LAUNCH = "deepspeed.launcher.launch"  # what the launcher starts on every machine, and the parent of its slot processes
 SETTLE_S = 5.0  # for machines that are well to end their part
+LAST_WORDS_S = 10.0  # for the slot that speaks to import, and to fail too
+POLL_S = 0.1
+
+
+@contextlib.contextmanager
+def first_speaks(place: Place) -> Iterator[None]:
+    """Around what fails in every slot of a machine alike: the first one's error goes on, the others exit with 2, silently."""
+    try:
+        yield
+    except GeminiError:
+        if place.local_rank == 0:
+            raise
+        came: list[int] = []
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _frame: came.append(number))
+        let_the_first_speak(lambda: bool(came))
+        sys.exit(2)
+
+
+def let_the_first_speak(told_to_end: Callable[[], bool]) -> None:
+    """Stay for a while in a slot that has nothing to say.
+
+    Its end would have the launcher terminate the one that speaks, perhaps while that is still importing. The end of the
+    one that speaks has the launcher terminate this one.
+    """
+    deadline = time.monotonic() + LAST_WORDS_S
+    while not told_to_end() and time.monotonic() < deadline:
+        time.sleep(POLL_S)
 
 
 class Process(NamedTuple):

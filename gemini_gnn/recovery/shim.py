@@ -10,8 +10,7 @@ wait for the step. SIGTERM: this machine leaves, in order, the same for a job on
 like SIGTERM, unless it was ignored from the start (nohup). SIGKILL of a shim: the agent sees its socket close and ends
 the job in order. None of them reaches the trainers. A launcher that dies by itself ends nothing while its shims live.
 
-Who speaks. The slot of local rank 0 tells why a launch was refused. Another that is refused before it stays for a while: its end
-would have the launcher terminate the one that speaks, perhaps while that is still importing.
+Only the slot of local rank 0 tells why a launch was refused. Another that is refused before it waits for it (``launcher``).
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gemini_gnn.cluster.launcher import let_the_first_speak
 from gemini_gnn.cluster.place import Place
 from gemini_gnn.errors import RecoveryError, RunDirError
 from gemini_gnn.recovery import home, messages
@@ -35,7 +35,6 @@ AGENT_START_S = 60.0  # for an agent to listen, on a busy machine with a slow fi
 ANSWER_S = 60.0  # for an agent of an earlier start to be gone, and ours to answer
 MAX_DEATHS = 4  # of agents within DEATHS_S that had accepted this shim, before something else must be wrong
 DEATHS_S = 3600.0
-LAST_WORDS_S = 10.0  # for the slot that speaks to come and be refused too
 AGENT = "gemini_gnn.recovery.worker.agent"
 
 
@@ -104,9 +103,8 @@ def run(
                 case messages.Ended():
                     return screen.ended(answer)
                 case messages.Refused():
-                    # Our end has the launcher terminate the others: the one that says why may still be loading.
                     if place.local_rank != 0:
-                        stop.wait(LAST_WORDS_S)
+                        let_the_first_speak(stop.has_come)
                     screen.say(answer.text)
                     return answer.code
                 case Gone(accepted=True):
@@ -280,11 +278,8 @@ class StopRequest:
         if agent is not None and self._message is not None:
             agent.send(self._message, timeout_s=1.0)
 
-    def wait(self, timeout_s: float) -> None:
-        """Until a signal has come, at most so long."""
-        deadline = time.monotonic() + timeout_s
-        while self._message is None and time.monotonic() < deadline:
-            time.sleep(POLL_S)
+    def has_come(self) -> bool:
+        return self._message is not None
 
     def _seen(self, number: int, _frame: Any) -> None:
         if number == signal.SIGINT:

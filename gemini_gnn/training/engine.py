@@ -37,6 +37,7 @@ try:
     from deepspeed import DeepSpeedEngine as Engine
     from deepspeed.accelerator import real_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 finally:
     del os.environ["DS_ACCELERATOR"]
     if _asked_for is not None:
@@ -131,6 +132,11 @@ def build_engine(model: torch.nn.Module, config: Config, total_steps: int) -> En
         config=deepspeed_settings(config),
         dist_init_required=False,
     )
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):  # bf16 with ZeRO 0
+        # It has taken one step with gradients of zero, to have moments: weight decay has moved the masters, and Adam
+        # counts one step too many. The weights it has not written yet are still those it began with.
+        engine.optimizer.refresh_fp32_params()
+        engine.optimizer.optimizer.state.clear()
     return engine
 
 

@@ -154,10 +154,11 @@ class Report:
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     """Write weights as safetensors, whole or not at all."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(temporary))
+    # Not save_file, whose file is its owner's only: this one may be read by whoever may read the run directory.
+    temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in weights.items()}))
     os.replace(temporary, path)
 
 

@@ -115,6 +115,14 @@ def test_a_launcher_without_pdsh_is_not_started(monkeypatch):
         hosts.run("hostfile", [answer("h0"), answer("h1")], ["launch/train.py"], {})
 
 
+def test_a_blank_in_the_path_is_refused_for_several_machines(monkeypatch, tmp_path):
+    monkeypatch.setattr(hosts.shutil, "which", lambda tool: "/usr/bin/pdsh")
+    (tmp_path / "my data").mkdir()
+    monkeypatch.chdir(tmp_path / "my data")
+    with pytest.raises(ClusterError, match="without blanks.*my data"):
+        hosts.run("hostfile", [answer("h0"), answer("h1")], ["launch/train.py"], {})
+
+
 def test_only_a_machine_that_is_not_there_loses_its_ssh():
     assert launcher.answers_no_more(255, "ssh: connect to host h1 port 22: No route to host")
     assert launcher.answers_no_more(255, "ssh: connect to host h1 port 22: Connection timed out")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gemini_gnn.cluster.launcher import DEEPSPEED
 from gemini_gnn.observe.logs import first_error, read_errors
 from gemini_gnn.observe.run_directory import read_losses
 from tests.lab.lab import kill_group
@@ -17,7 +18,6 @@ from tests.trainers import trained
 
 ROOT = Path(__file__).parents[2]
 PYTHON = sys.executable
-DEEPSPEED = str(Path(PYTHON).with_name("deepspeed"))
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(400)]
 
@@ -84,7 +84,7 @@ def losses_here(graph, tmp_path_factory):
 @pytest.mark.parametrize(("hosts", "slots"), [(4, 1), (2, 2)])
 def test_hosts_give_the_losses_of_one_machine_bit_for_bit(lab, graph, losses_here, tmp_path, hosts, slots):
     run_dir = tmp_path / "run"
-    launcher = [DEEPSPEED, "--hostfile", str(lab.hostfile([f"h{i}" for i in range(hosts)], slots))]
+    launcher = [*DEEPSPEED, "--hostfile", str(lab.hostfile([f"h{i}" for i in range(hosts)], slots))]
     if slots == 2 and lab.has_ipv6("h0"):
         launcher += ["--master_addr", lab.address6("h0")]
     process = train(lab, "h0", launcher, *graph, "training.epochs=8", run_dir=run_dir)
@@ -176,7 +176,7 @@ def test_the_error_of_one_rank_ends_the_job_everywhere(lab, graph, tmp_path):
 def test_a_machine_that_loses_power_is_named_and_the_launcher_ends(lab, graph, tmp_path):
     """A bare launcher, whose ssh would wait for ever. And, while the job runs, its run directory is refused to a second."""
     run_dir = tmp_path / "run"
-    launcher = [DEEPSPEED, "--hostfile", str(lab.hostfile(["h0", "h1"], slots=2))]
+    launcher = [*DEEPSPEED, "--hostfile", str(lab.hostfile(["h0", "h1"], slots=2))]
     settings = [*graph, "training.epochs=100000", "distributed.timeout_s=10"]
     process = train(lab, "h0", launcher, *settings, run_dir=run_dir)
     wait_until(lambda: len(losses(run_dir)) > 5 or process.poll() is not None, run_dir)
@@ -239,7 +239,7 @@ def test_a_machine_that_dies_while_the_job_starts_is_named(lab, graph, tmp_path)
 
 def test_the_job_outlives_the_machine_that_launched_it(lab, graph, tmp_path):
     run_dir = tmp_path / "run"
-    launcher = [DEEPSPEED, "--hostfile", str(lab.hostfile(["h1", "h2"]))]
+    launcher = [*DEEPSPEED, "--hostfile", str(lab.hostfile(["h1", "h2"]))]
     process = train(lab, "h0", launcher, *graph, "training.epochs=150", "evaluation.every=25", run_dir=run_dir)
     wait_until(lambda: len(losses(run_dir)) > 5 or process.poll() is not None, run_dir)
     assert process.poll() is None, terminal(run_dir)[-6000:]

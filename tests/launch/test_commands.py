@@ -3,9 +3,10 @@
 import importlib.util
 import json
 import os
-import re
+import signal
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import numpy as np
@@ -18,21 +19,35 @@ TINY = ["dataset.nodes=600", "dataset.feature_dim=16", "model.hidden=16", "sampl
 
 
 def run(*command, timeout_s=150, **environ):
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", **environ}
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     # The launcher must be this environment's.
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    environment |= environ
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
     )
 
 
+def environment_in(folder):
+    """A virtual environment with this one's packages, and its `deepspeed` as pip writes it. Returns its bin/."""
+    venv.create(folder, symlinks=True)
+    packages = [str(ROOT), *(path for path in sys.path if path.endswith("-packages"))]
+    next(folder.glob("lib/python3*/site-packages")).joinpath("these.pth").write_text("\n".join(packages))
+    script = folder / "bin" / "deepspeed"
+    script.write_text(f"#!{folder}/bin/python\nfrom deepspeed.launcher.runner import main\nmain()\n")
+    script.chmod(0o755)
+    return script.parent
+
+
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("quickstart")
+    """Under a path with a blank: there the command `deepspeed` does not start."""
+    folder = tmp_path_factory.mktemp("my data")
     done = run(
         *("bash", "launch/quickstart.sh", f"run_dir={folder / 'run'}", f"dataset.cache={folder / 'cache'}", *TINY),
         "training.epochs=20",
         VIRTUAL_ENV=str(Path(sys.executable).parent.parent),
+        PATH=f"{environment_in(folder / '.venv')}:{os.defpath}",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
@@ -40,7 +55,8 @@ def quickstart(tmp_path_factory):
 
 def test_quickstart_trains_and_recovers(quickstart):
     folder, said = quickstart
-    assert re.search(r"\$ deepspeed --quiet --num_accelerators 2 launch/train.py run_dir=", said)
+    typed = "python -m deepspeed.launcher.runner --quiet --num_accelerators 2 launch/train.py 'run_dir="
+    assert f"$ {typed}" in said
     assert "features alone" in said and "structure alone" in said and "dataset=edge_list" in said
     result = json.loads((folder / "run" / "result.json").read_text())
     losses = read_losses(folder / "run" / "losses.csv")
@@ -110,6 +126,54 @@ def test_bad_input_is_one_clear_error(arguments, said, tmp_path):
     text = done.stdout + done.stderr
     assert done.returncode == 2, text
     assert "error: " in text and said in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        (["launch/train.py", "trainin.epochs=3"], "did you mean training.epochs?"),
+        (["launch/train.py", "run_dir={finished}"], "holds a finished run"),
+        (["-m", "gemini_gnn.run", "no_such.py"], "no_such.py is no file"),
+    ],
+)
+def test_an_error_of_all_slots_is_said_once(tmp_path, command, said):
+    """The launcher ends the others when it sees one end: the silent slot stays until the other has spoken."""
+    (tmp_path / "result.json").write_text("{}")
+    command = [sys.executable, *(word.format(finished=tmp_path) for word in command)]
+    slots = {}
+    for rank in (1, 0):
+        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_SIZE": "2"}
+        with open(tmp_path / f"{rank}.txt", "w") as file:
+            slots[rank] = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **place}, stdout=file, stderr=file)
+    try:
+        assert slots[0].wait(60) == 2
+        assert slots[1].poll() is None, "the silent slot ended first"
+        slots[1].terminate()
+        assert slots[1].wait(5) == 2
+    finally:
+        for slot in slots.values():
+            slot.kill()
+            slot.wait()
+    text, silent = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    assert text.count(said) == 1 and "Traceback" not in text
+    assert silent == ""
+
+
+COMMANDS = [str(path) for path in sorted((ROOT / "launch").glob("*.py")) if path.name != "stop.py"]
+
+
+@pytest.mark.parametrize(
+    "command", [*([path] for path in COMMANDS), ["-m", "gemini_gnn.run"]], ids=lambda c: c[-1][-20:]
+)
+def test_a_reader_who_has_read_enough_is_no_error(command):
+    """As in ``--help | head -1``."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with open(theirs, "wb") as nobody_reads:
+        done = subprocess.run(
+            [sys.executable, *command, "--help"], cwd=ROOT, stdout=nobody_reads, stderr=subprocess.PIPE, timeout=60
+        )
+    assert done.returncode in (0, 128 + signal.SIGPIPE) and done.stderr == b""  # 0: argparse does not look
 
 
 def test_importing_the_package_is_light():

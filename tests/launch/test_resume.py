@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from gemini_gnn.cluster.hosts import random_port
+from gemini_gnn.cluster.launcher import DEEPSPEED
 from gemini_gnn.observe.run_directory import read_losses
 from tests.trainers import logs, train_ranks, trained
 
@@ -46,10 +47,9 @@ def wait_for(condition, what, timeout_s=60.0):
 
 def start(run_dir, *overrides):
     port = str(random_port())  # without a worker agent it is used as given
-    command = ["deepspeed", "--num_accelerators", "2", "--master_port", port, "launch/train.py"]
+    command = [*DEEPSPEED, "--num_accelerators", "2", "--master_port", port, "launch/train.py"]
     command += [f"run_dir={run_dir}", *overrides]
     environ = {**os.environ, "DS_ACCELERATOR": "cpu", "TEST_OF": str(run_dir)}
-    environ["PATH"] = f"{Path(sys.executable).parent}:{environ['PATH']}"
     log = open(f"{run_dir}.log", "ab")
     return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log, start_new_session=True)
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from gemini_gnn.cluster.launcher import DEEPSPEED
 from gemini_gnn.recovery import home
 from gemini_gnn.recovery.worker import entry
 from gemini_gnn.run import preload_of
 from tests.recovery.jobs import PATIENCE_S, job
 
 __all__ = ["job"]  # the fixture
-
-LAUNCHER = os.path.join(os.path.dirname(sys.executable), "deepspeed")
 
 SCRIPT = """
 import os, sys
@@ -142,12 +140,11 @@ train("quiet", False)
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(not shutil.which(LAUNCHER), reason="DeepSpeed's launcher is not installed beside this Python")
 def test_deepspeed_script_goes_on_after_a_kill_under_its_launcher(tmp_path):
     """ZeRO-1, a rank killed after step 3: the second generation goes on from memory, with the losses of a quiet run."""
     script = tmp_path / "train.py"
     script.write_text(ZERO)
-    command = [LAUNCHER, "--num_gpus", "2", "--module", "gemini_gnn.run", "--run-dir", os.fspath(tmp_path / "run")]
+    command = [*DEEPSPEED, "--num_gpus", "2", "--module", "gemini_gnn.run", "--run-dir", os.fspath(tmp_path / "run")]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     ended = subprocess.run(
         [*command, os.fspath(script)], env=environment, capture_output=True, text=True, timeout=2 * PATIENCE_S

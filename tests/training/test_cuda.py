@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from gemini_gnn.cluster.launcher import DEEPSPEED
 from gemini_gnn.observe.run_directory import read_losses
 from gemini_gnn.snapshot import attach
 from gemini_gnn.snapshot.context import Context
@@ -31,8 +32,7 @@ SMALL = ["dataset.nodes=3000", "training.epochs=4", "logger=quiet", "snapshot=no
 
 def command(run_dir: Path, *overrides: str, ranks: int = 1) -> list[str]:
     """What a user types; with several ranks through the real launcher."""
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
-    start = [sys.executable] if ranks == 1 else deepspeed
+    start = [sys.executable] if ranks == 1 else [*DEEPSPEED, "--num_accelerators", str(ranks)]
     cache = f"dataset.cache={run_dir.parent / 'cache'}"
     return [*start, "launch/train.py", f"run_dir={run_dir}", cache, *overrides]
 

@@ -15,6 +15,7 @@ from tests.trainers import logs, train_ranks, trained
 
 SMALL = ["dataset.nodes=600", "dataset.feature_dim=16", "model.hidden=16", "dataset.cache={cache}"]
 EXACT = ["experiment=exactness", "training.epochs=20", "evaluation.every=0"]
+ADAM = ["optimizer.name=adam", "optimizer.lr=0.005", "optimizer.weight_decay=5e-4"]  # over the experiment's SGD
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +80,20 @@ def test_full_batch_losses_of_any_number_of_ranks_equal_a_plain_pyg_loop(small, 
 def test_every_zero_stage_trains_the_same(small, tmp_path, zero):
     """Adam divides by the root of its second moment, which near zero turns the last bits of a gradient into first bits of
     an update: sums in another order (by stage) agree to float32's 1e-7 per step times that amplification, 1e-4 here."""
-    settings = [*EXACT, *small, "optimizer=adam", "optimizer.lr=0.005"]
+    settings = [*EXACT, *small, *ADAM]
     expected, _ = trained(1, tmp_path / "one", *settings)
     losses, _ = trained(2, tmp_path / "two", *settings, f"deepspeed=zero{zero}")
     np.testing.assert_allclose(losses, expected, rtol=1e-4)
+
+
+def test_every_zero_stage_trains_the_same_in_bf16(small, tmp_path):
+    """bf16 keeps 8 bits: one rounding of a gradient moves a loss by 2**-8 of itself at most. Two ranks add two gradients,
+    in whichever order the same sum, so the stages should even agree in every bit."""
+    settings = [*EXACT, *small, *ADAM, "training.epochs=8", "training.precision=bf16"]
+    runs = [trained(2, tmp_path / f"zero{zero}", *settings, f"deepspeed=zero{zero}")[0] for zero in range(4)]
+    assert runs[0][-1] < 0.9 * runs[0][0]
+    for losses in runs[1:]:
+        np.testing.assert_allclose(losses, runs[0], rtol=2**-8)
 
 
 SAMPLED = ["sampling.order=global", "model.dropout=0", "training.epochs=2", "optimizer=sgd", "sampling.fanouts=[4,3]"]
@@ -222,6 +233,27 @@ def test_cora(data_root, tmp_path, world, partition):
         trained(world, tmp_path / f"run{seed}", *settings, f"seed={seed}")[1]["test_accuracy"] for seed in range(2)
     ]
     assert np.mean(accuracies) >= 0.79, accuracies
+
+
+def fresh_bf16_state(rank, world, optimizer):
+    """(largest difference between masters and weights, number of moments) of an engine that was just built."""
+    from gemini_gnn.training import engine
+
+    settings = [f"optimizer.name={optimizer}", "optimizer.momentum=0.9", "optimizer.weight_decay=0.1"]
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    begun = [p.detach().bfloat16().float() for p in model.parameters()]
+    built = engine.build_engine(model, compose(["training=bf16", *settings]), 10)
+    masters = [high.detach() for group in built.optimizer.fp32_groups for high in group]
+    moved = max((a - b).abs().max().item() for a, b in zip(begun, masters, strict=True))
+    return moved, len(built.optimizer.optimizer.state)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+def test_a_bf16_engine_that_was_just_built_has_not_taken_a_step(optimizer):
+    from tests.ranks import run_ranks
+
+    assert run_ranks(fresh_bf16_state, 1, optimizer) == [(0.0, 0)]
 
 
 def group_timeouts_s(rank, world):
