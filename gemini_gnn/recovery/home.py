@@ -227,6 +227,26 @@ def belongs_to(arena: Path, run: str) -> bool:
         return False
 
 
+def why_forget(arena: Path, run: str, resume: str, several_machines: bool) -> str:
+    """Why a start removes the snapshots in ``arena`` before it begins; empty where it may go on from them.
+
+    Raises:
+        RecoveryError: they are another run directory's, on one of several machines. The others may hold snapshots of the
+            same run: this one alone may not decide that it begins again.
+    """
+    if resume == "never":
+        return "resume=never"
+    if resume == "must" or belongs_to(arena, run) or not snapshot_files(arena):
+        return ""
+    if several_machines:
+        raise RecoveryError(
+            f"the snapshots in host memory on {os.uname().nodename} ({arena}) were made for another run directory at this "
+            "path: it has been removed since, or this machine does not see it (is its file system mounted?). Nothing was "
+            "changed. resume=never removes them and starts again from step 0"
+        )
+    return "they are of a run directory that was removed"  # its first start must not go on in the middle
+
+
 def assign(arena: Path, run: str) -> None:
     """From now on they do. The caller holds the arena's lock and has removed what was another's.
 

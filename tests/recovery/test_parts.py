@@ -82,6 +82,20 @@ def test_ids_made_at_the_same_moment_are_one(tmp_path, monkeypatch, links):
         assert len(set(pool.map(lambda _: home.run_id(tmp_path), range(8)))) == 1
 
 
+def test_one_of_several_machines_does_not_forget_by_itself(short_path):
+    """Its file system may not be mounted: then it sees a new run directory where the others see that of the job."""
+    arena = short_path / "arena"
+    home.make_arena(arena)
+    home.assign(arena, "one")
+    assert home.why_forget(arena, "another", "auto", several_machines=True) == "", "nothing is lost"
+    (arena / "rank-00000.0").touch()
+    assert home.why_forget(arena, "one", "auto", several_machines=True) == ""
+    assert "removed" in home.why_forget(arena, "another", "auto", several_machines=False)
+    with pytest.raises(RecoveryError, match=r"mounted.*Nothing was changed\. resume=never"):
+        home.why_forget(arena, "another", "auto", several_machines=True)
+    assert home.why_forget(arena, "another", "never", several_machines=True) == "resume=never"
+
+
 def test_living_trainers_are_seen_until_the_kernel_is_done_with_them(tmp_path):
     assert locks.living_trainer(tmp_path) is None
     ready, says = os.pipe()

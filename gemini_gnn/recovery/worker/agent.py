@@ -268,9 +268,8 @@ class Agent:
         )
         stuck = self._earlier_trainer(limits.reap_s)
         if stuck is None:
-            reason = "resume=never" if request["resume"] == "never" else ""
-            if request["resume"] == "auto" and not home.belongs_to(self.arena, run):
-                reason = "they are of a run directory that was removed"  # its first start must not go on in the middle
+            several = place["local_world_size"] < place["world_size"]
+            reason = home.why_forget(self.arena, run, request["resume"], several)
             if reason and home.snapshot_files(self.arena):
                 _, size_bytes = home.remove_snapshots(self.arena)
                 self.journal.log("snapshots_removed", bytes=size_bytes, reason=reason)
