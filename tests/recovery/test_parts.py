@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -22,6 +23,9 @@ from gemini_gnn.recovery.worker import children
 from gemini_gnn.recovery.worker.decisions import Failure
 from gemini_gnn.recovery.worker.journal import Journal
 from gemini_gnn.snapshot.store import locks
+from gemini_gnn.snapshot.store.arena import SlotFile
+from gemini_gnn.snapshot.store.format import Header, SlotState
+from gemini_gnn.snapshot.store.identity import Identity
 from tests.recovery.jobs import PATIENCE_S, wait_for
 
 
@@ -94,6 +98,21 @@ def test_one_of_several_machines_does_not_forget_by_itself(short_path):
     with pytest.raises(RecoveryError, match=r"mounted.*Nothing was changed\. resume=never"):
         home.why_forget(arena, "another", "auto", several_machines=True)
     assert home.why_forget(arena, "another", "never", several_machines=True) == "resume=never"
+
+
+def test_slots_without_a_committed_snapshot_are_nothing(short_path):
+    arena = short_path / "arena"
+    home.make_arena(arena)
+    assert home.holds_nothing(arena)
+    slot = SlotFile(arena, "rank-00000", 0, create=True)
+    header = Header(SlotState.WRITING, Identity(1, 1, 0), 0, "rank-00000", 0, "job", bytes(16))
+    slot.write_header(header)
+    assert home.holds_nothing(arena)
+    slot.write_header(replace(header, state=SlotState.COMMITTED))
+    assert not home.holds_nothing(arena)
+    slot.close()
+    slot.path.rename(arena / "something-else")
+    assert not home.holds_nothing(arena), "not ours to judge"
 
 
 def test_living_trainers_are_seen_until_the_kernel_is_done_with_them(tmp_path):

@@ -350,6 +350,8 @@ class Agent:
         dropped = (0, 0)
         if not outcome.keep:
             dropped = home.remove_snapshots(self.arena)
+        elif home.holds_nothing(self.arena):  # of a start that failed before its first snapshot
+            home.remove_snapshots(self.arena)
         kept = len(home.snapshot_files(self.arena))
         failure = outcome.failure
         self.journal.log(
