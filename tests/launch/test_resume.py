@@ -73,7 +73,7 @@ def run_dir(tmp_path):
     for pid in processes_of(path):
         os.kill(pid, signal.SIGKILL)
     subprocess.run(
-        [sys.executable, "launch/stop.py", f"run_dir={path}"], cwd=ROOT, timeout=60, capture_output=True, check=False
+        [sys.executable, "launch/stop.py", f"run_dir={path}", "keep=false"], cwd=ROOT, timeout=60, check=False
     )
 
 

@@ -113,7 +113,7 @@ class Job:
         wait_for(lambda: not self.processes(), "the end of a job's processes", 10.0)
         for launch in self.launches:
             launch.communicate()
-        stop(self.run_dir)
+        stop(self.run_dir, keep=False)
         assert not self.arena.exists()
 
     def assert_nothing_left(self) -> None:

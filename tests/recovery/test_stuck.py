@@ -137,7 +137,7 @@ def test_a_stopped_agent_is_waited_for(job):
     run.training(2)
     agent = run.pid_of("agent")
     os.kill(agent, signal.SIGSTOP)
-    command = [sys.executable, "launch/stop.py", f"run_dir={run.run_dir}"]
+    command = [sys.executable, "launch/stop.py", f"run_dir={run.run_dir}", "keep=false"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as stopping:
         os.kill(run.notes("training", rank=0)[0]["pid"], signal.SIGKILL)
         os.kill(agent, signal.SIGCONT)
@@ -162,6 +162,6 @@ def test_a_warm_parent_that_dies_with_its_reports_unread(job):
     os.kill(agent, signal.SIGCONT)
     wait_for(lambda: run.notes("training")[-1]["generation"] > 1, "the next generation")
     assert run.pid_of("agent") == agent
-    stop(run.run_dir)
+    stop(run.run_dir, keep=False)
     assert run.end(launch)[0] == 143
     run.assert_nothing_left()
