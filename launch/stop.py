@@ -1,7 +1,7 @@
-"""End a job in order: ``python launch/stop.py run_dir=runs/my_run [keep=true]``.
+"""End a job in order: ``python launch/stop.py run_dir=runs/my_run [keep=false]``.
 
-The trainers finish their step, every process of the job on this machine ends, and its snapshots in host memory are
-removed; with ``keep=true`` they stay, and the command that started the job goes on from them.
+The trainers finish their step, and every process of the job on this machine ends. Its snapshots in host memory stay: the
+command that started the job goes on from them. ``keep=false`` removes them, also those of a job that no longer runs.
 """
 
 import sys
@@ -10,26 +10,26 @@ from pathlib import Path
 from gemini_gnn.errors import GeminiError
 from gemini_gnn.recovery.stop import stop
 
-USAGE = "usage: python launch/stop.py run_dir=RUN_DIR [keep=true] [snapshot.arena=/dev/shm]"
+USAGE = "usage: python launch/stop.py run_dir=RUN_DIR [keep=false] [snapshot.arena=/dev/shm]"
 
 
 def main(arguments: list[str]) -> int:
     if any(a in ("-h", "--help") for a in arguments):
         print(__doc__, USAGE, sep="\n")
         return 0
-    pairs = [("keep=true" if a == "--keep" else a).partition("=") for a in arguments]
+    pairs = [a.partition("=") for a in arguments]
     settings = {name: value for name, _, value in pairs}
     if "run_dir" not in settings or not settings.keys() <= {"run_dir", "keep", "snapshot.arena"}:
         print(USAGE, file=sys.stderr)
         return 2
-    if settings.get("keep", "false") not in ("true", "false"):
+    if settings.get("keep", "true") not in ("true", "false"):
         print(f"keep: expected true or false; got {settings['keep']!r}\n{USAGE}", file=sys.stderr)
         return 2
     try:
         print(
             stop(
                 Path(settings["run_dir"]),
-                keep=settings.get("keep") == "true",
+                keep=settings.get("keep") != "false",
                 arena_root=settings.get("snapshot.arena"),
             )
         )

@@ -4,6 +4,7 @@
     status.json              state (starting | running | done | failed | stopped), step; replaced atomically
     losses.csv               step, epoch, loss: each step once, also after a resume
     metrics.jsonl            one line per evaluation
+    losses.1.csv ...         what a run had left that was started over (resume=never): RESULTS and config.yaml, numbered
     result.json              written once, when the run is complete
     model.safetensors        best weights by validation; model.json says how to build the model
     events/rank-<r>.jsonl    phase times and events of each rank
@@ -19,9 +20,11 @@ from __future__ import annotations
 
 import csv
 import fcntl
+import itertools
 import json
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
@@ -53,6 +56,8 @@ FREE_SETTINGS: tuple[str, ...] = (
     "sampling.chunk_bytes",
     "features.in_ram",
 )
+
+RESULTS = ("metrics.jsonl", "model.safetensors", "model.json", "losses.csv")  # what a run leaves besides its settings
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -88,8 +93,11 @@ class RunDir:
         self._lock = lock
 
     @classmethod
-    def claim(cls, config: Config) -> RunDir:
+    def claim(cls, config: Config, anew: bool = False) -> RunDir:
         """Take the folder for this run, or say why not. Nothing in it is changed when this raises.
+
+        Args:
+            anew: this start goes on from nothing (``resume=never``): what is there is kept under other names.
 
         Raises:
             RunDirError: unwritable, in use by a living job, or holding a finished or a different run.
@@ -114,6 +122,8 @@ class RunDir:
         lock.write(f"pid {os.getpid()} on {os.uname().nodename} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
         lock.flush()
         run = cls(path, lock)
+        if anew:
+            keep_earlier(path, (*RESULTS, "config.yaml"))
         write_atomically(path / "config.yaml", _to_yaml(config))
         for folder in ("events", "logs", "errors", "terms", "checkpoints"):
             (path / folder).mkdir(exist_ok=True)
@@ -150,7 +160,7 @@ class RunDir:
         """Whether this run may go on in ``path``; says nothing of a job that may be living there. Changes nothing.
 
         Raises:
-            RunDirError: it holds a finished run, or one with other settings that has done a step.
+            RunDirError: it holds a finished run, or one that has done a step with other settings or another snapshot mode.
         """
         if (path / "result.json").exists():
             raise RunDirError(
@@ -158,11 +168,18 @@ class RunDir:
                 f"`python launch/evaluate.py run_dir={path}`, or remove the folder to train again"
             )
         if config.resume != "never":
-            changed = changed_settings(path, config)
-            if changed and (config.resume == "must" or not untrained(path)):
+            changed, steps = changed_settings(path, config), steps_done(path)
+            if changed and (config.resume == "must" or steps):
                 raise RunDirError(
                     f"run_dir {path} holds a run with other settings ({'; '.join(changed[:5])}); "
                     "give another run_dir=..., the same settings, or resume=never to start it over"
+                )
+            mode = read_config(path).snapshot.mode if steps else config.snapshot.mode
+            if mode != config.snapshot.mode:
+                raise RunDirError(
+                    f"run_dir {path} holds a run that has done {steps} steps with snapshot={mode}; "
+                    f"snapshot={config.snapshot.mode} cannot go on from them: give snapshot={mode}, or resume=never to start it "
+                    "over"
                 )
 
     def status(self, state: str, **fields: Any) -> None:
@@ -184,16 +201,30 @@ def changed_settings(path: Path, config: Config) -> list[str]:
     return differences(to_mapping(read_config(path)), to_mapping(config))
 
 
-def untrained(path: Path) -> bool:
-    """Whether no step was done in ``path``: its run failed at the start, and the settings may be mended."""
-    return not (path / "losses.csv").exists() or not read_losses(path / "losses.csv")
+def steps_done(path: Path) -> int:
+    """The last step in ``losses.csv``; 0: the run failed at the start, and its settings may be mended."""
+    rows = read_losses(path / "losses.csv") if (path / "losses.csv").exists() else []
+    return rows[-1][0] if rows else 0
+
+
+def keep_earlier(path: Path, names: Sequence[str] = RESULTS) -> None:
+    """Before a run begins again at step 0: give the files of one that did a step the first number free for all of them."""
+    if not steps_done(path):
+        return
+    for number in itertools.count(1):
+        kept = [path / f"{Path(name).stem}.{number}{Path(name).suffix}" for name in names]
+        if not any(file.exists() for file in kept):
+            break
+    for name, file in zip(names, kept, strict=True):
+        if (path / name).exists():
+            os.replace(path / name, file)
 
 
 def resume_of(config: Config) -> str:
     """``config.resume``; "never" where the settings of a run that has not done a step were changed: a snapshot taken
     before its first step is of the settings before."""
     path = Path(config.run_dir)
-    anew = config.resume == "auto" and untrained(path) and changed_settings(path, config)
+    anew = config.resume == "auto" and not steps_done(path) and changed_settings(path, config)
     return "never" if anew else config.resume
 
 

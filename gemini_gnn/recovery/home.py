@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from gemini_gnn.errors import RecoveryError, RunDirError, SnapshotError
-from gemini_gnn.snapshot.store.arena import folder_of, make_folder
+from gemini_gnn.snapshot.store.arena import folder_of, list_folder, make_folder, slots
+from gemini_gnn.snapshot.store.format import SlotState
 from gemini_gnn.snapshot.store.locks import AGENT_LOCK, TRAINERS_LOCK, living_trainer, take_agent_lock
 
 AGENT_SOCKET = "agent.sock"
@@ -69,10 +70,7 @@ def take_lock(arena: Path) -> int | None:
 
 def snapshot_files(arena: Path) -> list[Path]:
     """What is in the arena besides the agent's own files."""
-    try:
-        return sorted(path for path in arena.iterdir() if path.name not in OWN_FILES)
-    except FileNotFoundError:
-        return []
+    return [path for path in list_folder(arena) if path.name not in OWN_FILES]
 
 
 def remove_snapshots(arena: Path) -> tuple[int, int]:
@@ -83,6 +81,17 @@ def remove_snapshots(arena: Path) -> tuple[int, int]:
         path.unlink()
         files += 1
     return files, size_bytes
+
+
+def holds_nothing(arena: Path) -> bool:
+    """Whether there are only slots without a committed snapshot; a file that is no slot is not ours to judge."""
+    files = slots(arena)
+    try:
+        committed = any(file.view().state is SlotState.COMMITTED for file in files)
+        return not committed and len(files) == len(snapshot_files(arena))
+    finally:
+        for file in files:
+            file.close()
 
 
 def leave_arena(arena: Path) -> None:
@@ -225,6 +234,26 @@ def belongs_to(arena: Path, run: str) -> bool:
         return (arena / RUN_ID).read_text() == run
     except FileNotFoundError:
         return False
+
+
+def why_forget(arena: Path, run: str, resume: str, several_machines: bool) -> str:
+    """Why a start removes the snapshots in ``arena`` before it begins; empty where it may go on from them.
+
+    Raises:
+        RecoveryError: they are another run directory's, on one of several machines. The others may hold snapshots of the
+            same run: this one alone may not decide that it begins again.
+    """
+    if resume == "never":
+        return "resume=never"
+    if resume == "must" or belongs_to(arena, run) or not snapshot_files(arena):
+        return ""
+    if several_machines:
+        raise RecoveryError(
+            f"the snapshots in host memory on {os.uname().nodename} ({arena}) were made for another run directory at this "
+            "path: it has been removed since, or this machine does not see it (is its file system mounted?). Nothing was "
+            "changed. resume=never removes them and starts again from step 0"
+        )
+    return "they are of a run directory that was removed"  # its first start must not go on in the middle
 
 
 def assign(arena: Path, run: str) -> None:

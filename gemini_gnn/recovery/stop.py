@@ -13,12 +13,12 @@ from gemini_gnn.recovery import home, messages, processes
 from gemini_gnn.recovery.worker.decisions import Limits
 
 
-def stop(run_dir: Path, *, keep: bool = False, arena_root: str | os.PathLike[str] | None = None) -> str:
+def stop(run_dir: Path, *, keep: bool = True, arena_root: str | os.PathLike[str] | None = None) -> str:
     """Ask the job's worker agent to end, wait until it has, and say what happened.
 
     Args:
-        keep: leave the snapshots in host memory for the next start; else they are removed, also of a job that
-            no longer runs.
+        keep: leave the snapshots in host memory: the same command goes on from them. Else they are removed, also of a job
+            that no longer runs.
         arena_root: where the job's arena is; default what its newest term says, else /dev/shm.
 
     Raises:
@@ -83,15 +83,17 @@ def _nothing_runs(run_dir: Path) -> str:
 def _clear(arena: Path, keep: bool) -> str:
     """End and remove what a dead job left; what that was. The caller holds the arena's lock."""
     killed, gone = processes.kill_marked(arena, Limits().reap_s)
-    files, size_bytes = (0, 0) if keep else home.remove_snapshots(arena)
-    home.leave_arena(arena)
     words = ""
     if killed:
         words += f"; killed {killed} processes it had left" + (
             "" if gone else ", of which some are stuck in the kernel"
         )
+    files, size_bytes = (0, 0) if keep else home.remove_snapshots(arena)
+    if keep and home.snapshot_files(arena):
+        words += "; its snapshots stay in host memory: the same command goes on from them (keep=false removes them)"
     if files:
         words += f"; removed its snapshots from host memory ({size_bytes / 1e6:.1f} MB)"
+    home.leave_arena(arena)
     return words
 
 
@@ -107,7 +109,7 @@ def _said(run_dir: Path, outcome: messages.Ended) -> str:
     if outcome.dropped_bytes:
         words += (
             f"; its snapshots in host memory ({outcome.dropped_bytes / 1e6:.1f} MB) are removed: "
-            "what is not in a checkpoint is lost (keep=true would have kept them)"
+            "what is not in a checkpoint is lost"
         )
     elif outcome.kept_files:
         words += "; the same command goes on from the snapshot in host memory"

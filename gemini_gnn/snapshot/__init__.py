@@ -27,6 +27,7 @@ def attach(
     group: Any = None,
     hook: bool = True,
     timeout_s: float = 120.0,
+    steps_done: int = 0,
 ) -> Snapshots:
     """Go on from the newest snapshot in host memory, or take the first one; from then on take one after each step.
 
@@ -53,13 +54,16 @@ def attach(
         hook: wrap the engine's ``step`` (or the optimizer's and scheduler's), so that nothing else is to be done.
             ``False``: the caller calls ``before_step``, ``ready`` and ``after_step`` itself.
         timeout_s: of the agreements and of every wait.
+        steps_done: as the caller's own records say, on any rank. Where they or a snapshot tell of steps that were done, and no
+            snapshot can be restored, the run does not begin again unless it was started with ``resume=never``.
 
     Returns:
         The snapshots of this rank; ``.restored`` says whether and where training goes on.
 
     Raises:
-        SnapshotError: no worker agent; not enough host memory (before training, with needed and available); what is in
-            memory belongs to another job, topology, shape or format; ``resume=must`` and there is nothing.
+        SnapshotError: no worker agent; not enough host memory (before training, with needed and available); steps were done
+            and no snapshot can be restored (nothing was changed then); what is in memory belongs to another job, topology,
+            shape or format; ``resume=must`` and there is nothing.
     """
     from gemini_gnn.snapshot.session import attach as run
 
@@ -72,4 +76,5 @@ def attach(
         group=group,
         hook=hook,
         timeout_s=timeout_s,
+        steps_done=steps_done,
     )

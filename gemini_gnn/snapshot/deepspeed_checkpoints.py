@@ -268,15 +268,18 @@ def attach(
     resume: str = "auto",
     group: Any = None,
     timeout_s: float = 120.0,
+    steps_done: int = 0,
 ) -> Checkpoints:
     """Go on from the newest complete checkpoint in ``folder``, and save one every ``every`` steps. Collective.
 
     Args:
         engine: a DeepSpeed engine. extra_state: as for ``snapshot.attach``.
         resume: "auto" | "never" (older checkpoints no longer count) | "must".
+        steps_done: as the caller's own records say, on any rank.
 
     Raises:
-        SnapshotError: not a DeepSpeed engine; ``must`` and there is none; or as for :func:`load_latest`.
+        SnapshotError: not a DeepSpeed engine; there is none, with ``must`` or although so many steps were done that one was
+            due; or as for :func:`load_latest`.
     """
     if not is_deepspeed(engine):
         raise SnapshotError(f"snapshot=nfs: expected a DeepSpeed engine; got {type(engine).__name__}")
@@ -291,6 +294,11 @@ def attach(
     step = load_latest(engine, extra_state, Path(folder), ranks)
     if step is None and resume == "must":
         raise SnapshotError(f"resume=must, but there is no complete checkpoint in {folder}")
+    if step is None and (done := max(ranks.exchange(steps_done))) >= every:
+        raise SnapshotError(
+            f"{done} steps were done, but there is no complete checkpoint in {folder}: is it the folder they were saved in, "
+            "and seen by all machines? Nothing was changed. resume=never starts again from step 0"
+        )
     if step is not None:
         checkpoints.restored, checkpoints._saved = Identity(0, 0, step), step
     return checkpoints

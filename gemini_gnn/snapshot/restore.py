@@ -1,5 +1,7 @@
 """Going on from a snapshot: which one is a decision of all ranks, and nothing is touched before every checksum fits.
 
+0. Every rank says what lies in its machine's memory. Where steps were done and nothing fits, the job ends here, with nothing
+   made or changed and the reason in words (pure: ``catalog.explain``).
 1. Every rank says under which identities all the shards it needs are committed here; the newest common one is chosen
    (pure: ``catalog.restorable``).
 2. Every rank pins and verifies its slots of that identity: topology, then checksums. If one rank's bytes are damaged, all
@@ -14,6 +16,8 @@ A kill between 2 and 3, or within 3, leaves the chosen snapshot committed on all
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
 from typing import Any
 
 from gemini_gnn.errors import SnapshotError
@@ -22,6 +26,7 @@ from gemini_gnn.snapshot.capture.shards import Shard, tensor_in
 from gemini_gnn.snapshot.state import generators, tree
 from gemini_gnn.snapshot.state.collect import State
 from gemini_gnn.snapshot.store import arena, catalog
+from gemini_gnn.snapshot.store.catalog import Holding
 from gemini_gnn.snapshot.store.format import Header, Manifest, SlotState, difference
 from gemini_gnn.snapshot.store.identity import Identity, from_json
 
@@ -30,20 +35,72 @@ log = logging.getLogger(__name__)
 Opened = dict[str, tuple[Manifest, memoryview]]
 
 
-def choose(ranks: Ranks, shards: list[Shard], job: str) -> tuple[Identity | None, Opened, str]:
-    """The snapshot to go on from, verified. Collective.
+def machine_of(folder: Path) -> tuple[str, str]:
+    """Name of this machine, and what tells its arena from that of every other machine, whatever they are called."""
+    info = folder.stat()
+    return os.uname().nodename, f"{os.uname().nodename}:{info.st_dev}:{info.st_ino}"
 
-    Returns:
-        The identity (None: there is none), the manifests and bytes of this rank's shards, and in words what was found.
+
+def survey(ranks: Ranks, shards: list[Shard], folder: Path, job: str) -> list[Holding]:
+    """What lies in the memory of every rank's machine, by rank, and who needs what of it. Collective; changes nothing.
 
     Raises:
         SnapshotError: what is there was made for another job, topology or format.
     """
-    names = [s.name for s in shards]
-    ranks.together(lambda: _check_owner(shards, job))
-    mine = catalog.usable([v for s in shards for v in s.views()], names)
-    said = ranks.exchange([list(i) for i in sorted(mine)])
-    found = [{from_json(i) for i in identities} for identities in said]
+    held = ranks.together(lambda: _committed(shards, folder, job))
+    said = ranks.exchange([*machine_of(folder), [s.name for s in shards], held])
+    places = {(name, place) for name, place, _, _ in said}
+    names = [name for name, _ in places]
+    return [
+        Holding(
+            name if names.count(name) == 1 else place,
+            tuple(needed),
+            {shard: {from_json(i) for i in found} for shard, found in held.items()},
+        )
+        for name, place, needed, held in said
+    ]
+
+
+def _committed(shards: list[Shard], folder: Path, job: str) -> dict[str, list[Identity]]:
+    """Identities by shard in ``folder``; shards of this rank are checked to be this run's."""
+    mine = {shard.name: shard for shard in shards}
+    files = arena.slots(folder)
+    try:
+        for file in files:
+            if file.shard in mine:
+                _check_owner(file, mine[file.shard], job)
+        found = catalog.committed(file.view() for file in files)
+        return {shard: sorted(identities) for shard, identities in found.items()}
+    finally:
+        for file in files:
+            file.close()
+
+
+def check_start(resume: str, steps_done: int, why: str) -> None:
+    """Whether this run may begin at step 0, although there may be something to go on from. The same on all ranks.
+
+    Raises:
+        SnapshotError: it would lose steps that were done, or must go on.
+    """
+    if resume == "must":
+        raise SnapshotError(f"resume=must, but there is no snapshot in host memory to go on from: {why}")
+    if steps_done:
+        raise SnapshotError(
+            f"{steps_done} steps were done, but no snapshot in host memory can be gone on from: {why}. "
+            "Nothing was changed. resume=never starts again from step 0"
+        )
+
+
+def choose(ranks: Ranks, shards: list[Shard], holdings: list[Holding]) -> tuple[Identity | None, Opened, str]:
+    """The snapshot to go on from, verified. Collective.
+
+    Args:
+        holdings: what :func:`survey` found.
+
+    Returns:
+        The identity (None: there is none), the manifests and bytes of this rank's shards, and in words what was found.
+    """
+    found = [rank.usable() for rank in holdings]
     refused: set[Identity] = set()
     notes: list[str] = []
     while (identity := catalog.restorable(found, refused)) is not None:
@@ -55,29 +112,24 @@ def choose(ranks: Ranks, shards: list[Shard], job: str) -> tuple[Identity | None
         refused.add(identity)
         notes += [f"{identity} is damaged on rank {r}: {c}" for r, c in enumerate(complaints) if c]
         log.warning("%s", notes[-1])
-    reason = catalog.explain(dict(enumerate(found)))
-    if any(found) and not notes and ranks.rank == 0:
-        log.warning("there are snapshots in host memory, but none that all ranks can go on from: %s", reason)
-    return None, {}, "; ".join(notes) if notes else reason
+    return None, {}, "; ".join(notes) or "there is no complete one"
 
 
-def _check_owner(shards: list[Shard], job: str) -> None:
+def _check_owner(file: arena.SlotFile, shard: Shard, job: str) -> None:
     """Refuse what cannot be this job's, with the difference named."""
-    for shard in shards:
-        for file in shard.files:
-            h = file.header()
-            if h is None or h.state is not SlotState.COMMITTED:
-                continue
-            if h.job != job or h.shard != shard.name:
-                raise SnapshotError(
-                    f"{file.path}: expected shard {shard.name} of job {job}; got shard {h.shard} of job {h.job}: "
-                    "files of another job were copied here; remove them or start afresh with resume=never"
-                )
-            if h.topology != shard.fingerprint:
-                raise SnapshotError(
-                    f"snapshot {h.identity} in {file.path} does not fit this run: {_difference(file, h, shard)}; "
-                    "go on with the settings it was taken with, or start afresh with resume=never"
-                )
+    h = file.header()
+    if h is None or h.state is not SlotState.COMMITTED:
+        return
+    if h.job != job or h.shard != shard.name:
+        raise SnapshotError(
+            f"{file.path}: expected shard {shard.name} of job {job}; got shard {h.shard} of job {h.job}: "
+            "files of another job were copied here; remove them or start afresh with resume=never"
+        )
+    if h.topology != shard.fingerprint:
+        raise SnapshotError(
+            f"snapshot {h.identity} in {file.path} does not fit this run: {_difference(file, h, shard)}; "
+            "go on with the settings it was taken with, or start afresh with resume=never"
+        )
 
 
 def _difference(file: arena.SlotFile, header: Header, shard: Shard) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ def attach(
     group: Any = None,
     hook: bool = True,
     timeout_s: float = 120.0,
+    steps_done: int = 0,
 ) -> Snapshots:
     """See :func:`gemini_gnn.snapshot.attach`."""
     here = context if context is not None else _installed()
@@ -45,7 +45,16 @@ def attach(
     here = _one_term(ranks, here)
     state = ranks.together(lambda: collect(engine))
     shards = _plan(ranks, state, here, extra_state is not None)
-    _open(ranks, shards, here)
+    folder = arena.make_folder(here.arena)
+    holdings: list[catalog.Holding] = []
+    if (
+        here.resume != "never"
+    ):  # before anything is made: room for shards of other ranks would be in the way of the right start
+        holdings = restore.survey(ranks, shards, folder, here.job)
+        steps_done = max(ranks.exchange(steps_done)) or catalog.steps_in_memory(holdings)
+        if catalog.restorable([rank.usable() for rank in holdings]) is None:
+            restore.check_start(here.resume, steps_done, catalog.explain(holdings))
+    _open(ranks, shards, here, folder)
     snapshots = Snapshots(
         state,
         shards,
@@ -59,7 +68,7 @@ def attach(
         timeout_s=timeout_s,
     )
     try:
-        _begin(ranks, snapshots, state, shards, extra_state, here)
+        _begin(ranks, snapshots, state, shards, extra_state, here, holdings, steps_done)
     except BaseException:
         snapshots.close()
         raise
@@ -100,11 +109,9 @@ def _plan(ranks: Ranks, state: State, here: context.Context, extra: bool) -> lis
     return [make_shard(shard_of(here.rank), large + small, state, here.world_size, owned=True, extra_state=extra)]
 
 
-def _open(ranks: Ranks, shards: list[Shard], here: context.Context) -> None:
+def _open(ranks: Ranks, shards: list[Shard], here: context.Context, folder: Path) -> None:
     """Reserve all room of this machine, after looking whether it is there."""
-    folder = arena.make_folder(here.arena)
-    info = folder.stat()
-    machine = f"{os.uname().nodename}:{info.st_dev}:{info.st_ino}"
+    _, machine = restore.machine_of(folder)
     # Measured on all ranks before any of them allocates: nobody goes on from the exchange before all have spoken.
     where = arena.room(folder)
     needed = more = 0
@@ -138,15 +145,22 @@ def _open_all(shards: list[Shard], folder: Path) -> None:
 
 
 def _begin(
-    ranks: Ranks, snapshots: Snapshots, state: State, shards: list[Shard], extra_state: Any, here: context.Context
+    ranks: Ranks,
+    snapshots: Snapshots,
+    state: State,
+    shards: list[Shard],
+    extra_state: Any,
+    here: context.Context,
+    holdings: list[catalog.Holding],
+    steps_done: int,
 ) -> None:
     identity: Identity | None = None
     opened: restore.Opened = {}
     note = "resume=never"
     if here.resume != "never":
-        identity, opened, note = restore.choose(ranks, shards, here.job)
-    if identity is None and here.resume == "must":
-        raise SnapshotError(f"resume=must, but there is no snapshot in host memory to go on from: {note}")
+        identity, opened, note = restore.choose(ranks, shards, holdings)
+        if identity is None:
+            restore.check_start(here.resume, steps_done, note)
     if identity is not None and (here.term, here.generation) < identity[:2]:
         raise SnapshotError(
             f"this process was started for term {here.term}, generation {here.generation}; the newest snapshot "

@@ -26,7 +26,7 @@ from gemini_gnn.graph.partition.on_demand import open_or_make
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.logs import forget_errors, is_consequence, last_words, record_error, understood
 from gemini_gnn.observe.progress import say
-from gemini_gnn.observe.run_directory import RunDir, write_atomically
+from gemini_gnn.observe.run_directory import RunDir, keep_earlier, steps_done, write_atomically
 from gemini_gnn.recovery.worker.decisions import STOPPED
 from gemini_gnn.snapshot import context as snapshot_context
 from gemini_gnn.training import engine
@@ -77,9 +77,12 @@ def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
     _speak(place.rank)
     groups = process_groups.join(place, config.distributed, listen_fd)
     claimed: list[RunDir] = []
+    # Of an agent's trainers only the first generation forgets.
+    in_memory = config.snapshot.mode == "memory"
+    resume = snapshot_context.current().resume if in_memory else config.resume
 
     def claim() -> None:
-        claimed.append(RunDir.claim(config))
+        claimed.append(RunDir.claim(config, anew=resume == "never"))
         forget_errors(claimed[0].path)
 
     # Only after rank 0 holds the run directory may others write into it.
@@ -133,8 +136,6 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
     config, groups, graph = job.config, job.groups, job.graph
     job.faults = from_environ(os.environ)
     if run_dir is not None:
-        card = model_card(config, graph.x.shape[1], graph.num_classes, graph.multi_label)
-        write_atomically(run_dir.path / "model.json", json.dumps(card, indent=1))
         say(
             f"{graph.meta.graph}: {graph.num_nodes:,} nodes, {graph.num_edges:,} edges, {graph.x.shape[1]} features, "
             f"{graph.num_classes} classes; {graph.parts} parts ({graph.meta.method}, "
@@ -150,6 +151,10 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
     job.snapshots = start_snapshots(job)
     job.events.emit("restored" if job.state.step else "first_snapshot", step=job.state.step)
     if run_dir is not None:
+        if job.snapshots.restored is None:  # snapshot=none, or a first checkpoint that was not due yet
+            keep_earlier(run_dir.path)
+        card = model_card(config, graph.x.shape[1], graph.num_classes, graph.multi_label)
+        write_atomically(run_dir.path / "model.json", json.dumps(card, indent=1))
         run_dir.status("running", step=job.state.step, total_steps=job.total_steps, world_size=groups.world_size)
         if job.state.step:
             say(f"going on after step {job.state.step} of {job.total_steps}")
@@ -196,9 +201,11 @@ def start_snapshots(job: Run) -> Any:
     """Restore ``job.engine`` and ``job.state`` from the newest snapshot, if there is one, and take snapshots from now on.
 
     Raises:
-        SnapshotError: no room, nothing to restore with resume=must, or a snapshot of another job or shape.
+        SnapshotError: no room; nothing to restore with resume=must, or although steps were done; or a snapshot of another
+            job or shape.
     """
     settings = job.config.snapshot
+    done = steps_done(Path(job.config.run_dir)) if job.groups.rank == 0 else 0
     if settings.mode == "memory":
         from gemini_gnn import snapshot
 
@@ -210,6 +217,7 @@ def start_snapshots(job: Run) -> Any:
             group=job.groups.control,
             hook=False,
             timeout_s=job.config.distributed.timeout_s,
+            steps_done=done,
         )
     if settings.mode == "nfs":
         from gemini_gnn.snapshot import deepspeed_checkpoints
@@ -222,6 +230,7 @@ def start_snapshots(job: Run) -> Any:
             resume=job.config.resume,
             group=job.groups.control,
             timeout_s=job.config.distributed.timeout_s,
+            steps_done=done,
         )
     if job.config.resume == "must":
         raise SnapshotError(

@@ -47,6 +47,8 @@ from gemini_gnn.training.state import RunState, evaluation_due, record_evaluatio
 class Snapshots(Protocol):
     """What the loop asks of snapshots; ``snapshot.attach`` and the NFS baseline answer."""
 
+    restored: Any  # None: training begins at step 0
+
     def ready(self) -> bool: ...
 
     def before_step(self) -> None: ...
@@ -59,6 +61,8 @@ class Snapshots(Protocol):
 
 
 class NoSnapshots:
+    restored = None
+
     def ready(self) -> bool:
         return False
 

@@ -217,6 +217,35 @@ def test_a_killed_trainer_and_the_command_typed_again(lab, graph, losses_here, t
     assert terminal(run_dir).count("holds a finished run (result.json)") == 2
 
 
+def test_hosts_in_another_order_lose_no_step(lab, graph, losses_here, tmp_path):
+    """Nothing is changed, the error names the order that fits, and in that order the job goes on, bit for bit."""
+    run_dir = tmp_path / "run"
+    command = [PYTHON, "launch/hosts.py", "run"]
+    settings = [*graph, "training.epochs=8"]
+
+    def memory():
+        listed = ["sh", "-c", "cd /dev/shm && find . -type f -path '*/r*.[0-9]' | sort | xargs sha256sum"]
+        return [lab.run(host, listed).stdout for host in ("h0", "h1")]
+
+    fault = {"GEMINI_GNN_FAULT": "kill:rank=1:step=5"}
+    right = [*command, str(lab.hostfile(["h0", "h1"], slots=2))]
+    assert ended(train(lab, "h0", right, *settings, run_dir=run_dir, environ=fault), run_dir, 90) != 0
+    done, before = losses(run_dir), memory()
+    assert 0 < len(done) < len(losses_here) and all("rank-0000" in held for held in before)
+
+    swapped = [*command, str(lab.hostfile(["h1", "h0"], slots=2))]
+    assert ended(train(lab, "h0", swapped, *settings, run_dir=run_dir), run_dir, 90) == 2
+    said = terminal(run_dir)
+    assert f"{len(done)} steps were done, but no snapshot in host memory can be gone on from" in said, said[-6000:]
+    assert "rank 0 on h1 lacks rank-00000, which is on h0" in said
+    assert "Start with the hosts in the order h0, h1" in said
+    assert losses(run_dir) == done and memory() == before and not list(run_dir.glob("losses.*.csv"))
+
+    assert ended(train(lab, "h0", right, *settings, run_dir=run_dir), run_dir, 90) == 0, terminal(run_dir)[-6000:]
+    assert "going on after step" in terminal(run_dir)
+    assert losses(run_dir) == losses_here
+
+
 def test_a_machine_that_dies_while_the_job_starts_is_named(lab, graph, tmp_path):
     """Started from a machine that is not of the job: here the launcher's own ssh has to give up."""
     run_dir = tmp_path / "run"

@@ -73,7 +73,7 @@ def run_dir(tmp_path):
     for pid in processes_of(path):
         os.kill(pid, signal.SIGKILL)
     subprocess.run(
-        [sys.executable, "launch/stop.py", f"run_dir={path}"], cwd=ROOT, timeout=60, capture_output=True, check=False
+        [sys.executable, "launch/stop.py", f"run_dir={path}", "keep=false"], cwd=ROOT, timeout=60, check=False
     )
 
 
@@ -158,6 +158,49 @@ def test_resume_must_needs_something_to_resume(tmp_path):
     assert "snapshot=none keeps nothing" in logs(tmp_path / "run", 1)
     assert train_ranks(1, tmp_path / "run2", *settings, "snapshot=nfs") == [2]
     assert "no complete checkpoint" in logs(tmp_path / "run2", 1)
+
+
+def test_a_checkpoint_that_is_gone_is_not_begun_without(tmp_path):
+    """But a run that was killed before its first one was due begins again; what it had done is kept beside."""
+    settings = [*TINY, f"dataset.cache={tmp_path / 'cache'}", "training.epochs=4", "snapshot=nfs"]
+    run, path = tmp_path / "run", tmp_path / "run" / "losses.csv"
+    train_ranks(1, run, *settings, "snapshot.nfs_every=5", environ={"GEMINI_GNN_FAULT": "kill:rank=0:step=13"})
+    before = path.read_bytes()
+    (run / "checkpoints").rename(run / "elsewhere")
+    assert train_ranks(1, run, *settings, "snapshot.nfs_every=5") == [2]
+    assert "13 steps were done, but there is no complete checkpoint in" in logs(run, 1)
+    assert path.read_bytes() == before and not (run / "losses.1.csv").exists()
+    losses, _ = trained(1, run, *settings, "snapshot.nfs_every=500")
+    assert (run / "losses.1.csv").read_bytes() == before
+    assert losses[:13] == [row[2] for row in read_losses(run / "losses.1.csv")]
+
+
+def test_steps_whose_snapshots_are_lost_are_not_begun_again(run_dir, tmp_path):
+    """As after a restart of the machine: an error, nothing changed; resume=never begins again and keeps the old losses."""
+    from gemini_gnn.recovery import home
+
+    settings = [*TINY, f"dataset.cache={tmp_path / 'cache'}", "training.epochs=1000", "logger=quiet"]
+    slots = start_slots(run_dir, *settings)
+    wait_for(lambda: True if steps_done(run_dir) > 5 else None, "first steps")
+    for slot in slots:
+        slot.send_signal(signal.SIGINT)
+    assert [slot.wait(60) for slot in slots] == [130, 130]
+    before, stopped = (run_dir / "losses.csv").read_bytes(), steps_done(run_dir)
+    home.remove_snapshots(home.arena_of(run_dir))
+    again = start_slots(run_dir, *settings)
+    assert [slot.wait(60) for slot in again] == [2, 2]
+    said = (run_dir / "logs" / "rank-0.log").read_text()
+    assert (
+        f"{stopped} steps were done, but no snapshot in host memory can be gone on from: the memory of this job" in said
+    )
+    assert (run_dir / "losses.csv").read_bytes() == before and not (run_dir / "losses.1.csv").exists()
+    assert not home.arena_of(run_dir).exists(), "no room stays taken"
+    fresh = start_slots(run_dir, *settings, "resume=never")
+    wait_for(lambda: True if (run_dir / "losses.1.csv").exists() and steps_done(run_dir) > 0 else None, "new steps")
+    assert (run_dir / "losses.1.csv").read_bytes() == before
+    for slot in fresh:
+        slot.send_signal(signal.SIGINT)
+    assert [slot.wait(60) for slot in fresh] == [130, 130]
 
 
 def test_an_orderly_stop_loses_no_step(run_dir, tmp_path):

@@ -72,6 +72,16 @@ def fail(payload: dict, place: Place, listen_fd: int | None) -> int:
     raise RuntimeError("Connection closed by peer")
 
 
+def fail_before_the_first_snapshot(payload: dict, place: Place, listen_fd: int | None) -> int:
+    """Room was made, and the first copy begun."""
+    from gemini_gnn.errors import SnapshotError
+    from gemini_gnn.snapshot.store.arena import SlotFile
+
+    for slot in range(3):
+        SlotFile(context.current().arena, "rank-00000", slot, create=True).close()
+    raise SnapshotError("resume=must, but there is no snapshot in host memory to go on from")
+
+
 def fill_arena(payload: dict, place: Place, listen_fd: int | None) -> int:
     """So many snapshots that their removal takes a while."""
     note("training")

@@ -96,7 +96,7 @@ def test_stop_ends_the_job_and_drops_its_snapshots(job):
     run = job()
     launch = run.launch(2, "train")
     run.training(2)
-    said = stop(run.run_dir)
+    said = stop(run.run_dir, keep=False)
     assert "stopped" in said and "removed" in said
     code, _, err = run.end(launch)
     assert code == 143 and "launch/stop.py" in err
@@ -105,17 +105,19 @@ def test_stop_ends_the_job_and_drops_its_snapshots(job):
     assert "no job" in stop(run.run_dir)
 
 
-def test_the_stop_command_can_keep_and_later_drop(job):
+def test_the_stop_command_keeps_and_can_later_drop(job):
     run = job()
     launch = run.launch(1, "train")
     run.training(1)
     command = [sys.executable, "launch/stop.py", f"run_dir={run.run_dir}"]
-    kept = subprocess.run([*command, "--keep"], capture_output=True, text=True, timeout=PATIENCE_S)
+    kept = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
     assert kept.returncode == 0 and "goes on from the snapshot" in kept.stdout
     run.end(launch)
     wait_for(lambda: not run.processes(), "the end of all processes", 10.0)
+    again = subprocess.run([*command, "keep=true"], capture_output=True, text=True, timeout=PATIENCE_S)
+    assert again.returncode == 0 and "no job" in again.stdout and "keep=false removes them" in again.stdout
     assert home.snapshot_files(run.arena)
-    dropped = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    dropped = subprocess.run([*command, "keep=false"], capture_output=True, text=True, timeout=PATIENCE_S)
     assert dropped.returncode == 0 and "removed its snapshots" in dropped.stdout
     assert not run.arena.exists()
     wrong = subprocess.run([*command, "keep=maybe"], capture_output=True, text=True, timeout=PATIENCE_S)
@@ -136,8 +138,8 @@ def test_a_trainer_that_does_not_listen_is_not_waited_for(job):
 def test_stop_says_what_stays_on_other_machines(tmp_path, local_world_size):
     home.make_run_dir(tmp_path)
     home.claim_term(tmp_path, {"world_size": 4, "local_world_size": local_world_size})
-    assert ("run this command on each" in stop(tmp_path)) == (local_world_size < 4)
-    assert "run this command on each" not in stop(tmp_path, keep=True)
+    assert ("run this command on each" in stop(tmp_path, keep=False)) == (local_world_size < 4)
+    assert "run this command on each" not in stop(tmp_path)
 
 
 @pytest.mark.parametrize("agent_dies", ["never", "and is replaced", "with everything"])
@@ -163,9 +165,9 @@ def test_what_trainers_started_ends_with_them(job, agent_dies):
         os.kill(agent, signal.SIGKILL)
         wait_for(lambda: not run.processes(), "the end of all processes", 10.0)
         assert sleepers() == old
-        assert "killed 2 processes" in stop(run.run_dir)
+        assert "killed 2 processes" in stop(run.run_dir, keep=False)
     else:
-        stop(run.run_dir)
+        stop(run.run_dir, keep=False)
     run.end(launch)
     assert sleepers() == []
 
@@ -200,7 +202,7 @@ def test_stop_of_a_job_whose_agent_goes_without_a_word(tmp_path, short_path):
     arena = home.arena_of(tmp_path / "run", short_path)
     going = agent_that(arena)
     (arena / "snapshot").write_bytes(b"s" * 4096)
-    said = stop(tmp_path / "run", arena_root=short_path)
+    said = stop(tmp_path / "run", keep=False, arena_root=short_path)
     assert "no job of" in said and "removed its snapshots" in said and not arena.exists()
     going.join(10.0)
 
@@ -210,7 +212,7 @@ def test_stop_drops_what_an_end_that_was_under_way_has_kept(tmp_path, short_path
     outcome = messages.Ended("stopped", 130, "Ctrl-C", kept_files=1)
     going = agent_that(arena, outcome)
     (arena / "snapshot").write_bytes(b"s" * 4096)
-    assert "removed its snapshots" in stop(tmp_path / "run", arena_root=short_path) and not arena.exists()
+    assert "removed its snapshots" in stop(tmp_path / "run", keep=False, arena_root=short_path) and not arena.exists()
     going.join(10.0)
 
 

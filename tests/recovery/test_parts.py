@@ -13,6 +13,7 @@ import threading
 import time
 import typing
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -25,6 +26,9 @@ from gemini_gnn.recovery.worker import children, decisions
 from gemini_gnn.recovery.worker.decisions import Failure
 from gemini_gnn.recovery.worker.journal import Journal
 from gemini_gnn.snapshot.store import locks
+from gemini_gnn.snapshot.store.arena import SlotFile
+from gemini_gnn.snapshot.store.format import Header, SlotState
+from gemini_gnn.snapshot.store.identity import Identity
 from tests.recovery.jobs import PATIENCE_S
 
 
@@ -83,6 +87,35 @@ def test_ids_made_at_the_same_moment_are_one(tmp_path, monkeypatch, links):
     home.make_run_dir(tmp_path)
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(lambda _: home.run_id(tmp_path), range(8)))) == 1
+
+
+def test_one_of_several_machines_does_not_forget_by_itself(short_path):
+    """Its file system may not be mounted: then it sees a new run directory where the others see that of the job."""
+    arena = short_path / "arena"
+    home.make_arena(arena)
+    home.assign(arena, "one")
+    assert home.why_forget(arena, "another", "auto", several_machines=True) == "", "nothing is lost"
+    (arena / "rank-00000.0").touch()
+    assert home.why_forget(arena, "one", "auto", several_machines=True) == ""
+    assert "removed" in home.why_forget(arena, "another", "auto", several_machines=False)
+    with pytest.raises(RecoveryError, match=r"mounted.*Nothing was changed\. resume=never"):
+        home.why_forget(arena, "another", "auto", several_machines=True)
+    assert home.why_forget(arena, "another", "never", several_machines=True) == "resume=never"
+
+
+def test_slots_without_a_committed_snapshot_are_nothing(short_path):
+    arena = short_path / "arena"
+    home.make_arena(arena)
+    assert home.holds_nothing(arena)
+    slot = SlotFile(arena, "rank-00000", 0, create=True)
+    header = Header(SlotState.WRITING, Identity(1, 1, 0), 0, "rank-00000", 0, "job", bytes(16))
+    slot.write_header(header)
+    assert home.holds_nothing(arena)
+    slot.write_header(replace(header, state=SlotState.COMMITTED))
+    assert not home.holds_nothing(arena)
+    slot.close()
+    slot.path.rename(arena / "something-else")
+    assert not home.holds_nothing(arena), "not ours to judge"
 
 
 def test_living_trainers_are_seen_until_the_kernel_is_done_with_them(tmp_path):

@@ -87,6 +87,13 @@ def test_an_error_for_users_has_no_traceback(job):
     assert "expected a graph, got nothing" in err and "Traceback" not in err
 
 
+def test_a_start_that_fails_before_its_first_snapshot_leaves_nothing_and_promises_nothing(job):
+    run = job()
+    code, _, err = run.end(run.launch(1, "fail_before_the_first_snapshot"))
+    assert code == 2 and err.endswith("host memory holds no snapshot of this job\n") and "goes on" not in err
+    run.assert_nothing_left()
+
+
 def test_any_exit_code_comes_through(job):
     run = job()
     code, out, _ = run.end(run.launch(1, "report", code=17))
@@ -204,7 +211,7 @@ def test_a_removed_run_directory_is_a_new_run(job, another_machine_is_first):
     run = job()
     launch = run.launch(1, "train")
     run.training(1)
-    stop(run.run_dir, keep=True)
+    stop(run.run_dir)
     run.end(launch)
     (run.arena / "old").touch()
     shutil.rmtree(run.run_dir)
@@ -222,7 +229,7 @@ def test_resume_never_drops_the_snapshots_before_the_start_but_a_restart_goes_on
     run = job()
     launch = run.launch(1, "train")
     run.training(1)
-    stop(run.run_dir, keep=True)
+    stop(run.run_dir)
     run.end(launch)
     (run.arena / "old").touch()
     (run.run_dir / "die-0-1").touch()

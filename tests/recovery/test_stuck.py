@@ -155,7 +155,7 @@ def test_a_stopped_agent_is_waited_for(job):
     run.training(2)
     agent = run.pid_of("agent")
     os.kill(agent, signal.SIGSTOP)
-    command = [sys.executable, "launch/stop.py", f"run_dir={run.run_dir}"]
+    command = [sys.executable, "launch/stop.py", f"run_dir={run.run_dir}", "keep=false"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as stopping:
         os.kill(run.notes("training", rank=0)[0]["pid"], signal.SIGKILL)
         os.kill(agent, signal.SIGCONT)

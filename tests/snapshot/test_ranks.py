@@ -178,12 +178,53 @@ def incomplete_case(rank, world, root):
     try:
         begin(4, "must")
     except SnapshotError as error:
-        assert "no committed snapshot in memory for ranks [0]; there is rank 1: " in str(error)
+        assert "of snapshot 1-1-2 rank 0 on " in str(error)
+        assert "lacks rank-00000, which is on no machine of this job" in str(error)
     else:
         raise AssertionError("resume=must went on from nothing")
-    snapshots = begin(5)
+    with pytest.raises(SnapshotError, match="^2 steps were done, but no snapshot in host memory can be gone on from"):
+        begin(5)
+    snapshots = begin(5, "never")
     assert snapshots.restored is None
     snapshots.close()
+
+
+def swapped_case(rank, world, root):
+    """The hosts of a hostfile in another order: every rank's shard is on the other machine."""
+    module, optimizer = parts()
+
+    def begin(machine, generation, resume="auto", done=0):
+        here = Context(
+            "job", Path(root) / f"h{machine}", rank, world, 0, 1, term=1, generation=generation, resume=resume
+        )
+        return attach((module, optimizer), context=here, hook=False, steps_done=done)
+
+    snapshots = begin(rank, 1)
+    for s in (1, 2):
+        snapshots.after_step(s, capture=True)
+        snapshots.wait()
+        torch.distributed.barrier()
+    snapshots.close()
+    torch.distributed.barrier()
+    before = contents(root)
+    with pytest.raises(SnapshotError) as caught:
+        begin(1 - rank, 2, done=9 if rank == 0 else 0)  # rank 0 has read the run directory
+    said, h0, h1 = str(caught.value), *(restore.machine_of(Path(root) / name)[1] for name in ("h0", "h1"))
+    assert said.startswith("9 steps were done"), "all ranks say the same"
+    assert (
+        f"of snapshot 1-1-2 rank 0 on {h1} lacks rank-00000, which is on {h0}; rank 1 on {h0} lacks rank-00001" in said
+    )
+    assert f"hosts in the order {h0}, {h1}: it fits" in said and "resume=never" in said
+    torch.distributed.barrier()
+    assert contents(root) == before, "nothing was made, voided or changed"
+    torch.distributed.barrier()
+    snapshots = begin(rank, 3, "must")
+    assert snapshots.restored == (1, 1, 2)
+    snapshots.close()
+
+
+def contents(root):
+    return {path: path.read_bytes() for path in Path(root).rglob("*") if path.is_file()}
 
 
 def dies(shards, identity):
@@ -207,7 +248,9 @@ def root():
         yield str(arena.make_folder(path))
 
 
-@pytest.mark.parametrize("case", [ddp_case, final_case, different_start_case, incomplete_case, error_on_one_rank_case])
+@pytest.mark.parametrize(
+    "case", [ddp_case, final_case, different_start_case, incomplete_case, swapped_case, error_on_one_rank_case]
+)
 def test_on_two_ranks(case, root):
     run_ranks(case, 2, root, timeout_s=60)
 

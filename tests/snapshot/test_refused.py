@@ -54,7 +54,7 @@ def test_a_file_cut_short_is_no_snapshot(folder):
     assert attach_and_close(folder, 2) == (1, 1, 2)
 
 
-def test_all_damaged_starts_afresh_unless_it_must_not(folder, caplog):
+def test_steps_that_are_all_damaged_are_not_begun_again_by_themselves(folder):
     run_some(folder)
     for _, file in slots_of(folder, "replicated"):
         with open(file.path, "r+b") as raw:
@@ -62,7 +62,28 @@ def test_all_damaged_starts_afresh_unless_it_must_not(folder, caplog):
             raw.write(b"\1\2\3\4\5\6\7\1")
     with pytest.raises(SnapshotError, match=r"resume=must.*checksum"):
         attach_and_close(folder, 2, "must")
-    assert attach_and_close(folder, 2) is None and "checksum" in caplog.text
+    with pytest.raises(
+        SnapshotError, match=r"3 steps were done.*checksum.*Nothing was changed\. resume=never starts again"
+    ):
+        attach_and_close(folder, 2)
+    assert len(slots_of(folder, "replicated")) == 3, "they may be of use to somebody"
+    assert attach_and_close(folder, 2, "never") is None
+
+
+def test_steps_that_memory_has_lost_are_not_begun_again_by_themselves(folder):
+    with pytest.raises(SnapshotError, match=r"^7 steps were done.* memory of this job's machines holds no snapshot"):
+        attach_and_close(folder, 1, steps_done=7)
+    assert not any(folder.iterdir()), "no room was taken"
+    assert attach_and_close(folder, 1, "never", steps_done=7) is None
+    assert attach_and_close(folder, 2, steps_done=7) == (1, 1, 0)
+
+
+def test_a_start_that_died_before_it_had_done_a_step_begins_again(folder):
+    run_some(folder, steps=0)
+    for _, file in slots_of(folder, "replicated"):
+        file.void()  # as if killed between the two shards of the first snapshot
+    assert attach_and_close(folder, 2) is None
+    assert attach_and_close(folder, 3) == (1, 2, 0)
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,45 @@ def test_settings_may_be_mended_until_the_first_step(tmp_path):
     assert resume_of(other) == "auto" and read_config(tmp_path / "run").seed == 5
 
 
+def test_what_is_started_over_is_kept_beside(tmp_path):
+    config = Config(run_dir=str(tmp_path / "run"))
+    path = tmp_path / "run"
+
+    def begin(seed, row):
+        run = RunDir.claim(Config(run_dir=config.run_dir, seed=seed, resume="never"), anew=True)
+        run.release()
+        log = LossLog(path / "losses.csv")
+        log.resume(0, [])
+        if row:
+            log.append(1, 1, row)
+            (path / "model.safetensors").write_text(str(row))
+        log.close()
+
+    begin(0, None)
+    begin(0, 0.5)  # nothing was done before
+    begin(1, 0.25)
+    begin(2, 0.125)
+    kept = {name: read_losses(path / name)[0][2] for name in ("losses.1.csv", "losses.2.csv", "losses.csv")}
+    assert kept == {"losses.1.csv": 0.5, "losses.2.csv": 0.25, "losses.csv": 0.125}
+    assert [(path / f"model.{n}.safetensors").read_text() for n in (1, 2)] == ["0.5", "0.25"]
+    assert ["\nseed: 0\n" in (path / f"config.{n}.yaml").read_text() for n in (1, 2)] == [True, False]
+    assert read_config(path).seed == 2 and not list(path.glob("*.3.*"))
+
+
+def test_another_snapshot_mode_does_not_begin_a_run_again(tmp_path):
+    config, other = (Config(run_dir=str(tmp_path / "run")) for _ in range(2))
+    other.snapshot.mode = "nfs"
+    RunDir.claim(config).release()
+    RunDir.check(other)
+    (tmp_path / "run" / "losses.csv").write_text("step,epoch,loss\n1,1,0.5\n")
+    with pytest.raises(
+        RunDirError, match="1 steps with snapshot=memory; snapshot=nfs cannot go on from them: give snap"
+    ):
+        RunDir.claim(other)
+    other.resume = "never"
+    RunDir.claim(other, anew=True).release()
+
+
 def test_free_settings_do_not_make_another_run():
     assert differences({"resume": "auto", "seed": 1}, {"resume": "must", "seed": 1}) == []
     assert differences({"a": {"b": 1}}, {"a": {"b": 2}}) == ["a.b: 1 -> 2"]

@@ -278,7 +278,7 @@ class Agent:
         self._claim_term(request)
         stuck = self._earlier_trainer(limits.reap_s)
         if stuck is None:
-            self._clear_arena(request.resume)
+            self._clear_arena(request)
         # From here on there is a job: nothing above may fail any more.
         self.request = request
         # Trainers of a launch whose agent died are no first generation: they may find its work complete.
@@ -311,12 +311,11 @@ class Agent:
             "started", term=self.term, pid=os.getpid(), arena=os.fspath(self.arena), command=request.command
         )
 
-    def _clear_arena(self, resume: str) -> None:
+    def _clear_arena(self, request: messages.Register) -> None:
         """Remove snapshots that this job must not go on from. No trainer of an earlier term lives."""
         run = home.run_id(self.run_dir)
-        reason = "resume=never" if resume == "never" else ""
-        if resume == "auto" and not home.belongs_to(self.arena, run):
-            reason = "they are of a run directory that was removed"  # its first start must not go on in the middle
+        several = request.place.local_world_size < request.place.world_size
+        reason = home.why_forget(self.arena, run, request.resume, several)
         if reason and home.snapshot_files(self.arena):
             _, size_bytes = home.remove_snapshots(self.arena)
             self.journal.log("snapshots_removed", bytes=size_bytes, reason=reason)
@@ -385,6 +384,8 @@ class Agent:
         dropped = (0, 0)
         if not outcome.keep:
             dropped = home.remove_snapshots(self.arena)
+        elif home.holds_nothing(self.arena):  # of a start that failed before its first snapshot
+            home.remove_snapshots(self.arena)
         kept = len(home.snapshot_files(self.arena))
         failure = outcome.failure
         self.journal.log(

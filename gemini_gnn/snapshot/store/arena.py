@@ -354,14 +354,27 @@ def tensor_pieces(manifest: Manifest, raw: memoryview) -> list[memoryview]:
 
 
 def slots(folder: Path) -> list[SlotFile]:
-    """Every slot file of an arena, open; close them."""
-    found = []
-    for path in sorted(folder.glob("*.*")):
+    """Every slot file of an arena, open; close them. What vanishes meanwhile is left out: its job has just ended."""
+    found: list[SlotFile] = []
+    for path in list_folder(folder):
         shard, _, slot = path.name.rpartition(".")
         if slot.isdigit() and path.is_file():  # not an agent's socket
-            with suppress(FileNotFoundError):  # its job has just ended
+            try:
                 found.append(SlotFile(folder, shard, int(slot)))
+            except SnapshotError:
+                if path.exists():
+                    for file in found:
+                        file.close()
+                    raise
     return found
+
+
+def list_folder(folder: Path) -> list[Path]:
+    """What is in it, by name; nothing where it is gone."""
+    try:
+        return sorted(folder.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def remove(folder: Path) -> None:

@@ -16,6 +16,7 @@ from gemini_gnn.snapshot.store.format import SlotState
 from gemini_gnn.snapshot.store.identity import Identity
 
 OWN_SLOTS = 3  # one recoverable, one being written, one being sent or restored from
+MOST_LACKING = 8  # shards named in a message
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,11 @@ def committed(slots: Iterable[SlotView]) -> dict[str, set[Identity]]:
     return found
 
 
-def usable(slots: Iterable[SlotView], needed: Collection[str]) -> set[Identity]:
-    """Identities under which every shard in ``needed`` is committed: what a rank could be restored from."""
-    found = committed(slots)
-    sets = [found.get(shard, set()) for shard in needed]
-    return set.intersection(*sets) if sets else set()
-
-
 def restorable(ranks: Sequence[Collection[Identity]], refused: Collection[Identity] = ()) -> Identity | None:
     """The newest identity that every rank can be restored from, or None.
 
     Args:
-        ranks: per rank of the job, :func:`usable`.
+        ranks: per rank of the job, :meth:`Holding.usable`.
         refused: identities whose bytes turned out damaged on some rank.
     """
     if not ranks:
@@ -100,12 +94,67 @@ def newer(slots: Iterable[SlotView], identity: Identity | None) -> list[SlotView
     ]
 
 
-def explain(ranks: Mapping[int, Collection[Identity]]) -> str:
-    """Why nothing is restorable, for a log line."""
-    without = [rank for rank, found in sorted(ranks.items()) if not found]
-    has = "; ".join(
-        f"rank {rank}: {', '.join(str(i) for i in sorted(found))}" for rank, found in sorted(ranks.items()) if found
-    )
-    if without:
-        return f"no committed snapshot in memory for ranks {without}" + (f"; there is {has}" if has else "")
-    return f"the ranks hold no snapshot in common: {has}"
+@dataclass(frozen=True)
+class Holding:
+    """One rank's view before anything is restored.
+
+    Attributes:
+        machine: on which the rank runs; ranks of one machine say the same, ranks of two machines never.
+        needed: shards the rank must be restored from.
+        held: identities under which each shard is committed in that machine's memory, whoever needs it.
+    """
+
+    machine: str
+    needed: tuple[str, ...]
+    held: Mapping[str, Collection[Identity]]
+
+    def usable(self) -> set[Identity]:
+        """Identities this rank could be restored from."""
+        return set.intersection(*(set(self.held.get(shard, ())) for shard in self.needed))
+
+    def lacks(self, identity: Identity) -> list[str]:
+        """The needed shards that are not in this machine's memory under ``identity``."""
+        return [shard for shard in self.needed if identity not in self.held.get(shard, ())]
+
+
+def steps_in_memory(ranks: Sequence[Holding]) -> int:
+    """The newest step of any snapshot on any machine."""
+    return max((i.step for rank in ranks for found in rank.held.values() for i in found), default=0)
+
+
+def explain(ranks: Sequence[Holding]) -> str:
+    """Why the ranks have no snapshot in common, where what they lack lies, and which order of hosts would mend it."""
+    every = sorted({i for rank in ranks for found in rank.held.values() for i in found}, reverse=True)
+    if not every:
+        return "the memory of this job's machines holds no snapshot (it is lost when a machine restarts or is replaced)"
+    orders = [(identity, order) for identity in every if (order := order_of_hosts(ranks, identity))]
+    identity, order = orders[0] if orders else (every[0], [])
+    lacking = [
+        f"rank {r} on {rank.machine} lacks {shard}, which is on {_holders(ranks, shard, identity)}"
+        for r, rank in enumerate(ranks)
+        for shard in rank.lacks(identity)
+    ]
+    more = f"; and {len(lacking) - MOST_LACKING} more" if len(lacking) > MOST_LACKING else ""
+    words = f"of snapshot {identity} {'; '.join(lacking[:MOST_LACKING])}{more}"
+    return words + (f". Start with the hosts in the order {', '.join(order)}: it fits that snapshot" if order else "")
+
+
+def order_of_hosts(ranks: Sequence[Holding], identity: Identity) -> list[str]:
+    """The order of machines in which every rank finds its shards of ``identity``; empty where there is none.
+
+    Ranks are numbered machine by machine, equally many on each: the k-th machine must hold what the k-th group of ranks needs.
+    """
+    here = list(dict.fromkeys(rank.machine for rank in ranks))
+    held = {rank.machine: rank.held for rank in ranks}
+    size = len(ranks) // len(here)
+    order: list[str] = []
+    for first in range(0, len(ranks), size):
+        needed = {shard for rank in ranks[first : first + size] for shard in rank.needed}
+        fits = [m for m in here if m not in order and all(identity in held[m].get(shard, ()) for shard in needed)]
+        order += fits[:1]
+    return order if len(order) == len(here) else []
+
+
+def _holders(ranks: Sequence[Holding], shard: str, identity: Identity) -> str:
+    machines = dict.fromkeys(rank.machine for rank in ranks if identity in rank.held.get(shard, ()))
+    return " and ".join(machines) or "no machine of this job"

@@ -35,7 +35,7 @@ def arenas(root: str | Path, job: str | None = None) -> list[Path]:
         SnapshotError: there is none of that name.
     """
     home = arena.home(root)
-    found = sorted(p for p in home.iterdir() if p.is_dir() and not p.is_symlink()) if home.is_dir() else []
+    found = [p for p in arena.list_folder(home) if p.is_dir() and not p.is_symlink()]
     if job is None:
         return found
     if home / job not in found:

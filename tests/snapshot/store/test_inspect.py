@@ -1,6 +1,7 @@
 """launch/inspect_snapshots.py: what lies here, and sweeping the dead."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,23 @@ def test_damage_and_writing_are_shown(jobs):
     lines = [line for line in inspect.inspect(root, "dead", checksum=False) if line.shard == "rank-00000"]
     assert sorted(line.state for line in lines) == ["committed", "void", "void"]
     assert {line.check for line in lines} == {"not read", "-", "no header"}
+
+
+@pytest.mark.parametrize("what", ["a slot", "the folder", "all folders"])
+def test_a_job_that_ends_between_listing_and_opening_is_no_error(jobs, monkeypatch, what):
+    root, dead, _ = jobs
+    victim = {"a slot": dead / "replicated.0", "the folder": dead, "all folders": dead.parent}[what]
+    opened = arena.SlotFile.__init__
+
+    def vanishes_first(file, folder, shard, slot, create=False):
+        if folder == dead and victim.exists() and shard == "replicated":
+            shutil.rmtree(victim) if victim.is_dir() else victim.unlink()
+        opened(file, folder, shard, slot, create)
+
+    monkeypatch.setattr(arena.SlotFile, "__init__", vanishes_first)
+    slots = [(line.shard, line.slot) for line in inspect.inspect(root) if line.job == "dead"]
+    assert len(slots) == (5 if what == "a slot" else 3) and ("replicated", 0) not in slots
+    assert not victim.exists()
 
 
 def test_a_job_that_is_not_here_is_said(jobs):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot.state import generators, tree
 from gemini_gnn.snapshot.store import catalog, format
-from gemini_gnn.snapshot.store.catalog import SlotView
+from gemini_gnn.snapshot.store.catalog import Holding, SlotView
 from gemini_gnn.snapshot.store.format import Header, SlotState, TensorSpec
 from gemini_gnn.snapshot.store.identity import Identity, parse
 
@@ -224,6 +224,10 @@ def test_a_free_slot_is_taken_before_an_old_snapshot_and_the_recoverable_one_nev
     assert catalog.writable(pinned, Identity(1, 1, 5)) == 2
 
 
+def usable(slots, *needed):
+    return Holding("h0", needed, catalog.committed(slots)).usable()
+
+
 class Twin:
     """A job of several ranks on real slots, and beside it a list of who committed what, in which nothing is ever lost."""
 
@@ -260,7 +264,7 @@ class Twin:
             self.slots[rank][slot] = replace(self.slots[rank][slot], pinned=not self.slots[rank][slot].pinned)
 
     def crash(self):
-        found = [catalog.usable(s, ["s"]) for s in self.slots]
+        found = [usable(s, "s") for s in self.slots]
         identity = catalog.restorable(found)
         assert identity == self.recoverable()
         self.generation += 1
@@ -292,7 +296,7 @@ def test_what_is_restorable_is_always_the_newest_that_everybody_committed(ranks,
         if where and where[0] >= ranks:
             continue
         getattr(job, event)(*where)
-        found = [catalog.usable(s, ["s"]) for s in job.slots]
+        found = [usable(s, "s") for s in job.slots]
         assert catalog.restorable(found) == job.recoverable()
         for slots in job.slots:  # one identity, one slot
             names = [s.identity for s in slots if s.state is SlotState.COMMITTED]
@@ -306,7 +310,59 @@ def test_shards_are_combined_under_one_identity_only():
     assert catalog.restorable([{b}, {c}]) is None and catalog.restorable([]) is None
     assert catalog.restorable([{a, b}, {a, b}], refused={b}) == a
     views = [SlotView("own", 0, SlotState.COMMITTED, b), SlotView("replicated", 0, SlotState.COMMITTED, a)]
-    assert catalog.usable(views, ["own", "replicated"]) == set() and catalog.usable(views, ["own"]) == {b}
-    assert catalog.usable(views, ["own", "absent"]) == set()
-    assert "ranks [1]" in catalog.explain({0: {a}, 1: set()})
-    assert "rank 0: 1-1-2; rank 1: 1-2-1" in catalog.explain({0: {b}, 1: {c}})
+    assert usable(views, "own", "replicated") == set() and usable(views, "own") == {b}
+    assert usable(views, "own", "absent") == set()
+
+
+def holdings(*machines, slots=1):
+    """``slots`` ranks on each machine: its name, and what it holds under which identities (besides "replicated")."""
+    return [
+        Holding(name, (f"rank-{machine * slots + slot:05d}", "replicated"), held)
+        for machine, (name, held) in enumerate(machines)
+        for slot in range(slots)
+    ]
+
+
+def test_ranks_on_other_machines_than_their_shards_are_told_the_order_that_fits():
+    old, new = Identity(1, 1, 61), Identity(1, 1, 62)
+    a = {"rank-00000": {old, new}, "replicated": {old, new}}
+    b = {"rank-00001": {new}, "replicated": {new}}
+    swapped = holdings(("h1", b), ("h0", a))
+    assert catalog.restorable([rank.usable() for rank in swapped]) is None
+    assert catalog.steps_in_memory(swapped) == 62
+    assert catalog.explain(swapped) == (
+        "of snapshot 1-1-62 rank 0 on h1 lacks rank-00000, which is on h0; rank 1 on h0 lacks rank-00001, which is on h1. "
+        "Start with the hosts in the order h0, h1: it fits that snapshot"
+    )
+    right = holdings(("h0", a), ("h1", b))
+    assert catalog.restorable([rank.usable() for rank in right]) == new
+    assert catalog.order_of_hosts(right, new) == ["h0", "h1"]
+
+
+def test_a_replaced_machine_is_named_and_no_order_is_made_up():
+    new = Identity(1, 1, 62)
+    replaced = holdings(("h0", {"rank-00000": {new}, "replicated": {new}}), ("h2", {}))
+    assert catalog.explain(replaced) == (
+        "of snapshot 1-1-62 rank 1 on h2 lacks rank-00001, which is on no machine of this job; "
+        "rank 1 on h2 lacks replicated, which is on h0"
+    )
+    gone = holdings(("h0", {}), ("h1", {"rank-00001": set()}))
+    assert catalog.steps_in_memory(gone) == 0 and "holds no snapshot" in catalog.explain(gone)
+    apart = holdings(("h0", {"rank-00000": {new}}), ("h1", {"rank-00001": {Identity(1, 2, 1)}}))
+    assert "of snapshot 1-2-1 rank 0 on h0 lacks rank-00000, which is on no machine of this job" in catalog.explain(
+        apart
+    )
+    assert "order" not in catalog.explain(apart)
+
+
+@given(st.permutations(range(4)), st.integers(1, 2))
+def test_any_order_of_hosts_finds_its_way_back(order, slots):
+    identity = Identity(1, 1, 5)
+    held = [
+        {"replicated": {identity}} | {f"rank-{host * slots + slot:05d}": {identity} for slot in range(slots)}
+        for host in range(4)
+    ]
+    started = holdings(*((f"h{host}", held[host]) for host in order), slots=slots)
+    assert catalog.order_of_hosts(started, identity) == ["h0", "h1", "h2", "h3"]
+    in_order = list(order) == [0, 1, 2, 3]
+    assert (catalog.restorable([rank.usable() for rank in started]) == identity) is in_order
