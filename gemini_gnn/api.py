@@ -217,7 +217,7 @@ def predict(run_dir: str | Path, data: Any) -> dict[str, np.ndarray]:
         RunDirError: no trained model there. DataError: the graph has another number of features.
     """
     from gemini_gnn.halo.exchange import HaloExchange
-    from gemini_gnn.sampling.in_edges import ReplicatedTopology
+    from gemini_gnn.sampling.in_edges import ReplicatedInEdges
     from gemini_gnn.sampling.sampler import NeighborSampler
     from gemini_gnn.training.evaluate import Evaluation
 
@@ -236,9 +236,9 @@ def predict(run_dir: str | Path, data: Any) -> dict[str, np.ndarray]:
         )
     exact = hasattr(model, "layers") and hasattr(model, "layer")
     n = graph.num_nodes
-    topology = ReplicatedTopology(graph.colptr, graph.row, np.arange(n), graph.edge_weight)
+    in_edges = ReplicatedInEdges(graph.colptr, graph.row, np.arange(n), graph.edge_weight)
     exchange = HaloExchange(None, np.array([0, n]), 0, chunk_bytes=32 << 20, timeout_s=60.0)
-    sampler = NeighborSampler(topology, [-1] if exact else [-1] * card["model"]["layers"], seed=0)
+    sampler = NeighborSampler(in_edges, [-1] if exact else [-1] * card["model"]["layers"], seed=0)
     evaluation = Evaluation(sampler, exchange, graph.x, 0, n, n, 8192, torch.device("cpu"), exact)
     logits = evaluation.logits(model).numpy()
     found = {"logits": logits}

@@ -1,4 +1,4 @@
-"""What a run tells: losses.csv, metrics.csv, TensorBoard, W&B, the best model and result.json. Rank 0 writes."""
+"""What a run tells: losses.csv, metrics.jsonl, TensorBoard, W&B, the best model and result.json. Rank 0 writes."""
 
 from __future__ import annotations
 
