@@ -4,6 +4,7 @@ import copy
 import errno
 import os
 import sys
+import types
 from pathlib import Path
 
 import networkx
@@ -130,6 +131,26 @@ def test_a_model_may_be_read_by_whoever_may_read_its_run(tmp_path, monkeypatch, 
         exit_with(lambda _: gemini_gnn.load(tmp_path / "run"))
     said = capsys.readouterr().err
     assert said.startswith(f"error: {weights}: you have no permission") and said.count("\n") == 1
+
+
+class NotLoggedIn(types.ModuleType):
+    """The package wandb, of somebody without a key."""
+
+    class Error(Exception):
+        pass
+
+    def init(self, **_):
+        raise self.Error("No API key configured.")
+
+
+@pytest.mark.parametrize(
+    "wandb, said", [(None, "pip install wandb"), (NotLoggedIn("wandb"), "No API key.*`wandb login`")]
+)
+def test_wandb_that_cannot_be_used_is_said_before_training(tmp_path, monkeypatch, wandb, said):
+    monkeypatch.setitem(sys.modules, "wandb", wandb)  # None: as if it were not installed
+    with pytest.raises(ConfigError, match=f"logger.wandb=true: expected .*{said}"):
+        gemini_gnn.train(data(), tmp_path / "run", {**SETTINGS, "logger.wandb": True})
+    assert not (tmp_path / "run" / "losses.csv").exists()
 
 
 def test_a_damaged_partition_is_refused_before_it_is_sampled(tmp_path):
