@@ -15,7 +15,7 @@ from torch_geometric.data import Data
 
 import gemini_gnn
 from gemini_gnn.api import settings_to_config
-from gemini_gnn.compose import exit_with
+from gemini_gnn.compose import compose, exit_with
 from gemini_gnn.errors import ConfigError, DataError, PartitionError, RunDirError
 from gemini_gnn.graph.partition.folder import PartitionedGraph
 
@@ -90,6 +90,21 @@ def test_nested_settings_are_put_over_the_others():
     assert (config.snapshot.mode, config.snapshot.every, config.model.kwargs) == ("none", 3, {"a": {"b": 1}})
     with pytest.raises(ConfigError, match="seed"):
         settings_to_config({"seed.x": 1})
+
+
+def test_groups_are_named_as_on_the_command_line(tmp_path):
+    settings = {"model.heads": 2, "model": "gat", "snapshot": "nfs", "training": "bf16", "experiment": "exactness"}
+    config = settings_to_config(settings)
+    assert config == compose(["dataset=partitioned", *(f"{name}={value}" for name, value in settings.items())])
+    assert (config.model.name, config.model.heads, config.snapshot.mode) == ("gat", 2, "nfs")
+    with pytest.raises(ConfigError, match="model: expected one of gat, gcn, sage; got 'gta'.*did you mean gat"):
+        settings_to_config({"model": "gta"})
+    with pytest.raises(ConfigError, match="dataset=cora: the data is given from Python"):
+        gemini_gnn.train(data(), tmp_path / "run", {**SETTINGS, "dataset": "cora"})
+    nfs = {"snapshot": "nfs", "snapshot.nfs_every": 1}
+    result = gemini_gnn.train(data(), tmp_path / "run", {**SETTINGS, "model": "gat", **nfs})
+    assert (result["config"]["model"]["name"], result["config"]["snapshot"]["mode"]) == ("gat", "nfs")
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def test_predictions_read_the_data_as_the_training_did(tmp_path):
