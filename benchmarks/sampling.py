@@ -26,7 +26,7 @@ import torch
 from common import in_turns, machine, median, write
 
 from gemini_gnn.graph.graph import from_edges
-from gemini_gnn.sampling.in_edges import ReplicatedTopology
+from gemini_gnn.sampling.in_edges import ReplicatedInEdges
 from gemini_gnn.sampling.sampler import NeighborSampler, transposed
 
 FANOUTS, SEEDS = [15, 10, 5], 1024
@@ -114,9 +114,9 @@ def measure(name: str, colptr, row, batches: int, with_networkx: bool, clock) ->
     rng = np.random.default_rng(1)
     seeds = [rng.choice(nodes, SEEDS, replace=False) for _ in range(batches)]
 
-    topology = ReplicatedTopology(colptr, row, np.arange(nodes))
+    in_edges = ReplicatedInEdges(colptr, row, np.arange(nodes))
     began = time.perf_counter()
-    sampler = NeighborSampler(topology, FANOUTS, seed=0)
+    sampler = NeighborSampler(in_edges, FANOUTS, seed=0)
     made_s = time.perf_counter() - began
     began = time.perf_counter()
     sampler.sample(seeds[0], 0, 0)
@@ -190,7 +190,7 @@ def measure(name: str, colptr, row, batches: int, with_networkx: bool, clock) ->
         for block in batch.blocks:
             transposed(block.indptr, block.indices, block.num_src)
         middle = clock()
-        topology.degrees(batch.input_nodes)
+        in_edges.degrees(batch.input_nodes)
         shares["transposes"].append(middle - began)
         shares["degrees"].append(clock() - middle)
     shares_of_batch = {k: median(v) / contenders_result["blocks"]["batch_s"] for k, v in shares.items()}

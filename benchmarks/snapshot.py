@@ -321,7 +321,7 @@ def loss_rank(rank: int, world: int, folder: str, job: str, arguments) -> None:
     from gemini_gnn.config import Config, ModelConfig
     from gemini_gnn.models.build import build_model
     from gemini_gnn.models.tensors import to_tensors
-    from gemini_gnn.sampling.in_edges import ReplicatedTopology
+    from gemini_gnn.sampling.in_edges import ReplicatedInEdges
     from gemini_gnn.sampling.sampler import NeighborSampler
     from gemini_gnn.training.engine import build_engine
 
@@ -336,7 +336,7 @@ def loss_rank(rank: int, world: int, folder: str, job: str, arguments) -> None:
     colptr, row = skewed_graph(arguments.nodes, arguments.edges)
     nodes = len(colptr) - 1
     x, y = torch.randn(nodes, FEATURES, device=device), torch.randint(CLASSES, (nodes,), device=device)
-    sampler = NeighborSampler(ReplicatedTopology(colptr, row, np.arange(nodes)), FANOUTS, seed=0)
+    sampler = NeighborSampler(ReplicatedInEdges(colptr, row, np.arange(nodes)), FANOUTS, seed=0)
     rng = np.random.default_rng(rank)
     settings = ModelConfig(name="sage", hidden=HIDDEN, layers=LAYERS, dropout=0.0)
     config = Config()

@@ -55,10 +55,10 @@ def our_step(colptr, row, x, y, seeds, clock):
     from gemini_gnn.halo.rows import copy_rows, empty_rows
     from gemini_gnn.models.build import build_model
     from gemini_gnn.models.tensors import to_tensors
-    from gemini_gnn.sampling.in_edges import ReplicatedTopology
+    from gemini_gnn.sampling.in_edges import ReplicatedInEdges
     from gemini_gnn.sampling.sampler import NeighborSampler
 
-    sampler = NeighborSampler(ReplicatedTopology(colptr, row, np.arange(len(colptr) - 1)), FANOUTS, seed=0)
+    sampler = NeighborSampler(ReplicatedInEdges(colptr, row, np.arange(len(colptr) - 1)), FANOUTS, seed=0)
     model = build_model(ModelConfig(name="sage", hidden=HIDDEN, layers=LAYERS, dropout=0.0), FEATURES, CLASSES, seed=0)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 

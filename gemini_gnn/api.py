@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemini_gnn.compose import compose, groups
 from gemini_gnn.config import Config, DatasetConfig, ModelConfig, from_mapping, to_mapping
 from gemini_gnn.errors import ConfigError, DataError, RunDirError
 from gemini_gnn.graph import datasets
@@ -109,8 +110,8 @@ def train(data: Any, run_dir: str | Path, settings: Mapping[str, Any] | None = N
     Args:
         data: what :func:`as_graph` takes, or a :class:`PartitionedGraph` of one part.
         run_dir: a folder for everything the run leaves; the partitioned graph goes there too.
-        settings: as on the command line, e.g. ``{"training.epochs": 5, "sampling.fanouts": [10, 5]}``; of ``dataset.*``
-            what :func:`as_graph` takes.
+        settings: as on the command line, e.g. ``{"model": "gat", "training.epochs": 5, "sampling.fanouts": [10, 5]}``; of
+            ``dataset.*`` what :func:`as_graph` takes. Without any about snapshots none are taken.
 
     Raises:
         GeminiError: settings or data that cannot be trained on.
@@ -125,10 +126,14 @@ def train(data: Any, run_dir: str | Path, settings: Mapping[str, Any] | None = N
         )
     ours = isinstance(data, PartitionedGraph)
     folder = data.folder if ours else run_dir / "partition"
+    given = dict(settings or {})
+    if isinstance(given.get("dataset"), str):
+        raise ConfigError(f"dataset={given['dataset']}: the data is given from Python; leave it out")
+    if not isinstance(given.get("snapshot"), str):
+        given = {"snapshot.mode": "none", **given}
     config = settings_to_config(
         {
-            "snapshot.mode": "none",
-            **(settings or {}),
+            **given,
             "run_dir": str(run_dir),
             "dataset.name": "partitioned",
             "partition.folder": str(folder),
@@ -158,11 +163,18 @@ def train(data: Any, run_dir: str | Path, settings: Mapping[str, Any] | None = N
 def settings_to_config(settings: Mapping[str, Any]) -> Config:
     """A Config from settings, dotted or nested: ``{"model.hidden": 64, "model": {"layers": 2}}``; the rest keeps its default.
 
+    A group by name, ``{"model": "gat"}``, stands below the other settings, wherever it is, as on the command line.
+
     Raises:
-        ConfigError: as :func:`from_mapping`.
+        ConfigError: as :func:`compose` and :func:`from_mapping`.
     """
-    nested = to_mapping(Config())
+    named = {name: value for name, value in settings.items() if isinstance(value, str) and name in groups()}
+    # dataset=partitioned, as the default data set changes settings of other groups
+    words = [f"{name}={value}" for name, value in {"dataset": "partitioned", **named}.items()]
+    nested = to_mapping(compose(words) if named else Config())
     for name, value in settings.items():
+        if name in named:
+            continue
         for key in reversed(name.split(".")):
             value = {key: value}
         _merge(nested, value)
@@ -218,7 +230,7 @@ def predict(run_dir: str | Path, data: Any) -> dict[str, np.ndarray]:
         RunDirError: no trained model there. DataError: the graph has another number of features.
     """
     from gemini_gnn.halo.exchange import HaloExchange
-    from gemini_gnn.sampling.in_edges import ReplicatedTopology
+    from gemini_gnn.sampling.in_edges import ReplicatedInEdges
     from gemini_gnn.sampling.sampler import NeighborSampler
     from gemini_gnn.training.evaluate import Evaluation
 
@@ -237,9 +249,9 @@ def predict(run_dir: str | Path, data: Any) -> dict[str, np.ndarray]:
         )
     exact = hasattr(model, "layers") and hasattr(model, "layer")
     n = graph.num_nodes
-    topology = ReplicatedTopology(graph.colptr, graph.row, np.arange(n), graph.edge_weight)
+    in_edges = ReplicatedInEdges(graph.colptr, graph.row, np.arange(n), graph.edge_weight)
     exchange = HaloExchange(None, np.array([0, n]), 0, chunk_bytes=32 << 20, timeout_s=60.0)
-    sampler = NeighborSampler(topology, [-1] if exact else [-1] * card["model"]["layers"], seed=0)
+    sampler = NeighborSampler(in_edges, [-1] if exact else [-1] * card["model"]["layers"], seed=0)
     evaluation = Evaluation(sampler, exchange, graph.x, 0, n, n, 8192, torch.device("cpu"), exact)
     logits = evaluation.logits(model).numpy()
     found = {"logits": logits}

@@ -5,6 +5,7 @@ import errno
 import os
 import re
 import sys
+import types
 from pathlib import Path
 
 import networkx
@@ -17,7 +18,7 @@ from torch_geometric.datasets import FakeDataset
 
 import gemini_gnn
 from gemini_gnn.api import settings_to_config
-from gemini_gnn.compose import exit_with
+from gemini_gnn.compose import compose, exit_with
 from gemini_gnn.errors import ConfigError, DataError, PartitionError, RunDirError
 from gemini_gnn.graph.partition.folder import PartitionedGraph
 
@@ -94,6 +95,21 @@ def test_nested_settings_are_put_over_the_others():
         settings_to_config({"seed.x": 1})
 
 
+def test_groups_are_named_as_on_the_command_line(tmp_path):
+    settings = {"model.heads": 2, "model": "gat", "snapshot": "nfs", "training": "bf16", "experiment": "exactness"}
+    config = settings_to_config(settings)
+    assert config == compose(["dataset=partitioned", *(f"{name}={value}" for name, value in settings.items())])
+    assert (config.model.name, config.model.heads, config.snapshot.mode) == ("gat", 2, "nfs")
+    with pytest.raises(ConfigError, match="model: expected one of gat, gcn, sage; got 'gta'.*did you mean gat"):
+        settings_to_config({"model": "gta"})
+    with pytest.raises(ConfigError, match="dataset=cora: the data is given from Python"):
+        gemini_gnn.train(data(), tmp_path / "run", {**SETTINGS, "dataset": "cora"})
+    nfs = {"snapshot": "nfs", "snapshot.nfs_every": 1}
+    result = gemini_gnn.train(data(), tmp_path / "run", {**SETTINGS, "model": "gat", **nfs})
+    assert (result["config"]["model"]["name"], result["config"]["snapshot"]["mode"]) == ("gat", "nfs")
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 def test_predictions_read_the_data_as_the_training_did(tmp_path):
     reading = {"dataset.normalize": "l2", "dataset.undirected": True, "dataset.split": "random:0.5,0.3,0.2"}
     gemini_gnn.train(data(), tmp_path / "run", {**SETTINGS, **reading})
@@ -133,6 +149,26 @@ def test_a_model_may_be_read_by_whoever_may_read_its_run(tmp_path, monkeypatch, 
         exit_with(lambda _: gemini_gnn.load(tmp_path / "run"))
     said = capsys.readouterr().err
     assert said.startswith(f"error: {weights}: you have no permission") and said.count("\n") == 1
+
+
+class NotLoggedIn(types.ModuleType):
+    """The package wandb, of somebody without a key."""
+
+    class Error(Exception):
+        pass
+
+    def init(self, **_):
+        raise self.Error("No API key configured.")
+
+
+@pytest.mark.parametrize(
+    "wandb, said", [(None, "pip install wandb"), (NotLoggedIn("wandb"), "No API key.*`wandb login`")]
+)
+def test_wandb_that_cannot_be_used_is_said_before_training(tmp_path, monkeypatch, wandb, said):
+    monkeypatch.setitem(sys.modules, "wandb", wandb)  # None: as if it were not installed
+    with pytest.raises(ConfigError, match=f"logger.wandb=true: expected .*{said}"):
+        gemini_gnn.train(data(), tmp_path / "run", {**SETTINGS, "logger.wandb": True})
+    assert not (tmp_path / "run" / "losses.csv").exists()
 
 
 def test_a_damaged_partition_is_refused_before_it_is_sampled(tmp_path):

@@ -42,8 +42,8 @@ class Drawn(NamedTuple):
     weight: np.ndarray | None
 
 
-class Topology(Protocol):
-    """What :class:`~gemini_gnn.sampling.sampler.NeighborSampler` asks of a graph."""
+class InEdges(Protocol):
+    """Where the in-edges of a node come from: all that a :class:`NeighborSampler` asks of a graph."""
 
     num_nodes: int
     weighted: bool
@@ -55,8 +55,8 @@ class Topology(Protocol):
         """int64 in-degrees in the whole graph."""
 
 
-class ReplicatedTopology:
-    """The whole graph, usually as memory-mapped files shared by the ranks of a machine.
+class ReplicatedInEdges:
+    """All in-edges of the graph, usually as memory-mapped files shared by the ranks of a machine.
 
     Args:
         colptr: int64 ``[nodes + 1]``; row: int32/int64 ``[edges]``: CSC of in-edges, in canonical order.

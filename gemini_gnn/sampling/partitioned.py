@@ -1,7 +1,7 @@
 """Sampling a graph of which this rank holds only its own part's in-edges: hops cross the border by collective exchange.
 
 Protocol of a batch, the same on every rank: one ``ask`` per hop ("draw in-edges of these nodes", each node asked of the
-rank that owns it, which draws with the kernels and random streams of the replicated topology, hence the same edges), and
+rank that owns it, which draws with the kernels and random streams of ReplicatedInEdges, hence the same edges), and
 one last ``ask`` for the in-degrees of the batch's nodes. A rank without seeds takes part with empty questions. What a
 failing rank or a lost message does is the exchange's business: it raises on every rank.
 """
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gemini_gnn.errors import PartitionError
-from gemini_gnn.sampling.in_edges import Drawn, ReplicatedTopology, Scratch
+from gemini_gnn.sampling.in_edges import Drawn, ReplicatedInEdges, Scratch
 
 Answer = Callable[[np.ndarray], tuple[np.ndarray, list[np.ndarray]]]
 
@@ -28,8 +28,8 @@ class Exchange(Protocol):
         """Answers of variable length from the owners of ``ids``: ``(counts [ids], columns in the order of ids)``."""
 
 
-class PartitionedTopology:
-    """One part of the graph, and an exchange with the ranks that hold the others.
+class PartitionedInEdges:
+    """The in-edges of one part, and an exchange with the ranks that hold those of the others.
 
     Args:
         colptr: int64 ``[owned + 1]``, a slice of the graph's (it need not start at 0).
@@ -60,14 +60,14 @@ class PartitionedTopology:
             raise PartitionError(
                 f"part {part}: expected the {end - self.begin} nodes that its bounds name; got {len(colptr) - 1}"
             )
-        self.own = ReplicatedTopology(np.asarray(colptr) - colptr[0], row, original, edge_weight)
+        self.own = ReplicatedInEdges(np.asarray(colptr) - colptr[0], row, original, edge_weight)
         self.weighted = self.own.weighted
         self.exchange = exchange
         self._kinds: list[Any] = [np.int64, np.float32] if self.weighted else [np.int64]
         self._scratch = Scratch()  # for answers: the caller's scratch holds its questions
 
     def draw(self, nodes: np.ndarray, base: np.uint64, fanout: int, by_weight: bool, scratch: Scratch) -> Drawn:
-        """As :meth:`ReplicatedTopology.draw`. Collective."""
+        """As :meth:`ReplicatedInEdges.draw`. Collective."""
 
         def answer(asked: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
             drawn = self.own.draw(asked - self.begin, base, fanout, by_weight, self._scratch)

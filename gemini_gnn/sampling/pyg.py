@@ -17,7 +17,7 @@ from torch_geometric.sampler import BaseSampler, EdgeSamplerInput, NodeSamplerIn
 from gemini_gnn import hashing
 from gemini_gnn.errors import DataError
 from gemini_gnn.sampling import kernels
-from gemini_gnn.sampling.in_edges import ReplicatedTopology, Scratch
+from gemini_gnn.sampling.in_edges import ReplicatedInEdges, Scratch
 from gemini_gnn.sampling.sampler import check_fanouts, check_nodes, room_for
 
 
@@ -75,24 +75,24 @@ class PyGSampler(BaseSampler):
             edge_weight = edge_weight[self._edge]
         self.fanouts = list(fanouts)
         self.seed = seed
-        self._topology = ReplicatedTopology(colptr, source[self._edge].astype(width), np.arange(num_nodes), edge_weight)
+        self._in_edges = ReplicatedInEdges(colptr, source[self._edge].astype(width), np.arange(num_nodes), edge_weight)
         self._scratch = Scratch()
         self._slot = np.zeros(num_nodes, dtype=np.int32)
         self._drawn = 0  # batches so far
-        kernels.warm_up(self._topology.weighted)
+        kernels.warm_up(self._in_edges.weighted)
 
     def sample_from_nodes(self, index: NodeSamplerInput, **kwargs) -> SamplerOutput:
         """The subgraph around ``index.node``; ``edge`` are positions in the data's ``edge_index``."""
         if index.time is not None:
             raise NotImplementedError("PyGSampler does not look at timestamps; leave out input_time")
         seeds = np.ascontiguousarray(index.node.cpu().numpy(), dtype=np.int64)
-        check_nodes(seeds, self._topology.num_nodes)
+        check_nodes(seeds, self._in_edges.num_nodes)
         worker = torch.utils.data.get_worker_info()
         content = np.bitwise_xor.reduce(hashing.splitmix64(seeds.astype(np.uint64)), initial=np.uint64(0))
         batch = (self.seed, worker.seed if worker else 0, self._drawn, int(content))
         self._drawn += 1
 
-        topology, scratch, slot = self._topology, self._scratch, self._slot
+        in_edges, scratch, slot = self._in_edges, self._scratch, self._slot
         nodes = scratch.array("nodes", len(seeds), np.int64)
         before, known = 0, len(seeds)
         node_counts, edge_counts, rows, cols, edges = [known], [], [], [], []
@@ -100,10 +100,10 @@ class PyGSampler(BaseSampler):
             kernels.place_seeds(seeds, slot, nodes)
             for hop, fanout in enumerate(self.fanouts, start=1):
                 base = hashing.stream(hashing.LOADER, *batch, hop)
-                by_weight = topology.weighted
-                indptr, positions, _ = topology.positions(nodes[before:known], base, fanout, by_weight, scratch)
+                by_weight = in_edges.weighted
+                indptr, positions, _ = in_edges.positions(nodes[before:known], base, fanout, by_weight, scratch)
                 neighbors = scratch.array("neighbors", len(positions), np.int64)
-                kernels.take(topology.row, positions, neighbors)
+                kernels.take(in_edges.row, positions, neighbors)
                 nodes = room_for(nodes, known, len(positions), scratch)
                 indices = np.empty(len(positions), dtype=np.int64)
                 cols.append(np.repeat(np.arange(before, known), np.diff(indptr)))

@@ -11,7 +11,7 @@ from gemini_gnn import hashing
 from gemini_gnn.errors import ConfigError, DataError
 from gemini_gnn.sampling import kernels
 from gemini_gnn.sampling.blocks import Batch, Block
-from gemini_gnn.sampling.in_edges import Scratch, Topology
+from gemini_gnn.sampling.in_edges import InEdges, Scratch
 
 
 class NeighborSampler:
@@ -22,11 +22,11 @@ class NeighborSampler:
     node's canonical neighbor list: neither the rank, nor the partition, nor the other seeds matter.
 
     It owns work arrays (4 bytes per node of the graph and some per edge of the largest batch): use one sampler from one
-    thread at a time, and a sampler per thread otherwise. The topology may be shared. Making one compiles the kernels
+    thread at a time, and a sampler per thread otherwise. ``in_edges`` may be shared. Making a sampler compiles the kernels
     (or loads them from disk), so the first batch costs what the others do.
 
     Args:
-        topology: :class:`ReplicatedTopology` or :class:`PartitionedTopology`. With the latter ``sample`` is collective:
+        in_edges: :class:`ReplicatedInEdges` or :class:`PartitionedInEdges`. With the latter ``sample`` is collective:
             every rank calls it with the same epoch and index, with or without seeds.
         fanouts: edges per node, hop 1 (next to the seeds) first; -1 = all.
         seed: of the draws.
@@ -37,20 +37,20 @@ class NeighborSampler:
         ConfigError: a fanout that is neither positive nor -1, or ``weighted`` without edge weights.
     """
 
-    def __init__(self, topology: Topology, fanouts: Sequence[int], seed: int, weighted: bool = False) -> None:
+    def __init__(self, in_edges: InEdges, fanouts: Sequence[int], seed: int, weighted: bool = False) -> None:
         check_fanouts(fanouts)
-        if weighted and not topology.weighted:
+        if weighted and not in_edges.weighted:
             raise ConfigError(
                 "sampling.weighted: expected a graph with edge weights; this one has none. "
                 "Give the edge list a third column, or set sampling.weighted=false"
             )
-        self.topology = topology
+        self.in_edges = in_edges
         self.fanouts = list(fanouts)
         self.seed = seed
         self.weighted = weighted
         self._scratch = Scratch()
-        self._slot = np.zeros(topology.num_nodes, dtype=np.int32)
-        kernels.warm_up(topology.weighted)
+        self._slot = np.zeros(in_edges.num_nodes, dtype=np.int32)
+        kernels.warm_up(in_edges.weighted)
 
     def sample(self, seeds: np.ndarray, epoch: int, index: int) -> Batch:
         """The batch of these seeds.
@@ -63,7 +63,7 @@ class NeighborSampler:
             DataError: a seed that is no node of the graph.
         """
         seeds = np.ascontiguousarray(seeds, dtype=np.int64)
-        check_nodes(seeds, self.topology.num_nodes)
+        check_nodes(seeds, self.in_edges.num_nodes)
         nodes = self._scratch.array("nodes", len(seeds), np.int64)
         known = len(seeds)
         hops = []  # nearest first: (num_dst, num_src, drawn, local ids of the sources)
@@ -71,7 +71,7 @@ class NeighborSampler:
             kernels.place_seeds(seeds, self._slot, nodes)
             for hop, fanout in enumerate(self.fanouts, start=1):
                 base = hashing.stream(hashing.DRAW, self.seed, epoch, index, hop)
-                drawn = self.topology.draw(nodes[:known], base, fanout, self.weighted, self._scratch)
+                drawn = self.in_edges.draw(nodes[:known], base, fanout, self.weighted, self._scratch)
                 nodes = room_for(nodes, known, len(drawn.neighbors), self._scratch)
                 num_dst, indices = known, np.empty(len(drawn.neighbors), dtype=np.int64)
                 known = kernels.relabel(drawn.neighbors, self._slot, nodes, known, indices)
@@ -79,7 +79,7 @@ class NeighborSampler:
         finally:
             kernels.forget(nodes[:known], self._slot)
         input_nodes = nodes[:known].copy()
-        degree = self.topology.degrees(input_nodes)  # of every block's nodes: they are prefixes of the input nodes
+        degree = self.in_edges.degrees(input_nodes)  # of every block's nodes: they are prefixes of the input nodes
         blocks = []
         for num_dst, num_src, drawn, indices in reversed(hops):
             indptr_t, indices_t, edge_t = transposed(drawn.indptr, indices, num_src)

@@ -22,8 +22,8 @@ from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.halo.exchange import HaloExchange
 from gemini_gnn.models.tensors import BlockTensors, moved, pinned, to_tensors
 from gemini_gnn.sampling.batches import BatchPlan
-from gemini_gnn.sampling.in_edges import ReplicatedTopology
-from gemini_gnn.sampling.partitioned import PartitionedTopology
+from gemini_gnn.sampling.in_edges import InEdges, ReplicatedInEdges
+from gemini_gnn.sampling.partitioned import PartitionedInEdges
 from gemini_gnn.sampling.sampler import NeighborSampler
 from gemini_gnn.training.groups import Groups
 
@@ -101,7 +101,7 @@ class BatchSource:
         self.exchange = make_exchange(graph, config, groups, groups.halo)
         self._partitioned = config.sampling.topology == "partitioned"
         self.sampler = NeighborSampler(
-            self.topology_for(self.exchange), config.sampling.fanouts, config.seed, config.sampling.weighted
+            self.in_edges_over(self.exchange), config.sampling.fanouts, config.seed, config.sampling.weighted
         )
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
         self.store = FeatureStore(
@@ -112,15 +112,15 @@ class BatchSource:
         self.accumulation = config.training.accumulation
         self.steps_per_epoch = -(-self.plan.batches_per_epoch // self.accumulation)
 
-    def topology_for(self, exchange: HaloExchange) -> Any:
-        """The graph to sample from; hops across the border of a partitioned one travel over ``exchange``."""
+    def in_edges_over(self, exchange: HaloExchange) -> InEdges:
+        """The in-edges to sample from; hops across the border of a partitioned one travel over ``exchange``."""
         graph = self.graph
         if self._partitioned:
             own = self.part
-            return PartitionedTopology(
+            return PartitionedInEdges(
                 own.colptr, own.row, own.original, graph.bounds, own.part, exchange, own.edge_weight
             )
-        return ReplicatedTopology(graph.colptr, graph.row, graph.original, graph.edge_weight)
+        return ReplicatedInEdges(graph.colptr, graph.row, graph.original, graph.edge_weight)
 
     def step_keys(self, step: int) -> list[Key]:
         epoch, within = divmod(step, self.steps_per_epoch)
@@ -131,7 +131,7 @@ class BatchSource:
         return sum(self.plan.global_count(key.epoch, key.index) for key in self.step_keys(step))
 
     def begin(self, key: Key) -> Begun:
-        """What needs no other rank when the topology is replicated: blocks, and the own rows of the features."""
+        """What needs no other rank when every rank maps all in-edges: blocks, and the own rows of the features."""
         began = time.perf_counter()
         batch = self.sampler.sample(self.plan.seeds(key.epoch, key.index, self.rank), key.epoch, key.index)
         sampled = time.perf_counter()

@@ -25,7 +25,7 @@ class Evaluation:
     Args:
         sampler: fanouts of evaluation, hop 1 first; ``[-1]`` for the exact layer-wise mode.
         x: float32 ``[owned, features]``, the features of nodes ``begin..end-1`` (new ids), maybe memory-mapped.
-        rounds_of: nodes of the largest part, by which all ranks take the same number of rounds.
+        largest_part: nodes of the largest part of any rank, by which all ranks take the same number of rounds.
     """
 
     def __init__(

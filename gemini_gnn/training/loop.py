@@ -199,7 +199,7 @@ def prepare(
     fanouts = [-1] if exact else config.evaluation.fanouts or [-1] * config.model.layers
     exchange = make_exchange(graph, config, groups, groups.evaluation)
     evaluation = Evaluation(
-        NeighborSampler(source.topology_for(exchange), fanouts, config.seed, config.sampling.weighted and not exact),
+        NeighborSampler(source.in_edges_over(exchange), fanouts, config.seed, config.sampling.weighted and not exact),
         exchange,
         source.part.x,
         source.part.begin,

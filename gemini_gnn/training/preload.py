@@ -18,15 +18,15 @@ from gemini_gnn.config import ModelConfig
 from gemini_gnn.halo.rows import copy_rows
 from gemini_gnn.models.build import build_model
 from gemini_gnn.models.tensors import to_tensors
-from gemini_gnn.sampling.in_edges import ReplicatedTopology
+from gemini_gnn.sampling.in_edges import ReplicatedInEdges
 from gemini_gnn.sampling.sampler import NeighborSampler
 
 
 def _warm_up() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    topology = ReplicatedTopology(np.array([0, 1, 2]), np.array([1, 0], dtype=np.int32), np.arange(2))
-    batch = NeighborSampler(topology, [1, 1], seed=0).sample(np.array([0]), 0, 0)
+    in_edges = ReplicatedInEdges(np.array([0, 1, 2]), np.array([1, 0], dtype=np.int32), np.arange(2))
+    batch = NeighborSampler(in_edges, [1, 1], seed=0).sample(np.array([0]), 0, 0)
     x = torch.zeros(2, 2)
     index = np.zeros(1, dtype=np.int64)
     copy_rows(x, index, torch.zeros(2, 2), index)

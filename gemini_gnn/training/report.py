@@ -1,4 +1,4 @@
-"""What a run tells: losses.csv, metrics.csv, TensorBoard, W&B, the best model and result.json. Rank 0 writes."""
+"""What a run tells: losses.csv, metrics.jsonl, TensorBoard, W&B, the best model and result.json. Rank 0 writes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from gemini_gnn.config import Config, to_mapping
+from gemini_gnn.errors import ConfigError
 from gemini_gnn.observe.run_directory import LossLog, RunDir, write_atomically
 from gemini_gnn.training.groups import Groups
 from gemini_gnn.training.state import RunState
@@ -40,6 +41,8 @@ class Report:
         """Bring the files to ``state``: rows beyond its step are dropped, rows lost with a machine are put back."""
         if self.run_dir is None or self._losses is None:
             return
+        if self.config.logger.wandb:
+            self._wandb = _start_wandb(self.config)
         self._losses.resume(state.step, state.losses)
         if state.losses:
             self._loss = state.losses[-1][2]
@@ -47,12 +50,6 @@ class Report:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self.run_dir.path / "tensorboard"), purge_step=state.step + 1)
-        if self.config.logger.wandb:
-            import wandb
-
-            self._wandb = wandb.init(
-                project=self.config.logger.wandb_project, dir=str(self.run_dir.path), config=to_mapping(self.config)
-            )
         rows = [row for row in _read_rows(self.run_dir.path / "metrics.jsonl") if row["epoch"] <= state.evaluated]
         write_atomically(self.run_dir.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -150,6 +147,29 @@ class Report:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _start_wandb(config: Config) -> Any:
+    """A run of W&B.
+
+    Raises:
+        ConfigError: the package is not here, or nobody is logged in.
+    """
+    try:
+        import wandb
+    except ModuleNotFoundError:
+        raise ConfigError(
+            "logger.wandb=true: expected the package wandb, which is not installed; type `pip install wandb`, "
+            "or leave logger.wandb out"
+        ) from None
+    try:
+        return wandb.init(project=config.logger.wandb_project, dir=config.run_dir, config=to_mapping(config))
+    except wandb.Error as error:
+        raise ConfigError(
+            f"logger.wandb=true: expected a run of W&B; got: {str(error).rstrip('.')}. Type `wandb login`, "
+            "or `export WANDB_MODE=offline`, "
+            "or leave logger.wandb out"
+        ) from None
 
 
 def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:

@@ -9,28 +9,28 @@ import pytest
 
 from gemini_gnn.errors import PartitionError
 from gemini_gnn.sampling.batches import BatchPlan
-from gemini_gnn.sampling.in_edges import ReplicatedTopology
-from gemini_gnn.sampling.partitioned import PartitionedTopology
+from gemini_gnn.sampling.in_edges import ReplicatedInEdges
+from gemini_gnn.sampling.partitioned import PartitionedInEdges
 from gemini_gnn.sampling.sampler import NeighborSampler
 from tests.ranks import run_ranks
-from tests.sampling.test_sampling import assert_same, random_edges, topology_of
+from tests.sampling.test_sampling import assert_same, in_edges_of, random_edges
 
 NODES = 120
 
 
-def whole_graph(weighted: bool) -> ReplicatedTopology:
+def whole_graph(weighted: bool) -> ReplicatedInEdges:
     edges = random_edges(NODES, 1500, seed=3)
     edges = edges[edges[:, 1] != 5]  # node 5 is isolated
     weight = np.random.default_rng(4).random(len(edges)).astype(np.float32) + 0.1 if weighted else None
-    return topology_of(edges, NODES, np.random.default_rng(2).permutation(NODES), weight)
+    return in_edges_of(edges, NODES, np.random.default_rng(2).permutation(NODES), weight)
 
 
-def part_of(whole: ReplicatedTopology, bounds: np.ndarray, part: int, exchange) -> PartitionedTopology:
+def part_of(whole: ReplicatedInEdges, bounds: np.ndarray, part: int, exchange) -> PartitionedInEdges:
     begin, end = bounds[part], bounds[part + 1]
     colptr = whole.colptr[begin : end + 1]
     edges = slice(colptr[0], colptr[-1])
     weight = None if whole.edge_weight is None else whole.edge_weight[edges]
-    return PartitionedTopology(
+    return PartitionedInEdges(
         colptr, whole.row[edges], whole.original[begin:end], bounds, part, exchange, edge_weight=weight
     )
 
@@ -56,7 +56,7 @@ def test_one_part_equals_replicated(weighted):
 def test_arrays_of_another_part_are_refused():
     whole = whole_graph(False)
     with pytest.raises(PartitionError, match="part 1: expected the 20 nodes"):
-        PartitionedTopology(whole.colptr, whole.row, whole.original, np.array([0, 100, NODES]), 1, Alone())
+        PartitionedInEdges(whole.colptr, whole.row, whole.original, np.array([0, 100, NODES]), 1, Alone())
 
 
 def sample_on_rank(rank: int, world: int, weighted: bool) -> int:
@@ -68,8 +68,8 @@ def sample_on_rank(rank: int, world: int, weighted: bool) -> int:
     bounds = np.array([0, 40, NODES] if world == 2 else [0, 70, 70, NODES])  # uneven; of three ranks one owns nothing
     exchange = HaloExchange(dist.new_group(backend="gloo"), bounds, rank, chunk_bytes=4096, timeout_s=30)
     samplers = [
-        NeighborSampler(topology, [4, 3, -1], 1, weighted)
-        for topology in (whole, part_of(whole, bounds, rank, exchange))
+        NeighborSampler(in_edges, [4, 3, -1], 1, weighted)
+        for in_edges in (whole, part_of(whole, bounds, rank, exchange))
     ]
     seeds = [np.arange(a, b, 3) for a, b in itertools.pairwise(bounds)]
     plan = BatchPlan(seeds, whole.original, 6, "global", seed=1)

@@ -20,13 +20,13 @@ from gemini_gnn.errors import ConfigError, DataError
 from gemini_gnn.graph.graph import from_edges
 from gemini_gnn.sampling import kernels
 from gemini_gnn.sampling.blocks import Batch, Block
-from gemini_gnn.sampling.in_edges import ReplicatedTopology
+from gemini_gnn.sampling.in_edges import ReplicatedInEdges
 from gemini_gnn.sampling.sampler import NeighborSampler
 
 MASK = (1 << 64) - 1
 
 
-def topology_of(edges, num_nodes, original=None, weight=None) -> ReplicatedTopology:
+def in_edges_of(edges, num_nodes, original=None, weight=None) -> ReplicatedInEdges:
     """In-edges of `edges` given in original ids, stored under new ids: new id i is node ``original[i]``."""
     original = np.arange(num_nodes) if original is None else np.asarray(original)
     new_id = np.argsort(original)
@@ -35,7 +35,7 @@ def topology_of(edges, num_nodes, original=None, weight=None) -> ReplicatedTopol
     columns = [np.arange(colptr[v], colptr[v + 1]) for v in original]
     order = np.concatenate([np.empty(0, np.int64), *columns])
     new_colptr = np.concatenate([[0], np.cumsum([len(c) for c in columns])]).astype(np.int64)
-    return ReplicatedTopology(
+    return ReplicatedInEdges(
         new_colptr, new_id[row[order]].astype(row.dtype), original, None if w is None else w[order]
     )
 
@@ -88,9 +88,9 @@ def twin_choose_weighted(key: int, weights: list[float], fanout: int) -> tuple[l
     return chosen, [weights[j] / (1 - math.exp(-weights[j] * limit)) * fanout / len(weights) for j in chosen]
 
 
-def twin_sample(topology, fanouts, seed, seeds, epoch, index, weighted=False) -> Batch:
-    colptr, row = topology.colptr.tolist(), topology.row.tolist()
-    weight = None if topology.edge_weight is None else topology.edge_weight.tolist()
+def twin_sample(in_edges, fanouts, seed, seeds, epoch, index, weighted=False) -> Batch:
+    colptr, row = in_edges.colptr.tolist(), in_edges.row.tolist()
+    weight = None if in_edges.edge_weight is None else in_edges.edge_weight.tolist()
     nodes, blocks = list(seeds), []
     where: dict[int, int] = {}
     for i, v in enumerate(nodes):
@@ -100,7 +100,7 @@ def twin_sample(topology, fanouts, seed, seeds, epoch, index, weighted=False) ->
         num_dst, indptr, indices, weights = len(nodes), [0], [], []
         for v in nodes[:num_dst]:
             first, degree = colptr[v], colptr[v + 1] - colptr[v]
-            key = twin_hash(base ^ int(topology.original[v]))
+            key = twin_hash(base ^ int(in_edges.original[v]))
             if weighted:
                 chosen, shown = twin_choose_weighted(key, weight[first : first + degree], fanout)
             else:
@@ -116,7 +116,7 @@ def twin_sample(topology, fanouts, seed, seeds, epoch, index, weighted=False) ->
             indptr.append(len(indices))
         matrix = csr_matrix((np.arange(len(indices)) + 1, indices, indptr), shape=(num_dst, len(nodes)))
         transposed = matrix.tocsc()  # of CSR: stable, hence destinations ascend
-        degree = np.diff(topology.colptr)
+        degree = np.diff(in_edges.colptr)
         blocks.append(
             Block(
                 num_src=len(nodes),
@@ -175,7 +175,7 @@ def problems(draw):
     original = draw(st.permutations(range(num_nodes)))
     weight = draw(st.one_of(st.none(), st.lists(st.sampled_from([0.5, 1.0, 7.0]), min_size=60, max_size=60)))
     return dict(
-        topology=topology_of(edges, num_nodes, original, None if weight is None else np.array(weight[: len(edges)])),
+        in_edges=in_edges_of(edges, num_nodes, original, None if weight is None else np.array(weight[: len(edges)])),
         fanouts=draw(st.lists(st.sampled_from([-1, 1, 2, 3, 5, 8]), min_size=1, max_size=3)),
         seed=draw(st.integers(-3, 2**63)),
         seeds=draw(st.lists(node, max_size=6)),
@@ -189,7 +189,7 @@ def problems(draw):
 @given(problems())
 def test_batches_equal_those_of_the_twin(problem):
     p = problem
-    sampler = NeighborSampler(p["topology"], p["fanouts"], p["seed"], p["weighted"])
+    sampler = NeighborSampler(p["in_edges"], p["fanouts"], p["seed"], p["weighted"])
     want = twin_sample(**p)
     for _ in range(2):  # the second time with used work arrays
         assert_same(sampler.sample(np.array(p["seeds"], dtype=np.int64), p["epoch"], p["index"]), want)
@@ -202,23 +202,23 @@ def test_every_way_to_remember_draws_equals_the_twin(fanout):
     colptr = np.concatenate([[0], np.cumsum(degrees)]).astype(np.int64)
     original = np.arange(len(degrees)) * 1000 + 7
     row = (np.arange(colptr[-1]) % len(degrees)).astype(np.int32)
-    topology = ReplicatedTopology(colptr, row, original)
-    sampler = NeighborSampler(topology, [fanout], seed=3)
+    in_edges = ReplicatedInEdges(colptr, row, original)
+    sampler = NeighborSampler(in_edges, [fanout], seed=3)
     seeds = np.arange(len(degrees))
     for index in range(3):
         assert_same(
-            sampler.sample(seeds, 1, index), twin_sample(topology, [fanout], 3, seeds.tolist(), epoch=1, index=index)
+            sampler.sample(seeds, 1, index), twin_sample(in_edges, [fanout], 3, seeds.tolist(), epoch=1, index=index)
         )
 
 
 def test_larger_graph_in_both_widths_and_from_read_only_maps(tmp_path):
-    topology = topology_of(random_edges(500, 6000), 500, np.random.default_rng(1).permutation(500))
-    want = twin_sample(topology, [4, 3, 2], 9, list(range(0, 500, 7)), epoch=2, index=5)
+    in_edges = in_edges_of(random_edges(500, 6000), 500, np.random.default_rng(1).permutation(500))
+    want = twin_sample(in_edges, [4, 3, 2], 9, list(range(0, 500, 7)), epoch=2, index=5)
     for kind in (np.int32, np.int64):
-        for name, array in dict(c=topology.colptr, r=topology.row.astype(kind), o=topology.original).items():
+        for name, array in dict(c=in_edges.colptr, r=in_edges.row.astype(kind), o=in_edges.original).items():
             np.save(tmp_path / f"{name}.npy", array)
         mapped = [np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in "cro"]
-        sampler = NeighborSampler(ReplicatedTopology(*mapped), [4, 3, 2], seed=9)
+        sampler = NeighborSampler(ReplicatedInEdges(*mapped), [4, 3, 2], seed=9)
         assert_same(sampler.sample(np.arange(0, 500, 7), 2, 5), want)
 
 
@@ -238,8 +238,8 @@ def test_kernels_compile_where_no_cache_folder_is_writable(monkeypatch):
 
 
 def test_isolated_nodes_self_loops_and_parallel_edges():
-    topology = topology_of([(0, 0), (1, 0), (1, 0), (2, 1)], 4)
-    batch = NeighborSampler(topology, [-1, -1], seed=0).sample(np.array([0, 3]), 0, 0)
+    in_edges = in_edges_of([(0, 0), (1, 0), (1, 0), (2, 1)], 4)
+    batch = NeighborSampler(in_edges, [-1, -1], seed=0).sample(np.array([0, 3]), 0, 0)
     near, far = batch.blocks[1], batch.blocks[0]
     assert (near.num_dst, near.num_src) == (2, 3)
     assert near.indptr.tolist() == [0, 3, 3] and near.indices.tolist() == [0, 2, 2]
@@ -248,13 +248,13 @@ def test_isolated_nodes_self_loops_and_parallel_edges():
     assert (far.num_dst, far.num_src) == (3, 4)
     assert far.indptr.tolist() == [0, 3, 3, 4] and far.indices.tolist() == [0, 2, 2, 3]
     assert batch.input_nodes.tolist() == [0, 3, 1, 2]
-    two = NeighborSampler(topology, [2], seed=0)
+    two = NeighborSampler(in_edges, [2], seed=0)
     drawn = {tuple(two.sample(np.array([0]), 0, i).blocks[0].indices.tolist()) for i in range(60)}
     assert drawn == {(0, 1), (1, 1)}  # the parallel edge is two edges, and each edge is drawn at most once
 
 
 def test_no_seeds_and_no_edges():
-    sampler = NeighborSampler(topology_of([], 3), [5, -1], seed=0)
+    sampler = NeighborSampler(in_edges_of([], 3), [5, -1], seed=0)
     for seeds in ([], [2, 0]):
         batch = sampler.sample(np.array(seeds), 0, 0)
         assert batch.input_nodes.tolist() == seeds and batch.num_edges == 0
@@ -264,7 +264,7 @@ def test_no_seeds_and_no_edges():
 
 
 def test_repeated_seeds_keep_their_rows():
-    sampler = NeighborSampler(topology_of(random_edges(20, 200), 20), [2], seed=0)
+    sampler = NeighborSampler(in_edges_of(random_edges(20, 200), 20), [2], seed=0)
     block = sampler.sample(np.array([4, 4, 7]), 0, 0).blocks[0]
     rows = [block.indices[a:b].tolist() for a, b in zip(block.indptr[:-1], block.indptr[1:], strict=True)]
     assert block.num_dst == 3 and rows[0] == rows[1] and 1 not in block.indices
@@ -285,28 +285,28 @@ def test_the_config_group_says_what_the_schema_says():
 
 
 def test_bad_arguments_say_what_is_wrong():
-    topology = topology_of([(0, 1)], 2)
+    in_edges = in_edges_of([(0, 1)], 2)
     for fanouts in ([], [0], [3, -2]):
         with pytest.raises(ConfigError, match="fanouts"):
-            NeighborSampler(topology, fanouts, seed=0)
+            NeighborSampler(in_edges, fanouts, seed=0)
     with pytest.raises(ConfigError, match="weighted"):
-        NeighborSampler(topology, [1], seed=0, weighted=True)
-    sampler = NeighborSampler(topology, [1], seed=0)
+        NeighborSampler(in_edges, [1], seed=0, weighted=True)
+    sampler = NeighborSampler(in_edges, [1], seed=0)
     for seed in (-1, 2):
         with pytest.raises(DataError, match=r"0\.\.1"):
             sampler.sample(np.array([seed]), 0, 0)
     with pytest.raises(DataError, match="colptr"):
-        ReplicatedTopology(np.array([0, 3]), np.array([0]), np.array([0]))
+        ReplicatedInEdges(np.array([0, 3]), np.array([0]), np.array([0]))
     with pytest.raises(DataError, match="original"):
-        ReplicatedTopology(np.array([0, 1]), np.array([0]), np.array([0, 1]))
+        ReplicatedInEdges(np.array([0, 1]), np.array([0]), np.array([0, 1]))
 
 
 # -- purity ------------------------------------------------------------------------------------------------------------
 
 
-def draws_of(batch: Batch, topology: ReplicatedTopology) -> list[dict[int, list[int]]]:
+def draws_of(batch: Batch, in_edges: ReplicatedInEdges) -> list[dict[int, list[int]]]:
     """Per block, what every destination drew: original id -> original ids of its drawn sources."""
-    ids, out = topology.original[batch.input_nodes], []
+    ids, out = in_edges.original[batch.input_nodes], []
     for block in batch.blocks:
         rows = zip(block.indptr[:-1], block.indptr[1:], strict=True)
         out.append({int(ids[i]): ids[block.indices[a:b]].tolist() for i, (a, b) in enumerate(rows)})
@@ -316,41 +316,41 @@ def draws_of(batch: Batch, topology: ReplicatedTopology) -> list[dict[int, list[
 def test_draws_depend_neither_on_the_partition_nor_on_the_number_of_ranks():
     edges, n, fanouts = random_edges(200, 4000), 200, [4, 3, 2]
     seeds = np.random.default_rng(5).choice(n, 40, replace=False)  # original ids
-    one = topology_of(edges, n)
+    one = in_edges_of(edges, n)
     want = draws_of(NeighborSampler(one, fanouts, seed=1).sample(seeds, 3, 8), one)
     for ranks in (2, 3):
         original = np.random.default_rng(ranks).permutation(n)
-        topology = topology_of(edges, n, original)
+        in_edges = in_edges_of(edges, n, original)
         new_id = np.argsort(original)
         union: list[dict] = [{} for _ in fanouts]
         for rank in range(ranks):
             mine = np.array([s for s in new_id[seeds] if s * ranks // n == rank])
-            batch = NeighborSampler(topology, fanouts, seed=1).sample(mine, 3, 8)
-            for known, new in zip(union, draws_of(batch, topology), strict=True):
+            batch = NeighborSampler(in_edges, fanouts, seed=1).sample(mine, 3, 8)
+            for known, new in zip(union, draws_of(batch, in_edges), strict=True):
                 for node, drawn in new.items():
                     assert known.setdefault(node, drawn) == drawn
         assert union == want
 
 
 def test_seed_epoch_index_and_hop_all_matter():
-    topology = topology_of(random_edges(50, 5000), 50)
+    in_edges = in_edges_of(random_edges(50, 5000), 50)
     seeds = np.arange(50)
-    base = NeighborSampler(topology, [3, 3], seed=0).sample(seeds, 0, 0)
-    again = NeighborSampler(topology, [3, 3], seed=0).sample(seeds, 0, 0)
+    base = NeighborSampler(in_edges, [3, 3], seed=0).sample(seeds, 0, 0)
+    again = NeighborSampler(in_edges, [3, 3], seed=0).sample(seeds, 0, 0)
     assert_same(base, again)
     for seed, epoch, index in [(1, 0, 0), (0, 1, 0), (0, 0, 1)]:
-        other = NeighborSampler(topology, [3, 3], seed=seed).sample(seeds, epoch, index)
-        assert draws_of(other, topology)[1] != draws_of(base, topology)[1]
-    assert draws_of(base, topology)[0] != draws_of(base, topology)[1]
+        other = NeighborSampler(in_edges, [3, 3], seed=seed).sample(seeds, epoch, index)
+        assert draws_of(other, in_edges)[1] != draws_of(base, in_edges)[1]
+    assert draws_of(base, in_edges)[0] != draws_of(base, in_edges)[1]
 
 
-def test_one_topology_serves_samplers_on_several_threads():
-    topology = topology_of(random_edges(300, 9000), 300)
-    want = [NeighborSampler(topology, [5, 5], seed=0).sample(np.arange(300), 0, i) for i in range(20)]
+def test_one_set_of_in_edges_serves_samplers_on_several_threads():
+    in_edges = in_edges_of(random_edges(300, 9000), 300)
+    want = [NeighborSampler(in_edges, [5, 5], seed=0).sample(np.arange(300), 0, i) for i in range(20)]
     got: dict[int, list[Batch]] = {}
 
     def work(thread: int) -> None:
-        sampler = NeighborSampler(topology, [5, 5], seed=0)
+        sampler = NeighborSampler(in_edges, [5, 5], seed=0)
         got[thread] = [sampler.sample(np.arange(300), 0, i) for i in range(20)]
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
@@ -365,10 +365,10 @@ def test_one_topology_serves_samplers_on_several_threads():
 
 
 def test_a_failing_hop_leaves_the_sampler_usable():
-    topology = topology_of(random_edges(50, 500), 50)
-    sampler = NeighborSampler(topology, [3, 3], seed=0)
+    in_edges = in_edges_of(random_edges(50, 500), 50)
+    sampler = NeighborSampler(in_edges, [3, 3], seed=0)
     want = sampler.sample(np.arange(10), 0, 0)
-    draw, calls = topology.draw, []
+    draw, calls = in_edges.draw, []
 
     def broken(*args):
         calls.append(args)
@@ -376,19 +376,19 @@ def test_a_failing_hop_leaves_the_sampler_usable():
             raise OSError("exchange lost")
         return draw(*args)
 
-    topology.draw = broken  # type: ignore[method-assign]
+    in_edges.draw = broken  # type: ignore[method-assign]
     with pytest.raises(OSError, match="exchange lost"):
         sampler.sample(np.arange(10), 0, 0)
-    del topology.draw
+    del in_edges.draw
     assert_same(sampler.sample(np.arange(10), 0, 0), want)
 
 
 # -- distributions -----------------------------------------------------------------------------------------------------
 
 
-def star(degree: int, weight=None) -> ReplicatedTopology:
+def star(degree: int, weight=None) -> ReplicatedInEdges:
     """Node 0 with in-edges from 1..degree."""
-    return topology_of([(i, 0) for i in range(1, degree + 1)], degree + 1, weight=weight)
+    return in_edges_of([(i, 0) for i in range(1, degree + 1)], degree + 1, weight=weight)
 
 
 def draws_at_stars(degree: int, fanout: int, trials: int, weight=None) -> np.ndarray:
@@ -396,8 +396,8 @@ def draws_at_stars(degree: int, fanout: int, trials: int, weight=None) -> np.nda
     centers = 500
     edges = np.stack([np.tile(np.arange(degree), centers), np.repeat(np.arange(centers), degree) + degree], axis=1)
     weights = None if weight is None else np.tile(weight, centers)
-    topology = topology_of(edges, centers + degree, weight=weights)
-    sampler = NeighborSampler(topology, [fanout], seed=12, weighted=weight is not None)
+    in_edges = in_edges_of(edges, centers + degree, weight=weights)
+    sampler = NeighborSampler(in_edges, [fanout], seed=12, weighted=weight is not None)
     seeds = np.arange(degree, degree + centers)
     batches = [sampler.sample(seeds, 0, i) for i in range(trials // centers)]
     return np.concatenate([b.input_nodes[b.blocks[0].indices].reshape(centers, fanout) for b in batches])
@@ -435,9 +435,9 @@ def test_sums_of_weighted_messages_are_unbiased_however_the_edges_are_drawn():
     """GCN multiplies the sum over the drawn edges by degree / drawn: its mean over many draws is the sum over all."""
     rng = np.random.default_rng(4)
     weight, message = rng.pareto(1.5, 30) + 0.05, rng.normal(1.0, 2.0, 30)
-    topology, sums = star(30, weight), {}
+    in_edges, sums = star(30, weight), {}
     for weighted in (False, True):
-        sampler = NeighborSampler(topology, [6], seed=2, weighted=weighted)
+        sampler = NeighborSampler(in_edges, [6], seed=2, weighted=weighted)
         batches = [sampler.sample(np.array([0]), 0, i) for i in range(4000)]
         drawn = [(b.blocks[0].edge_weight, message[b.input_nodes[b.blocks[0].indices] - 1]) for b in batches]
         sums[weighted] = np.array([30 / 6 * (w @ m) for w, m in drawn])
@@ -448,10 +448,10 @@ def test_sums_of_weighted_messages_are_unbiased_however_the_edges_are_drawn():
 
 def test_weighted_draws_of_a_hub_equal_the_twin():
     weight = np.random.default_rng(0).pareto(1.5, 3000).astype(np.float32) + np.float32(0.01)
-    topology = star(3000, weight)
+    in_edges = star(3000, weight)
     for fanout in (1, 7, 64, 500):
-        sampler = NeighborSampler(topology, [fanout], seed=1, weighted=True)
-        assert_same(sampler.sample(np.array([0]), 0, 0), twin_sample(topology, [fanout], 1, [0], 0, 0, weighted=True))
+        sampler = NeighborSampler(in_edges, [fanout], seed=1, weighted=True)
+        assert_same(sampler.sample(np.array([0]), 0, 0), twin_sample(in_edges, [fanout], 1, [0], 0, 0, weighted=True))
 
 
 def test_weights_ride_along_with_uniform_draws():

@@ -19,8 +19,8 @@ from gemini_gnn.graph.graph import Graph, from_edges
 from gemini_gnn.graph.partition.write import write_partitioned
 from gemini_gnn.halo.exchange import HaloExchange
 from gemini_gnn.models.build import build_model
-from gemini_gnn.sampling.in_edges import ReplicatedTopology
-from gemini_gnn.sampling.partitioned import PartitionedTopology
+from gemini_gnn.sampling.in_edges import ReplicatedInEdges
+from gemini_gnn.sampling.partitioned import PartitionedInEdges
 from gemini_gnn.sampling.sampler import NeighborSampler
 from gemini_gnn.training.evaluate import Evaluation
 from tests.ranks import run_ranks
@@ -147,14 +147,14 @@ def evaluates(rank, world, poor, model, exact, partitioned):
     group = torch.distributed.new_group(backend="gloo")
     exchange = HaloExchange(group, bounds, rank, chunk_bytes=1 << 20, timeout_s=30)
     ids = np.arange(n)
-    whole = ReplicatedTopology(graph.colptr, graph.row, ids)
+    whole = ReplicatedInEdges(graph.colptr, graph.row, ids)
     edges = slice(graph.colptr[begin], graph.colptr[end])
-    part = PartitionedTopology(graph.colptr[begin : end + 1], graph.row[edges], ids[begin:end], bounds, rank, exchange)
+    part = PartitionedInEdges(graph.colptr[begin : end + 1], graph.row[edges], ids[begin:end], bounds, rank, exchange)
     fanouts = [-1] if exact else [-1, -1]
     net = build_model(ModelConfig(name=model, hidden=8), 5, 4, seed=0)
 
-    def evaluation(topology, exchange, begin, end, batch_size):
-        sampler = NeighborSampler(topology, fanouts, seed=0)
+    def evaluation(in_edges, exchange, begin, end, batch_size):
+        sampler = NeighborSampler(in_edges, fanouts, seed=0)
         rows, largest = graph.x[begin:end], int(np.diff(exchange.bounds).max())
         return Evaluation(sampler, exchange, rows, begin, end, largest, batch_size, torch.device("cpu"), exact)
 
