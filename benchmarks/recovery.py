@@ -4,7 +4,7 @@
 
 trainers   snapshot=memory: every trainer killed; its worker agent forks new ones
 retyped    snapshot=memory: everything killed (launcher, agent, trainers), and the command typed again at once
-checkpoint snapshot=nfs: the same, from DeepSpeed's checkpoint every `--every` steps; the steps since then are done again
+checkpoint plain_deepspeed.py: the same, from DeepSpeed's checkpoint every `--every` steps; the steps since then are done again
 
 One real `deepspeed` job of two ranks each, in turns. Time runs from the kill to the end of the first step that had not been
 done before the kill, by the clock of the events in the run directory. Losses of every disturbed run are compared with those
@@ -32,9 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ["training.epochs=40", "evaluation.every=10", "logger=quiet"]
 
 
-def start(run_dir: Path, *settings: str) -> subprocess.Popen[bytes]:
+def start(run_dir: Path, *settings: str, script: str = "launch/train.py") -> subprocess.Popen[bytes]:
     port = str(random_port())  # that of a job just killed may not be free again
-    command = [*DEEPSPEED, "--num_accelerators", "2", "--master_port", port, "launch/train.py"]
+    command = [*DEEPSPEED, "--num_accelerators", "2", "--master_port", port, script]
     environ = {**os.environ, "DS_ACCELERATOR": "cpu", "BENCHMARK_JOB": str(run_dir)}
     with open(f"{run_dir}.log", "ab") as log:
         return subprocess.Popen(
@@ -93,8 +93,13 @@ def said(run_dir: Path) -> str:
 
 def disturbed(run_dir: Path, how: str, at: int, every: int) -> tuple[float, int]:
     """(seconds from the kill to the first new step, steps done again)."""
-    settings = ["snapshot=nfs", f"snapshot.nfs_every={every}"] if how == "checkpoint" else []
-    job = start(run_dir, *settings)
+
+    def begin() -> subprocess.Popen[bytes]:
+        if how != "checkpoint":
+            return start(run_dir)
+        return start(run_dir, "snapshot=nfs", f"snapshot.nfs_every={every}", script="benchmarks/plain_deepspeed.py")
+
+    job = begin()
     deadline = time.monotonic() + 300
     while steps(run_dir) < at:
         if time.monotonic() > deadline or job.poll() is not None:
@@ -106,7 +111,7 @@ def disturbed(run_dir: Path, how: str, at: int, every: int) -> tuple[float, int]
     if how != "trainers":
         kill(processes(run_dir))
         job.wait(30)
-        job = start(run_dir, *settings)
+        job = begin()
     if job.wait(300) != 0:
         raise SystemExit(f"{how}: the job failed after the kill\n{said(run_dir)}")
     after = [e for e in events(run_dir) if e["kind"] == "step" and e["t"] > when]

@@ -33,6 +33,10 @@ class ExchangeError(GeminiError):
     """A halo exchange failed or timed out."""
 
 
+class PeerLost(ClusterError, ExchangeError):
+    """Another rank, or the way to it, is gone: a consequence of something that happened there."""
+
+
 class SnapshotError(GeminiError):
     """A snapshot cannot be taken, trusted or restored."""
 

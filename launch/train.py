@@ -17,6 +17,8 @@ from gemini_gnn.config import to_mapping
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_directory import RunDir, resume_of
+from gemini_gnn.recovery import shim
+from gemini_gnn.recovery.stop import drop_finished
 from gemini_gnn.recovery.worker.decisions import STOPPED
 
 PURPOSE = "Train a GNN on a partitioned graph. Start it with deepspeed, srun, or python (one rank)."
@@ -27,52 +29,30 @@ def main(arguments: list[str]) -> int:
     with launcher.first_speaks(place):
         config = compose(arguments)
         config.run_dir = str(Path(config.run_dir).absolute())
-        in_memory = config.snapshot.mode == "memory"
-        # Again under the lock, later; here it costs no imports, and every machine ends at once.
-        if in_memory:  # a living job answers for itself: its worker agent is asked below
-            try:  # every slot looks: one that went on while the others end would start a worker agent
-                RunDir.check_earlier_run(Path(config.run_dir), config)
-            except RunDirError:
-                if place.local_rank == 0:
-                    from gemini_gnn.recovery.stop import drop_finished
-
-                    drop_finished(Path(config.run_dir), config.snapshot.arena)
-                raise
-        elif place.local_rank == 0:
-            RunDir.check(config)
+        # Again under the lock, later; here it costs no imports, and every machine ends at once. A living job answers for
+        # itself: its worker agent is asked below. Every slot looks: one that went on would start a worker agent.
+        try:
+            RunDir.check_earlier_run(Path(config.run_dir), config)
+        except RunDirError:
+            if place.local_rank == 0:
+                drop_finished(Path(config.run_dir), config.snapshot.arena)
+            raise
     if place.rank == 0:
         say("loading PyTorch and DeepSpeed, a few seconds")
     os.environ["GEMINI_GNN_TTY"] = "1" if sys.stdout.isatty() else "0"
-    if in_memory:
-        from gemini_gnn.recovery import shim
-
-        code = shim.run(
-            place,
-            Path(config.run_dir),
-            "gemini_gnn.training.job:main",
-            to_mapping(config),
-            preload=["gemini_gnn.training.preload"],
-            resume=resume_of(config),
-            terminal=sys.stdout.isatty(),
-            arena_root=config.snapshot.arena,
-        )
-        if code not in (0, STOPPED):
-            launcher.free_launcher(place)
-        return code
-    from gemini_gnn.observe import logs
-    from gemini_gnn.training import job
-
-    try:
-        logs.redirect(Path(config.run_dir), place.rank, terminal=place.rank == 0)
-    except OSError as error:
-        raise RunDirError(
-            f"run_dir {config.run_dir} is not writable ({error.strerror}); give another run_dir=..."
-        ) from None
-    code = job.without_agent(to_mapping(config), place)
+    code = shim.run(
+        place,
+        Path(config.run_dir),
+        "gemini_gnn.training.job:main",
+        to_mapping(config),
+        preload=["gemini_gnn.training.preload"],
+        resume=resume_of(config),
+        terminal=sys.stdout.isatty(),
+        arena_root=config.snapshot.arena,
+        max_restarts=0 if config.snapshot.mode == "none" else shim.MAX_RESTARTS,
+    )
     if code not in (0, STOPPED):
-        if logs.nobody_knows_why(Path(config.run_dir)):  # else others wait for the connections of this process to close
-            launcher.free_launcher(place)
-        logs.leave(code)
+        launcher.free_launcher(place)
     return code
 
 

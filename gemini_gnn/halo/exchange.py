@@ -38,7 +38,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from gemini_gnn.errors import ExchangeError
+from gemini_gnn.errors import ExchangeError, PeerLost
 from gemini_gnn.halo import plan
 from gemini_gnn.halo.rows import copy_rows, empty_rows
 
@@ -317,7 +317,7 @@ class HaloExchange:
         failures = np.flatnonzero(headers[:, 0])
         self._agreed = len(failures) > 0
         if len(failures) and not failed:
-            raise ExchangeError(
+            raise PeerLost(
                 f"rank {self.rank}: {_ranks(failures)} failed while preparing {_NAMES[operation]}; "
                 "the first error is in the log of that rank"
             )
@@ -348,7 +348,7 @@ class HaloExchange:
         began = time.perf_counter()
         try:
             if self._broken is not None:
-                raise ExchangeError(f"rank {self.rank}: an earlier exchange failed ({self._broken}); restart the job")
+                raise PeerLost(f"rank {self.rank}: an earlier exchange failed ({self._broken}); restart the job")
             self._agreed = self.world == 1
             self._traffic.calls += 1
             yield

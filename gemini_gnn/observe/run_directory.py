@@ -129,20 +129,6 @@ class RunDir:
             (path / folder).mkdir(exist_ok=True)
         return run
 
-    @classmethod
-    def check(cls, config: Config) -> None:
-        """What :meth:`claim` would say, without claiming; so that a refused start leaves no trace in a living job's logs.
-
-        Raises:
-            RunDirError: as :meth:`claim`, but for a folder that cannot be written.
-        """
-        path = Path(config.run_dir).absolute()
-        if (path / ".lock").exists():
-            # Shared: the machines of one start may look at the same time, and NFS has no exclusive lock for readers.
-            with open(path / ".lock") as lock:
-                cls._lock_or_say_who(lock, path, fcntl.LOCK_SH)
-        cls.check_earlier_run(path, config)
-
     @staticmethod
     def _lock_or_say_who(lock: TextIO, path: Path, kind: int = fcntl.LOCK_EX) -> None:
         try:

@@ -90,6 +90,4 @@ def _last_words(message: messages.Ended, shown: bool) -> str:
     if message.kept_files:
         mended = " once the cause is mended" if message.outcome == "failed" else ""
         words += f"\nhost memory is kept: the same command goes on from the newest snapshot in it{mended}"
-    else:
-        words += "\nhost memory holds no snapshot of this job"
     return words

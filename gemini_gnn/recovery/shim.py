@@ -35,6 +35,7 @@ AGENT_START_S = 60.0  # for an agent to listen, on a busy machine with a slow fi
 ANSWER_S = 60.0  # for an agent of an earlier start to be gone, and ours to answer
 MAX_DEATHS = 4  # of agents within DEATHS_S that had accepted this shim, before something else must be wrong
 DEATHS_S = 3600.0
+MAX_RESTARTS = 3  # of all trainers, within an hour
 AGENT = "gemini_gnn.recovery.worker.agent"
 
 
@@ -48,7 +49,7 @@ def run(
     resume: str,
     terminal: bool,
     arena_root: str | os.PathLike[str] = "/dev/shm",
-    max_restarts: int = 3,
+    max_restarts: int = MAX_RESTARTS,
 ) -> int:
     """Run ``target`` as the trainer of ``place`` under this machine's worker agent; the exit code of the job.
 
@@ -108,6 +109,8 @@ def run(
                     screen.say(answer.text)
                     return answer.code
                 case Gone(accepted=True):
+                    if max_restarts == 0:
+                        raise RecoveryError(f"the worker agent died, and max_restarts is 0; {_see(run_dir)}")
                     now = time.monotonic()
                     deaths, until_s = [*deaths, now], now + ANSWER_S
                     if died_too_often(deaths):

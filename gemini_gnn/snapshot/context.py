@@ -39,6 +39,11 @@ def install(context: Context | None) -> None:
     _installed = context
 
 
+def installed() -> Context | None:
+    """The installed context; None in a process that no worker agent started."""
+    return _installed
+
+
 def current() -> Context:
     """The installed context.
 

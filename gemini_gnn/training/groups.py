@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 from gemini_gnn.cluster.place import Place, check_interface, check_master, interface_to, interfaces_here
 from gemini_gnn.config import DistributedConfig
-from gemini_gnn.errors import ClusterError, GeminiError
+from gemini_gnn.errors import ClusterError, GeminiError, PeerLost
+from gemini_gnn.observe import errors
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,13 @@ def own_gpu(local_rank: int) -> tuple[int, str]:
         ) from error
 
 
-def join(place: Place, config: DistributedConfig, listen_fd: int | None = None) -> Groups:
+def join(place: Place, config: DistributedConfig, listen_fd: int | None = None, membership: str = "") -> Groups:
     """Meet the other ranks and make the groups. Collective.
 
     Args:
         listen_fd: a listening socket for the store, bound by the worker agent for the rank that hosts it: clients
             that come before the server lose half a second in their retry, and no port has to be free twice.
+        membership: rank 0's name for this start; all ranks stamp their errors with it.
 
     Raises:
         ClusterError: not all ranks came together in ``start_timeout_s``, or the port is taken.
@@ -115,6 +117,9 @@ def join(place: Place, config: DistributedConfig, listen_fd: int | None = None) 
             master_listen_fd=listen_fd if place.rank == 0 else None,
         )
         store = dist.PrefixStore("0", base)
+        if place.rank == 0:
+            store.set("membership", membership)
+        errors.begin(store.get("membership").decode())
         _take_seat(store, place)
         store.set(f"gpu/{place.rank}", gpu)  # after the seat: another job at this port must not answer for ours
         _wait_for_all(store, place, config.start_timeout_s)
@@ -232,7 +237,7 @@ def run_on_first(
 
     Raises:
         error: on the waiting ranks, when rank 0 failed.
-        ClusterError: on the waiting ranks, when rank 0 did not finish in ``timeout_s``.
+        PeerLost: on the waiting ranks, when rank 0 did not finish in ``timeout_s``.
     """
     key = f"first/{name}"
     if rank == 0:
@@ -246,7 +251,7 @@ def run_on_first(
     try:
         store.wait([key], datetime.timedelta(seconds=timeout_s))
     except (RuntimeError, dist.DistError) as failure:
-        raise ClusterError(f"rank 0 did not finish '{name}' within {timeout_s:.0f} s") from failure
+        raise PeerLost(f"rank 0 did not finish '{name}' within {timeout_s:.0f} s") from failure
     answer = store.get(key).decode()
     if answer != "done":
-        raise error(f"rank 0 could not finish '{name}': {answer}")
+        raise error(f"rank 0 could not finish '{name}': {answer}") from PeerLost("its error is the cause")

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from gemini_gnn.cluster.place import Place, threads
+from gemini_gnn.cluster.place import Place
 from gemini_gnn.config import Config, from_mapping
-from gemini_gnn.errors import ClusterError, ConfigError, RunDirError, SnapshotError
+from gemini_gnn.errors import ConfigError, PeerLost, RunDirError, SnapshotError
 from gemini_gnn.faults import from_environ
 from gemini_gnn.graph.datasets import fingerprint, load_dataset
 from gemini_gnn.graph.graph import one_way_share
 from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.graph.partition.on_demand import open_or_make
+from gemini_gnn.observe.errors import forget_errors, is_consequence, record_error, understood
 from gemini_gnn.observe.events import EventLog
-from gemini_gnn.observe.logs import forget_errors, is_consequence, last_words, record_error, understood
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_directory import RunDir, keep_earlier, steps_done, write_atomically
 from gemini_gnn.recovery.worker.decisions import STOPPED
@@ -54,20 +54,8 @@ def main(payload: dict[str, Any], place: Place, listen_fd: int | None = None) ->
             record_error(run_dir, place.rank, error)
             raise
         # The agent tells causes from consequences on its own machine; what happened on another stands in the run directory.
-        said = understood(run_dir, place.rank, place.world_size, error)
-        raise ClusterError(said or f"stopped, because another rank failed: {error}") from error
-
-
-def without_agent(payload: dict[str, Any], place: Place, listen_fd: int | None = None) -> int:
-    """As :func:`main` where nobody is above: errors are said here, and the job's first one gives the exit code."""
-    torch.set_num_threads(threads(os.environ, len(os.sched_getaffinity(0)), place.local_world_size))
-    try:
-        return run(from_mapping(payload), place, listen_fd)
-    except RunDirError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except Exception as error:
-        return last_words(Path(payload["run_dir"]), place.rank, place.world_size, error)
+        said, _ = understood(run_dir, place.rank, place.world_size, error)
+        raise PeerLost(said or f"stopped, because another rank failed: {error}") from error
 
 
 def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
@@ -75,11 +63,11 @@ def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
         torch.set_num_threads(config.training.threads)
     torch.manual_seed(config.seed)
     _speak(place.rank)
-    groups = process_groups.join(place, config.distributed, listen_fd)
+    here = snapshot_context.installed()
+    membership = f"{here.term}.{here.generation}" if here else f"pid {os.getpid()}"
+    groups = process_groups.join(place, config.distributed, listen_fd, membership=membership)
     claimed: list[RunDir] = []
-    # Of an agent's trainers only the first generation forgets.
-    in_memory = config.snapshot.mode == "memory"
-    resume = snapshot_context.current().resume if in_memory else config.resume
+    resume = here.resume if here else config.resume  # of an agent's trainers only the first generation forgets
 
     def claim() -> None:
         claimed.append(RunDir.claim(config, anew=resume == "never"))
@@ -204,12 +192,13 @@ def start_snapshots(job: Run) -> Any:
         SnapshotError: no room; nothing to restore with resume=must, or although steps were done; or a snapshot of another
             job or shape.
     """
-    settings = job.config.snapshot
+    settings, here = job.config.snapshot, snapshot_context.installed()
+    if here is not None:
+        job.recoveries = here.generation - 1
     done = steps_done(Path(job.config.run_dir)) if job.groups.rank == 0 else 0
     if settings.mode == "memory":
         from gemini_gnn import snapshot
 
-        job.recoveries = snapshot.context.current().generation - 1
         return snapshot.attach(
             job.engine,
             job.state,
@@ -227,7 +216,7 @@ def start_snapshots(job: Run) -> Any:
             job.state,
             settings.folder or str(Path(job.config.run_dir) / "checkpoints"),
             every=settings.nfs_every,
-            resume=job.config.resume,
+            resume=here.resume if here else job.config.resume,
             group=job.groups.control,
             timeout_s=job.config.distributed.timeout_s,
             steps_done=done,
@@ -261,7 +250,8 @@ def partitioned_graph(config: Config, groups: process_groups.Groups) -> Partitio
             return open_or_make(config, parts, lambda: load_dataset(config.dataset, say), identity, say, verify)
 
     # Not in a recovery, which would take longer for it: this job has read the files already.
-    again = config.snapshot.mode == "memory" and snapshot_context.current().generation > 1
+    here = snapshot_context.installed()
+    again = here is not None and here.generation > 1
     got: list[PartitionedGraph] = []
     process_groups.run_on_first(
         groups.store,

@@ -11,14 +11,16 @@ import os
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from gemini_gnn.cluster.place import Place
-from gemini_gnn.config import Config, to_mapping
-from gemini_gnn.errors import ClusterError
+from gemini_gnn.cluster.place import Place, threads
+from gemini_gnn.config import Config, from_mapping, to_mapping
+from gemini_gnn.errors import ClusterError, GeminiError, RunDirError
+from gemini_gnn.observe.errors import understood
 
 _context = multiprocessing.get_context("forkserver")
 
@@ -31,9 +33,21 @@ def _trainer(
     os.dup2(file, 2)
     os.environ.update(environ)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    import torch
+
     from gemini_gnn.training import job
 
-    sys.exit(job.without_agent(payload, place, listener.detach() if listener else None))
+    torch.set_num_threads(threads(os.environ, len(os.sched_getaffinity(0)), place.local_world_size))
+    try:
+        sys.exit(job.run(from_mapping(payload), place, listener.detach() if listener else None))
+    except Exception as error:
+        print(
+            f"error: {error}" if isinstance(error, GeminiError) else traceback.format_exc(), file=sys.stderr, flush=True
+        )
+        if isinstance(error, RunDirError):  # the folder is not ours: nothing is written there
+            sys.exit(2)
+        _, code = understood(Path(payload["run_dir"]), place.rank, place.world_size, error)
+        sys.exit(code)
 
 
 def train_local(

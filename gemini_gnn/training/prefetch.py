@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from gemini_gnn.errors import ExchangeError
+from gemini_gnn.errors import PeerLost
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -104,7 +104,7 @@ class Prefetcher(Generic[K, T]):
             abort: stop after the item the thread is at. Otherwise it first makes the items it was allowed to begin.
 
         Raises:
-            ExchangeError: the thread is still in ``make`` after the time limit; or what an item failed with that was made
+            PeerLost: the thread is still in ``make`` after the time limit; or what an item failed with that was made
                 ahead and never taken.
         """
         with self._changed:
@@ -115,7 +115,7 @@ class Prefetcher(Generic[K, T]):
             limit_s = min(ABORT_S, self._close_timeout_s) if abort else self._close_timeout_s
             self._thread.join(limit_s)
             if self._thread.is_alive():
-                raise ExchangeError(
+                raise PeerLost(
                     f"the thread that prepares batches did not stop within {limit_s:g} s: it still waits for other ranks "
                     "or for the disk; look for the first error in the logs of the other ranks"
                 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gemini_gnn.cluster.launcher import DEEPSPEED
-from gemini_gnn.observe.logs import first_error, read_errors
+from gemini_gnn.observe.errors import first_error, read_errors
 from gemini_gnn.observe.run_directory import read_losses
 from tests.lab.lab import kill_group
 from tests.trainers import trained
@@ -190,7 +190,7 @@ def test_a_machine_that_loses_power_is_named_and_the_launcher_ends(lab, graph, t
     lab.power_off("h1")
     # 10 s until the collective gives up, 3 s for last words, 11 s until the launcher's ssh is ended; the rest is load
     assert ended(process, run_dir, 60) != 0
-    noticed_s = min(record["time"] for record in read_errors(run_dir)) - off
+    noticed_s = min(record.time_s for record in read_errors(run_dir)) - off
     assert noticed_s < 10 + 10, "within distributed.timeout_s, and what a busy machine needs"
     said = terminal(run_dir)
     assert "lost rank 2 on h1, rank 3 on h1: no answer and no last words" in said and "ssh h1 true" in said, said[

@@ -24,7 +24,7 @@ from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.halo.exchange import HaloExchange
 from gemini_gnn.models.build import build_model
 from gemini_gnn.models.tensors import moved, to_tensors
-from gemini_gnn.observe.logs import is_consequence
+from gemini_gnn.observe.errors import is_consequence
 from gemini_gnn.snapshot import attach
 from gemini_gnn.snapshot.capture import copier
 from gemini_gnn.snapshot.capture.cuda import CudaCopies

@@ -24,6 +24,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from gemini_gnn.observe.errors import first
+
 MAX_WARM_DEATHS = 3  # in a row, without becoming ready in between
 STOPPED = 75  # exit code of a trainer that left before its work was done because it was asked to (EX_TEMPFAIL)
 
@@ -257,13 +259,9 @@ def decide(state: State, event: Event, now: float) -> Step:
     raise AssertionError(f"unknown event {event!r}")
 
 
-def first_error(failures: tuple[Failure, ...]) -> Failure | None:
-    return min(failures, key=lambda failure: (failure.consequence, failure.time_s), default=None)
-
-
 def told_error(failures: tuple[Failure, ...]) -> Failure | None:
     """The first error that is no consequence of another's end."""
-    failure = first_error(failures)
+    failure = first(failures)
     return None if failure is None or failure.consequence else failure
 
 
@@ -271,6 +269,8 @@ def may_restart(state: State, now: float) -> str | None:
     """Why this machine must not start another generation by itself; None when it may."""
     if state.local != state.world:
         return "the job spans several machines"
+    if state.limits.max_restarts == 0:
+        return "max_restarts is 0"
     recent = [at for at in state.restarts if now - at < state.limits.restart_window_s]
     if len(recent) >= state.limits.max_restarts:
         minutes = state.limits.restart_window_s / 60
@@ -367,7 +367,7 @@ def _ended_by_itself(state: State, now: float) -> Step:
 
 def _erred(state: State, now: float) -> Step:
     """End with the first error, but not with one that only says that a peer is gone: such a death can be gone on from."""
-    failure = first_error(state.failures)
+    failure = first(state.failures)
     assert failure is not None
     if failure.consequence and may_restart(state, now) is None:
         return _restart(state, f"rank {failure.rank} lost a peer and no trainer says why", failure.code, now)

@@ -13,7 +13,6 @@ decides when the job ends, so that the trainers can agree on the last step.
 from __future__ import annotations
 
 import atexit
-import faulthandler
 import importlib
 import os
 import random
@@ -29,7 +28,7 @@ from typing import Any, NoReturn
 from gemini_gnn.cluster.place import threads
 from gemini_gnn.errors import GeminiError, RecoveryError
 from gemini_gnn.observe import logs
-from gemini_gnn.observe.logs import is_consequence
+from gemini_gnn.observe.errors import is_consequence
 from gemini_gnn.recovery import messages, processes
 from gemini_gnn.recovery.worker.decisions import STOPPED
 from gemini_gnn.snapshot import context
@@ -112,7 +111,7 @@ def _become(task: messages.Task, agent: messages.Channel, added: dict[str, str])
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # a handler, not SIG_IGN: programs it starts get the default back
         signal.siginterrupt(number, False)
-    _redirect(Path(task.log))
+    logs.redirect(Path(task.log))
     _agent = agent
     place = task.place
     begin = logs.header(place.rank, place.machine, os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
@@ -183,21 +182,6 @@ def _resolve(target: str) -> Any:
     if not callable(function):
         raise RecoveryError(f"expected a target 'package.module:function'; got {target!r}")
     return function
-
-
-def _redirect(log: Path) -> None:
-    """Standard input from nowhere, output and errors to the end of ``log``."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    nowhere = os.open(os.devnull, os.O_RDONLY)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for source, number in ((nowhere, 0), (output, 1), (output, 2)):
-        os.dup2(source, number)
-    os.close(nowhere)
-    os.close(output)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a line, or a progress bar's \r, at once
-    faulthandler.enable()
 
 
 def _reseed() -> None:

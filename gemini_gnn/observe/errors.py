@@ -1,0 +1,224 @@
+"""The errors of a job's ranks: which of them began it, and which only followed.
+
+When one rank fails the others lose their connection to it, and fail with errors that only say so. Each rank writes
+``errors/rank-<r>.json`` and marks such *consequences*; they wait a moment for the cause and are silent when another
+rank has named it. Where none has, the lowest rank that can still speak names the silent ones: their machines have lost
+power or network, or they were killed. Times are of different clocks, so an error that is no consequence counts before
+one that is, whatever its time.
+
+A record says of which membership it is (:func:`begin`): one that an earlier start left explains nothing today.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import msgspec
+
+from gemini_gnn.errors import GeminiError, PeerLost
+from gemini_gnn.observe.logs import machine_of
+
+SETTLE_S = 3.0  # how long a consequence waits for its cause to be written down
+
+# What torch, gloo and NCCL say when it is the other side, or the way to it, that is gone. Ours say PeerLost.
+_PEER_LOST = re.compile(
+    r"connection (was )?(closed|reset|refused|aborted)|connectfullmesh|timed? ?out|broken pipe|socket error"
+    r"|nccl communicator was aborted|remote process exit|failed to (connect|recv|send)|no route to host",
+    re.IGNORECASE,
+)
+
+
+class Dated(Protocol):
+    """An error that knows whether it only followed another one, and when it was raised."""
+
+    @property
+    def consequence(self) -> bool: ...
+
+    @property
+    def time_s(self) -> float: ...
+
+
+E = TypeVar("E", bound=Dated)
+
+
+def first(errors: Iterable[E]) -> E | None:
+    """The error that began it: the earliest that is no consequence, else the earliest."""
+    return min(errors, key=lambda error: (error.consequence, error.time_s), default=None)
+
+
+def is_consequence(error: BaseException) -> bool:
+    """Whether ``error``, or what caused it, says that another rank or the way to it is gone."""
+    seen: BaseException | None = error
+    while seen is not None:
+        foreign = type(seen).__module__.startswith("torch") or type(seen) is RuntimeError
+        if isinstance(seen, PeerLost) or (foreign and _PEER_LOST.search(str(seen))):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a rank failed, as ``errors/rank-<rank>.json`` has it.
+
+    Attributes:
+        membership: what all ranks of one start call it; see :func:`begin`.
+        time_s: by its machine's clock, in seconds since the epoch.
+        type, message, traceback: of the exception.
+        consequence: it only says that another rank, or the way to it, is gone.
+        expected: it is meant for the user.
+    """
+
+    membership: str
+    rank: int
+    machine: str
+    time_s: float
+    type: str
+    message: str
+    traceback: str
+    consequence: bool
+    expected: bool
+
+    @property
+    def exit_code(self) -> int:
+        return 2 if self.expected else 1
+
+
+_membership = ""
+
+
+def begin(membership: str) -> None:
+    """From here on this process is a rank of ``membership``, "term.generation" of rank 0's agent: the same on all ranks."""
+    global _membership
+    _membership = membership
+
+
+def _record(rank: int, error: BaseException) -> Record:
+    return Record(
+        membership=_membership,
+        rank=rank,
+        machine=socket.gethostname(),
+        time_s=time.time(),
+        type=type(error).__name__,
+        message=str(error),
+        traceback="".join(traceback.format_exception(error)),
+        consequence=is_consequence(error),
+        expected=isinstance(error, GeminiError),
+    )
+
+
+def record_error(run_dir: Path, rank: int, error: BaseException) -> None:
+    """Write ``errors/rank-<rank>.json``."""
+    folder = run_dir / "errors"
+    temporary = folder / f".rank-{rank}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(asdict(_record(rank, error)), indent=1))
+        os.replace(temporary, folder / f"rank-{rank}.json")
+    except OSError as problem:  # the run directory may be what failed; the error itself still goes to stderr
+        print(f"warning: cannot write {folder / f'rank-{rank}.json'}: {problem.strerror}", file=sys.stderr)
+
+
+def forget_errors(run_dir: Path) -> None:
+    """Remove the records of an earlier start. By rank 0, before any rank of this one may fail."""
+    for path in (run_dir / "errors").glob("rank-*.json"):
+        path.unlink(missing_ok=True)
+
+
+def read_errors(run_dir: Path, membership: str | None = None) -> list[Record]:
+    """The records of all ranks that have one, by rank; only those of ``membership`` if it is given."""
+    records = []
+    for path in (run_dir / "errors").glob("rank-*.json"):
+        try:
+            records.append(msgspec.json.decode(path.read_bytes(), type=Record))
+        except (OSError, ValueError):  # being replaced, cut off by a full disk, or of another version
+            continue
+    return sorted((one for one in records if membership in (None, one.membership)), key=lambda record: record.rank)
+
+
+def first_error(run_dir: Path) -> str | None:
+    """``rank 2 on h2: ValueError: ...`` of the error that began it, or None when no rank wrote one."""
+    record = first(read_errors(run_dir))
+    return None if record is None else f"rank {record.rank} on {record.machine}: {record.type}: {record.message}"
+
+
+def verdict(records: list[Record], rank: int, world_size: int, machines: dict[int, str]) -> str | None:
+    """The words of rank ``rank``, which has failed, on the terminal; None: another rank has them. Pure.
+
+    Args:
+        records: of all ranks so far, that of ``rank`` among them.
+        machines: rank -> machine, as far as known.
+    """
+    own = next(record for record in records if record.rank == rank)
+    if not own.consequence:
+        return own.message if own.expected else f"{own.type}: {own.message}\n{own.traceback.rstrip()}"
+    cause = first(records)
+    assert cause is not None
+    if not cause.consequence:
+        if rank != 0:
+            return None
+        return f"stopped, because rank {cause.rank} on {cause.machine} failed: {cause.type}: {cause.message}"
+    if rank != min(record.rank for record in records):
+        return None
+    silent = [r for r in range(world_size) if r not in {record.rank for record in records}]
+    if not silent:
+        return f"{own.message}\nevery rank lost its peers and none names another cause: is the network cut?"
+    speaking = {record.machine for record in records}
+    lost = [r for r in silent if machines.get(r) not in speaking]
+    saw = f"Rank {rank} saw: {own.message.splitlines()[0] if own.message else own.type}"
+    names = ", ".join(f"rank {r} on {machines.get(r, 'an unknown machine')}" for r in lost or silent)
+    if not lost:
+        return (
+            f"{names} ended without a word, or hangs; other ranks of the machine are well. Killed, out of memory "
+            f"(`dmesg`)? See logs/rank-{silent[0]}.log. {saw}"
+        )
+    tries = "; ".join(f"ssh {name} true" for name in dict.fromkeys(machines[r] for r in lost if r in machines))
+    return (
+        f"lost {names}: no answer and no last words. The machine has no power or no network, or the process was killed "
+        f"(out of memory?). Try: {tries or 'the hostfile, with `python launch/hosts.py check hostfile`'}. If the launcher "
+        f"does not come back, its ssh waits for that machine: Ctrl-C, and next time `launch/hosts.py run`. {saw}"
+    )
+
+
+def understood(
+    run_dir: Path, rank: int, world_size: int, error: BaseException, settle_s: float = SETTLE_S
+) -> tuple[str | None, int]:
+    """Record ``error``; the words of rank ``rank`` (None when another rank has them), and the exit code of the job's first error.
+
+    Where it only says that others are gone, this waits up to ``settle_s`` for one of them to have written down the cause.
+    """
+    record_error(run_dir, rank, error)
+    deadline = time.monotonic() + settle_s
+    records = read_errors(run_dir, _membership)
+    while all(r.consequence for r in records) and len(records) < world_size and time.monotonic() < deadline:
+        time.sleep(0.05)
+        records = read_errors(run_dir, _membership)
+    if all(r.rank != rank for r in records):  # the run directory cannot be written
+        records.append(_record(rank, error))
+    said = verdict(records, rank, world_size, _machines(run_dir, world_size))
+    cause = first(records)
+    assert cause is not None
+    place = f"rank {rank} on {socket.gethostname()}: " if world_size > 1 else ""
+    return None if said is None else place + said, cause.exit_code
+
+
+def _machines(run_dir: Path, world_size: int) -> dict[int, str]:
+    found = {}
+    for rank in range(world_size):
+        try:
+            text = (run_dir / "logs" / f"rank-{rank}.log").read_text(errors="replace")
+        except OSError:
+            continue
+        if (machine := machine_of(text)) is not None:
+            found[rank] = machine
+    return found
