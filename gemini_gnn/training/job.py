@@ -75,7 +75,11 @@ def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
 
     # Only after rank 0 holds the run directory may others write into it.
     timeout_s = config.distributed.timeout_s
-    process_groups.run_on_first(groups.store, place.rank, "claim run_dir", timeout_s, claim, error=RunDirError)
+    try:
+        process_groups.run_on_first(groups.store, place.rank, "claim run_dir", timeout_s, claim, error=RunDirError)
+    except RunDirError:
+        process_groups.part(groups)  # else ranks that still join would take the end of rank 0 for the error
+        raise
     run_dir = claimed[0] if claimed else None
     try:
         code = _with_groups(config, place, groups, run_dir)
