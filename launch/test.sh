@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
 # Lint, types and all tests on a fresh machine: `bash launch/test.sh [pytest arguments]`.
+# `bash launch/test.sh --long [--seed N] [--kills N] [pytest arguments]`: only the campaigns of kills in tests/chaos.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$ROOT"
 setup "[dev]"
+
+if [ "${1:-}" = --long ]; then
+    exec python -m pytest -n 0 -m long -s -o timeout=7200 "${@:2}" # -s: a line per kill, and the seed
+fi
 
 # The cluster tests need a few Debian packages; without them or without root they are skipped, and say so.
 install() { # for what, packages

@@ -1,6 +1,7 @@
 """Shared fixtures and settings of all tests."""
 
 import os
+import random
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,18 @@ __all__ = ["data_root", "lab", "lab_session", "pytest_collection_modifyitems", "
 # Deterministic, and without deadlines: the machine may be slow, the code is judged by its results.
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, help="of the campaigns in tests/chaos; a new one where none is given")
+    parser.addoption("--kills", type=int, default=40, help="of each campaign")
+
+
+@pytest.fixture(scope="session")
+def seed(request: pytest.FixtureRequest) -> int:
+    """Of a campaign: given by ``--seed``, or a new one. Print it: a failure is repeated with it."""
+    given = request.config.getoption("seed")
+    return random.SystemRandom().randrange(10**6) if given is None else given
 
 
 @pytest.fixture(scope="session")

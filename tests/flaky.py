@@ -2,7 +2,7 @@
 
 How long processes take to start, to be seen and to die is up to the machine. A test that failed once is to be mended all the
 same, so it is never silent: what it failed of stands at the end, and its name is the last thing that is said. A pure test is
-never run again, nor is one that only computes in several processes.
+never run again, nor is one that only computes in several processes, nor a campaign, whose failures are what it is for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("usepdb"):
         return  # a debugger stops at the first failure
     for item in items:
-        if any(map(item.get_closest_marker, MARKS)) or FIXTURES & set(getattr(item, "fixturenames", ())):
+        real = any(map(item.get_closest_marker, MARKS)) or FIXTURES & set(getattr(item, "fixturenames", ()))
+        if real and not item.get_closest_marker("long"):
             item.add_marker(pytest.mark.flaky(reruns=1))  # of pytest-rerunfailures
 
 

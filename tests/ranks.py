@@ -1,6 +1,6 @@
 """Run a function on several gloo ranks of this machine: the second tier of tests.
 
-Processes come from a fork server that has imported torch once and computed nothing, so a rank starts in milliseconds.
+Processes come from a fork server that has imported everything once and started no thread, so a rank starts in milliseconds.
 The rendezvous is a file, so there is no port to pick. Every wait has a deadline; no process outlives the call.
 """
 
@@ -17,7 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "numpy", "numba"])
+# What a trainer imports, too: there is one fork server per process, and ``train_local`` gets whichever was started first.
+_context.set_forkserver_preload(["gemini_gnn.training.preload"])
 
 
 def _rank_main(fn, rank, world, folder, args, pipe):

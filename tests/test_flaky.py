@@ -34,15 +34,21 @@ def test_that_always_fails(job):
 def test_that_passes(job):
     runs("passes")
 
+@pytest.mark.long
+def test_campaign(job):
+    assert runs("campaign") == 2, "campaign, the first time"
+
 def test_pure():
     assert runs("pure") == 2, "pure, the first time"
 """
+
+RUNS = {"marked": 2, "with a job": 2, "always": 2, "passes": 1, "campaign": 1, "pure": 1}
 
 
 @pytest.mark.parametrize("options", [[], ["-n", "2", "--dist", "worksteal"]])
 def test_a_test_of_processes_is_run_once_more_and_named_at_the_end(tmp_path, options):
     (tmp_path / "test_tiny.py").write_text(TINY)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = processes: real ones\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    processes: real ones\n    long: long ones\n")
     command = [sys.executable, "-m", "pytest", "-p", "tests.flaky", "-p", "no:cacheprovider", *options]
     ended = subprocess.run(
         command,
@@ -53,8 +59,8 @@ def test_a_test_of_processes_is_run_once_more_and_named_at_the_end(tmp_path, opt
         timeout=120,
     )
     assert ended.returncode == 1, ended.stdout + ended.stderr
-    times = {name: len((tmp_path / name).read_text()) for name in ("marked", "with a job", "always", "passes", "pure")}
-    assert times == {"marked": 2, "with a job": 2, "always": 2, "passes": 1, "pure": 1}
+    times = {name: len((tmp_path / name).read_text()) for name in RUNS}
+    assert times == RUNS
     before, _, flaky = ended.stdout.partition("tests that failed once and passed when run again")
     assert "FAILED test_tiny.py::test_pure" in before and "FAILED test_tiny.py::test_that_always_fails" in before
     assert "marked, the first time" in flaky and "with a job, the first time" in flaky
@@ -63,4 +69,4 @@ def test_a_test_of_processes_is_run_once_more_and_named_at_the_end(tmp_path, opt
         "FLAKY, to be mended: test_tiny.py::test_marked",
         "FLAKY, to be mended: test_tiny.py::test_with_a_job",
     }
-    assert "2 failed, 3 passed, 3 rerun" in counts
+    assert "3 failed, 3 passed, 3 rerun" in counts
