@@ -57,7 +57,6 @@ def main():
     parser.add_argument("--losses", help="write the losses to this file at the end")
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     options = parser.parse_args()
-    deepspeed.ops.__dict__["__compatible_ops__"] = {}  # no compiling of a shared-memory op at every start (30 s on CPU)
     deepspeed.init_distributed("gloo" if not torch.cuda.is_available() else "nccl", verbose=False)
     rank = torch.distributed.get_rank()
 

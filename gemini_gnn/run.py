@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,10 +57,13 @@ def run_script(payload: dict[str, Any], place: Place, listen_fd: int | None) -> 
     return 0
 
 
-def preload_of(script: Path) -> list[str]:
-    """What the warm parent imports for a script: what it will need anyway, by a look at its text. Only speed depends on it."""
-    text = script.read_text(errors="replace")
-    return [*ALWAYS, *(["gemini_gnn.training.engine"] if "deepspeed" in text else [])]
+def preload_of(script: Path, asked: Sequence[str] = ()) -> list[str]:
+    """What the warm parent imports for a script: what it will need anyway, by a look at its text, and what is ``asked`` for.
+
+    Only speed depends on it. DeepSpeed comes as our engine has it: nothing is compiled when process groups are made.
+    """
+    mentioned = "deepspeed" in script.read_text(errors="replace") or "deepspeed" in asked
+    return [*ALWAYS, *(["gemini_gnn.training.engine"] if mentioned else []), *asked]
 
 
 def main(arguments: list[str]) -> int:
@@ -102,7 +106,7 @@ def main(arguments: list[str]) -> int:
         options.run_dir or Path("runs") / options.script.stem,
         "gemini_gnn.run:run_script",
         payload,
-        preload=[*ALWAYS, *options.preload] if options.preload else preload_of(options.script),
+        preload=preload_of(options.script, options.preload or []),
         resume=options.resume,
         terminal=True,
         arena_root=options.arena,

@@ -163,5 +163,8 @@ def test_preload_follows_the_script(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("import torch")
     assert "gemini_gnn.training.engine" not in preload_of(script)
+    assert "gemini_gnn.training.engine" in preload_of(script, ["deepspeed"])
+    assert preload_of(script, ["scipy"]) == [*preload_of(script), "scipy"]
     script.write_text("import deepspeed")
+    assert "gemini_gnn.training.engine" in preload_of(script, ["scipy"])
     assert "gemini_gnn.training.engine" in preload_of(script)

@@ -1,7 +1,9 @@
 """attach() around plain PyTorch on one rank: what is captured when, and that training goes on from it bit for bit."""
 
+import os
 import threading
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -57,6 +59,24 @@ def test_closing_leaves_the_optimizer_as_it_was(folder):
     before = opt.step
     attach((module, opt), context=context_of(folder)).close()
     assert opt.step == before and not opt._optimizer_step_pre_hooks
+
+
+def test_deepspeeds_shared_buffer_outlives_no_kill(folder, monkeypatch):
+    """It is named after the meeting point and the rank; those of other jobs and ranks are let alone."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", folder.name)  # no other test's
+    files = [
+        Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{of}") for of in (f"{folder.name}_0", "1_0")
+    ]
+    files.append(Path(f"{files[0]}1"))
+    try:
+        for file in files:
+            file.touch()
+        attach(parts(), context=context_of(folder)).close()
+        assert [file.exists() for file in files] == [False, True, True]
+    finally:
+        for file in files:
+            file.unlink(missing_ok=True)
 
 
 def test_nothing_of_the_tiny_twin_stays_in_the_optimizer(folder):

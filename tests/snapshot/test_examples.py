@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 KILLING = """
 import os, runpy, signal, sys
 import gemini_gnn.snapshot as snapshot
-import gemini_gnn.snapshot.session  # deepspeed is imported by the example itself
+import gemini_gnn.snapshot.session
 script, at = sys.argv[1], int(sys.argv[2])
 real = snapshot.attach
 def attach(*args, **kwargs):
@@ -37,7 +37,7 @@ def launch(tmp_path, name, example, at, steps):
     """Both ranks' output, and the losses."""
     losses, script = tmp_path / f"{name}.losses", tmp_path / "killing.py"
     script.write_text(KILLING)
-    preload = ["--preload", "gemini_gnn.training.engine"] if "zero" in example else []
+    preload = ["--preload", "deepspeed"] if "zero" in example else []
     command = [sys.executable, "-m", "gemini_gnn.run", "--run-dir", tmp_path / name, *preload, script]
     command += [ROOT / "examples" / example, at, "--steps", steps, "--losses", losses]
     ranks = []
@@ -62,6 +62,7 @@ def launch(tmp_path, name, example, at, steps):
 @pytest.mark.processes
 @pytest.mark.parametrize(("example", "steps"), [("plain_ddp.py", 60), ("transformer_zero1.py", 12)])
 def test_a_killed_example_goes_on_with_the_same_losses(tmp_path, example, steps):
+    before = set(os.listdir("/dev/shm"))
     said, undisturbed = launch(tmp_path, "whole", example, -1, steps)
     assert "a fresh start" in said and "going on" not in said
     said, resumed = launch(tmp_path, "killed", example, steps // 2, steps)
@@ -69,3 +70,4 @@ def test_a_killed_example_goes_on_with_the_same_losses(tmp_path, example, steps)
     assert resumed == undisturbed and len(resumed.splitlines()) == steps
     for name in ("whole", "killed"):
         assert not home.arena_of(tmp_path / name).exists()
+    assert not {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("deepspeed")}
