@@ -31,6 +31,7 @@ from typing import Any, TextIO
 
 from gemini_gnn.config import Config, from_mapping, to_mapping
 from gemini_gnn.errors import RunDirError
+from gemini_gnn.files import rename, write_atomically
 
 # Settings that may change between two starts of one run without making it another run.
 FREE_SETTINGS: tuple[str, ...] = (
@@ -46,16 +47,6 @@ FREE_SETTINGS: tuple[str, ...] = (
 FREE_SETTINGS += ("dataset.root", "dataset.cache", "sampling.prefetch", "sampling.chunk_bytes", "features.in_ram")
 
 RESULTS = ("metrics.jsonl", "model.safetensors", "model.json", "losses.csv")  # what a run leaves besides its settings
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``: a reader sees the old or the new file, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
@@ -205,7 +196,7 @@ def keep_earlier(path: Path, names: Sequence[str] = RESULTS) -> None:
             break
     for name, file in zip(names, kept, strict=True):
         if (path / name).exists():
-            os.replace(path / name, file)
+            rename(path / name, file)
 
 
 def resume_of(config: Config) -> str:

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from gemini_gnn.config import Config, to_mapping
-from gemini_gnn.observe.run_directory import LossLog, RunDir, write_atomically
+from gemini_gnn.files import rename, write_atomically
+from gemini_gnn.observe.run_directory import LossLog, RunDir
 from gemini_gnn.training.groups import Groups
 from gemini_gnn.training.state import RunState
 
@@ -158,7 +159,7 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
 
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, str(temporary))
-    os.replace(temporary, path)
+    rename(temporary, path)
 
 
 def versions() -> dict[str, str]:
