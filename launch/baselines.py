@@ -13,10 +13,10 @@ PURPOSE = "Baselines of a data set: logistic regression on features alone, and s
 
 
 def main(arguments: list[str]) -> int:
+    from gemini_gnn.files import write_atomically
     from gemini_gnn.graph import datasets
     from gemini_gnn.graph.baselines import features_only_accuracy, structure_only_accuracy
     from gemini_gnn.graph.datasets.files import cache_folder
-    from gemini_gnn.observe.run_directory import write_atomically
 
     config = compose(arguments)
     kept = cache_folder(config.dataset) / "baselines" / f"{datasets.fingerprint(config.dataset)}.json"

@@ -7,7 +7,7 @@ command that started the job goes on from them. ``keep=false`` removes them, als
 import sys
 from pathlib import Path
 
-from gemini_gnn.errors import GeminiError
+from gemini_gnn.compose import exit_with
 from gemini_gnn.recovery.stop import stop
 
 USAGE = "usage: python launch/stop.py run_dir=RUN_DIR [keep=false] [snapshot.arena=/dev/shm]"
@@ -25,19 +25,10 @@ def main(arguments: list[str]) -> int:
     if settings.get("keep", "true") not in ("true", "false"):
         print(f"keep: expected true or false; got {settings['keep']!r}\n{USAGE}", file=sys.stderr)
         return 2
-    try:
-        print(
-            stop(
-                Path(settings["run_dir"]),
-                keep=settings.get("keep") != "false",
-                arena_root=settings.get("snapshot.arena"),
-            )
-        )
-    except GeminiError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    keep, arena_root = settings.get("keep") != "false", settings.get("snapshot.arena")
+    print(stop(Path(settings["run_dir"]), keep=keep, arena_root=arena_root))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_with(main)

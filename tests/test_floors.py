@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "gemini_gnn"
 
 FLOORS = [
-    {"config", "cluster", "errors", "hashing", "memory"},
+    {"config", "cluster", "errors", "files", "hashing", "memory"},
     {"faults", "observe"},
     {"graph"},
     {"halo", "features", "sampling", "models"},

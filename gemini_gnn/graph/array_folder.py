@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from gemini_gnn.errors import PartitionError
+from gemini_gnn.files import sync
 
 Progress = Callable[[str], None]  # told one line of text now and then
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -37,9 +38,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
         place.mkdir(parents=True)
         try:
             yield place
-            _sync(place)
+            sync(place)
             os.rename(place, folder)
-            _sync(folder.parent)
+            sync(folder.parent)
         finally:
             shutil.rmtree(place, ignore_errors=True)
     except OSError as error:
@@ -51,14 +52,6 @@ def unwritable(folder: Path, error: OSError) -> PartitionError:
         f"cannot write {folder}: {error.strerror or error}; free some room or choose another place with "
         "partition.folder or dataset.cache"
     )
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_array(folder: Path, name: str, dtype: Any, shape: tuple[int, ...], pieces: Iterable[np.ndarray]) -> str:

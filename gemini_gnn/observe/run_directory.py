@@ -31,14 +31,19 @@ from typing import Any, TextIO
 
 from gemini_gnn.config import Config, from_mapping, to_mapping
 from gemini_gnn.errors import RunDirError
+from gemini_gnn.files import rename, write_atomically
 
-# Settings that may change between two starts of one run: none of them changes the losses of its steps.
+# Settings that may change between two starts of one run: none of them changes the losses of its steps. snapshot.mode may
+# not change: one mode does not find what another has kept.
 FREE_SETTINGS: tuple[str, ...] = (
     "run_dir",
     "resume",
     # Only shown or kept:
     "logger",
-    "snapshot",
+    "snapshot.every",
+    "snapshot.nfs_every",
+    "snapshot.folder",
+    "snapshot.arena",
     "partition.plot",
     # How ranks meet, wait and check (another backend may sum in another order, which changes last bits):
     "distributed",
@@ -58,16 +63,6 @@ FREE_SETTINGS: tuple[str, ...] = (
 )
 
 RESULTS = ("metrics.jsonl", "model.safetensors", "model.json", "losses.csv")  # what a run leaves besides its settings
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``: a reader sees the old or the new file, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
@@ -146,7 +141,7 @@ class RunDir:
         """Whether this run may go on in ``path``; says nothing of a job that may be living there. Changes nothing.
 
         Raises:
-            RunDirError: it holds a finished run, or one that has done a step with other settings or another snapshot mode.
+            RunDirError: it holds a finished run, or one with other settings that has done a step.
         """
         if (path / "result.json").exists():
             raise RunDirError(
@@ -154,18 +149,11 @@ class RunDir:
                 f"`python launch/evaluate.py run_dir={path}`, or remove the folder to train again"
             )
         if config.resume != "never":
-            changed, steps = changed_settings(path, config), steps_done(path)
-            if changed and (config.resume == "must" or steps):
+            changed = changed_settings(path, config)
+            if changed and (config.resume == "must" or steps_done(path)):
                 raise RunDirError(
                     f"run_dir {path} holds a run with other settings ({'; '.join(changed[:5])}); "
                     "give another run_dir=..., the same settings, or resume=never to start it over"
-                )
-            mode = read_config(path).snapshot.mode if steps else config.snapshot.mode
-            if mode != config.snapshot.mode:
-                raise RunDirError(
-                    f"run_dir {path} holds a run that has done {steps} steps with snapshot={mode}; "
-                    f"snapshot={config.snapshot.mode} cannot go on from them: give snapshot={mode}, or resume=never to start it "
-                    "over"
                 )
 
     def status(self, state: str, **fields: Any) -> None:
@@ -189,8 +177,12 @@ def changed_settings(path: Path, config: Config) -> list[str]:
 
 def steps_done(path: Path) -> int:
     """The last step in ``losses.csv``; 0: the run failed at the start, and its settings may be mended."""
-    rows = read_losses(path / "losses.csv") if (path / "losses.csv").exists() else []
-    return rows[-1][0] if rows else 0
+    if not (path / "losses.csv").exists():
+        return 0
+    with open(path / "losses.csv", "rb") as file:  # its end only: recoveries ask too
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        last = file.read().rpartition(b"\n")[0].rpartition(b"\n")[2].partition(b",")[0]
+    return int(last) if last.isdigit() else 0  # else the header
 
 
 def keep_earlier(path: Path, names: Sequence[str] = RESULTS) -> None:
@@ -203,7 +195,7 @@ def keep_earlier(path: Path, names: Sequence[str] = RESULTS) -> None:
             break
     for name, file in zip(names, kept, strict=True):
         if (path / name).exists():
-            os.replace(path / name, file)
+            rename(path / name, file)
 
 
 def resume_of(config: Config) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gemini_gnn.errors import RecoveryError, RunDirError, SnapshotError
+from gemini_gnn.files import sync
 from gemini_gnn.snapshot.store.arena import folder_of, list_folder, make_folder, slots
 from gemini_gnn.snapshot.store.format import SlotState
 from gemini_gnn.snapshot.store.locks import AGENT_LOCK, TRAINERS_LOCK, living_trainer, take_agent_lock
@@ -147,6 +148,7 @@ def claim_term(run_dir: Path, record: dict[str, Any]) -> int:
             text.write(json.dumps({"term": term, **record}))
             text.flush()
             os.fsync(text.fileno())
+        sync(folder)
     except OSError as error:
         raise RunDirError(f"cannot claim a term in {folder}: {error.strerror}; is run_dir writable?") from None
     return term
@@ -226,6 +228,7 @@ def _create_whole(path: Path, text: str) -> None:
             os.fsync(file.fileno())
     finally:
         temporary.unlink(missing_ok=True)
+    sync(path.parent)
 
 
 def belongs_to(arena: Path, run: str) -> bool:

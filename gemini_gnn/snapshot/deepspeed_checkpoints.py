@@ -18,7 +18,6 @@ from __future__ import annotations
 import copyreg
 import enum
 import importlib
-import os
 import re
 import shutil
 import time
@@ -31,6 +30,7 @@ import torch
 import xxhash
 
 from gemini_gnn.errors import SnapshotError
+from gemini_gnn.files import sync, write_atomically
 from gemini_gnn.snapshot.agree import Ranks, connect
 from gemini_gnn.snapshot.capture.shards import shard_of, topology_of
 from gemini_gnn.snapshot.capture.stats import Stats
@@ -73,8 +73,9 @@ def save(engine: Any, extra_state: Any, folder: Path, step: int, ranks: Ranks) -
 
 
 def _finish(folder: Path, tag: str) -> None:
-    _write_durably(folder / tag / COMPLETE, b"")
-    _sync(folder)
+    write_atomically(folder / tag / COMPLETE, b"", mode=0o600)
+    sync(folder)
+    sync(folder.parent)
     for old in complete_steps(folder)[:-KEEP]:
         (folder / tag_of(old) / COMPLETE).unlink(missing_ok=True)
         shutil.rmtree(folder / tag_of(old), ignore_errors=True)
@@ -103,10 +104,10 @@ def _write_all(engine: Any, extra_state: Any, folder: Path, tag: str, rank: int)
         body = format.encode_tail(
             format.layout_json(format.plan([]), [], _topology(state, extra_state is not None)), packed, arrays
         )
-        _write_durably(here / f"{shard_of(rank)}.state", xxhash.xxh3_128_digest(body) + body)
+        write_atomically(here / f"{shard_of(rank)}.state", xxhash.xxh3_128_digest(body) + body, mode=0o600)
         for path in here.glob("*.pt"):
-            _sync(path)
-        _sync(here)
+            sync(path)
+        sync(here)
     except OSError as error:
         raise SnapshotError(f"cannot write the checkpoint {here}: {error.strerror}; check snapshot.folder") from error
 
@@ -114,24 +115,6 @@ def _write_all(engine: Any, extra_state: Any, folder: Path, tag: str, rank: int)
 def _topology(state: State, extra: bool) -> dict[str, Any]:
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     return topology_of(state, world, format.plan(e.spec for e in state.entries), extra)
-
-
-def _write_durably(path: Path, body: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(body)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def load_latest(engine: Any, extra_state: Any, folder: Path, ranks: Ranks) -> int | None:

@@ -19,6 +19,7 @@ from gemini_gnn.cluster.place import Place
 from gemini_gnn.config import Config, from_mapping
 from gemini_gnn.errors import ConfigError, PeerLost, RunDirError, SnapshotError
 from gemini_gnn.faults import from_environ
+from gemini_gnn.files import write_atomically
 from gemini_gnn.graph.datasets import fingerprint, load_dataset
 from gemini_gnn.graph.graph import one_way_share
 from gemini_gnn.graph.partition.folder import PartitionedGraph
@@ -26,7 +27,7 @@ from gemini_gnn.graph.partition.on_demand import open_or_make
 from gemini_gnn.observe.errors import forget_errors, is_consequence, record_error, understood
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.progress import say
-from gemini_gnn.observe.run_directory import RunDir, keep_earlier, steps_done, write_atomically
+from gemini_gnn.observe.run_directory import RunDir, keep_earlier, steps_done
 from gemini_gnn.recovery.worker.decisions import STOPPED
 from gemini_gnn.snapshot import context as snapshot_context
 from gemini_gnn.training import engine

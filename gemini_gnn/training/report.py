@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from gemini_gnn.config import Config, to_mapping
 from gemini_gnn.errors import ConfigError
-from gemini_gnn.observe.run_directory import LossLog, RunDir, write_atomically
+from gemini_gnn.files import write_atomically
+from gemini_gnn.observe.run_directory import LossLog, RunDir
 from gemini_gnn.training.groups import Groups
 from gemini_gnn.training.state import RunState
 
@@ -176,10 +177,8 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     """Write weights as safetensors, whole or not at all."""
     from safetensors.torch import save
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     # Not save_file, whose file is its owner's only: this one may be read by whoever may read the run directory.
-    temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in weights.items()}))
-    os.replace(temporary, path)
+    write_atomically(path, save({name: tensor.contiguous() for name, tensor in weights.items()}))
 
 
 def versions() -> dict[str, str]:

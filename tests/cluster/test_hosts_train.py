@@ -182,8 +182,8 @@ def test_a_machine_that_loses_power_is_named_and_the_launcher_ends(lab, graph, t
     wait_until(lambda: len(losses(run_dir)) > 5 or process.poll() is not None, run_dir)
     assert process.poll() is None, terminal(run_dir)[-6000:]
 
-    again = [*settings, f"run_dir={run_dir}", "snapshot=none", "training.threads=1"]
-    second = lab.run("h3", [PYTHON, "launch/train.py", *again], 60, cwd=ROOT)
+    again = [PYTHON, "launch/train.py", f"run_dir={run_dir}", "training.threads=1", *settings]
+    second = lab.run("h3", again, 60, cwd=ROOT)
     assert second.returncode == 2 and "is in use by" in second.stdout and "on h0" in second.stdout
 
     off = time.time()

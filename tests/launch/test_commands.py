@@ -159,7 +159,7 @@ def test_an_error_of_all_slots_is_said_once(tmp_path, command, said):
     assert silent == ""
 
 
-COMMANDS = [str(path) for path in sorted((ROOT / "launch").glob("*.py")) if path.name != "stop.py"]
+COMMANDS = [str(path) for path in sorted((ROOT / "launch").glob("*.py"))]
 
 
 @pytest.mark.parametrize(

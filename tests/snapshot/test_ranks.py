@@ -1,6 +1,5 @@
 """attach() on two ranks: what all hold once per machine, what differs, what one rank lacks or refuses."""
 
-import contextlib
 from pathlib import Path
 
 import pytest
@@ -9,39 +8,27 @@ import torch
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot import attach, restore
 from gemini_gnn.snapshot.capture import divergence
-from gemini_gnn.snapshot.capture.divergence import Expected
-from gemini_gnn.snapshot.capture.shards import REPLICATED
 from gemini_gnn.snapshot.context import Context
 from gemini_gnn.snapshot.store import arena
-from gemini_gnn.snapshot.store.identity import Identity
 from tests.ranks import run_ranks
 from tests.snapshot.plain_training import (
     arena_folder,
     context_of,
     everything,
     parts,
-    run_some,
     slots_of,
     step,
 )
 
 
-@pytest.fixture
-def folder():
-    with arena_folder() as path:
-        yield path
-
-
-def test_a_late_writer_is_still_compared_with(folder):
-    run_some(folder, 2)
-    module, opt = parts()
-    snapshots = attach((module, opt), context=context_of(folder, 2))
-    (shard,) = [s for s in snapshots._shards if s.name == REPLICATED]
-    assert not divergence.compare(shard, Expected(Identity(1, 2, 3), bytes(16)), rank=1)  # not committed yet
-    with pytest.raises(SnapshotError, match="they differ"):
-        divergence.compare(shard, Expected(Identity(1, 1, 2), bytes(16)), rank=1)
-    assert divergence.compare(shard, divergence.expect(shard, Identity(1, 1, 2)), rank=1)
-    snapshots.close()
+def test_the_ranks_that_differ_are_named():
+    divergence.check(["a", "a", "a"], 5)
+    with pytest.raises(SnapshotError, match="after step 5, .*; rank 1 and ranks 0, 2 differ"):
+        divergence.check(["a", "b", "a"], 5)
+    with pytest.raises(SnapshotError, match="; rank 1 and rank 0 differ"):
+        divergence.check(["a", "b"], 5)
+    with pytest.raises(SnapshotError, match="; ranks 0, 1, 2, 3, 4, 5, 6, 7 and 1 more and ranks 9, 10,"):
+        divergence.check([str(i) for i in range(9)] + ["x"] * 20, 5)
 
 
 def ddp_case(rank, world, root):
@@ -92,33 +79,53 @@ def final_case(rank, world, root):
     snapshots.close()
 
 
-def diverging_case(rank, world, root):
-    """A rank whose weights differ from the others' is noticed, not averaged away or restored over."""
-    divergence.VERIFY_EVERY = 1
+def diverging_case(rank, world, root, machines):
+    """A rank whose weights differ from the others' is noticed by all, not averaged away or restored over."""
+    divergence.VERIFY_EVERY = 2
+    here = context_of(Path(root) / "job", rank=rank, world=world)
+    if machines > 1:
+        here = Context("job", Path(root) / f"h{rank}", rank, world, 0, 1, term=1, generation=1)
     torch.manual_seed(0)
     module = torch.nn.Linear(4, 3)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    snapshots = attach((module, optimizer), context=context_of(Path(root) / "job", rank=rank, world=world), hook=False)
-    said = ""
+    snapshots = attach((module, optimizer), context=here, hook=False)
+    exchanges = counted(snapshots._ranks)
     try:
-        for s in range(1, 4):
+        for s in range(1, 10):
             bit = torch.tensor([int(snapshots.ready())])
             torch.distributed.all_reduce(bit, op=torch.distributed.ReduceOp.MIN)
             snapshots.before_step()
-            if rank == 1 and s == 2:
+            if rank == 1 and s == 3:
                 with torch.no_grad():
                     module.weight[0, 0] += 1e-7
             snapshots.after_step(s, bool(bit))
             snapshots.wait()
             torch.distributed.barrier()
     except SnapshotError as error:
-        said = str(error)
-    with contextlib.suppress(SnapshotError, RuntimeError):
-        if said:  # let the other rank out of its collective
-            torch.distributed.all_reduce(torch.tensor([0]), op=torch.distributed.ReduceOp.MIN)
-            torch.distributed.barrier()
         snapshots.close()
-    return said
+        return str(error), s, len(exchanges), snapshots.recoverable.step
+    raise AssertionError("nobody noticed")
+
+
+def counted(ranks):
+    """Every exchange from now on."""
+    seen, exchange = [], ranks.exchange
+    ranks.exchange = lambda value: seen.append(value) or exchange(value)
+    return seen
+
+
+def diverging_at_the_end_case(rank, world, root):
+    module, optimizer = parts()
+    here = Context("job", Path(root) / f"h{rank}", rank, world, 0, 1, term=1, generation=1)
+    snapshots = attach((module, optimizer), context=here, hook=False)
+    snapshots.final(0)
+    divergence.VERIFY_EVERY = 1
+    with torch.no_grad():
+        next(module.parameters()).add_(rank)
+    snapshots.after_step(1, capture=True)
+    with pytest.raises(SnapshotError, match="after step 1, .*rank 1 and rank 0 differ"):
+        snapshots.final(1)
+    snapshots.close()
 
 
 def different_start_case(rank, world, root):
@@ -255,6 +262,15 @@ def test_on_two_ranks(case, root):
     run_ranks(case, 2, root, timeout_s=60)
 
 
-def test_ranks_that_drift_apart_are_noticed(root):
-    said = run_ranks(diverging_case, 2, root, timeout_s=60)
-    assert said[0] == "" and "they differ" in said[1] and "after step 2" in said[1]
+@pytest.mark.parametrize("machines", [1, 2])
+def test_ranks_that_drift_apart_are_noticed_by_all(root, machines):
+    """Captures 0, 2, 4 are compared, each when the next one is agreed upon."""
+    said = run_ranks(diverging_case, 2, root, machines, timeout_s=60)
+    assert said[0] == said[1]
+    words, step, exchanges, recoverable = said[0]
+    assert "after step 4, as data-parallel ranks do; rank 1 and rank 0 differ" in words
+    assert (step, exchanges, recoverable) == (5, 3, 3)
+
+
+def test_ranks_that_drifted_apart_do_not_stop_in_order(root):
+    run_ranks(diverging_at_the_end_case, 2, root, timeout_s=60)

@@ -10,7 +10,15 @@ from gemini_gnn.config import Config, OptimizerConfig, to_mapping
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.progress import Progress, say
-from gemini_gnn.observe.run_directory import LossLog, RunDir, differences, read_config, read_losses, resume_of
+from gemini_gnn.observe.run_directory import (
+    LossLog,
+    RunDir,
+    differences,
+    read_config,
+    read_losses,
+    resume_of,
+    steps_done,
+)
 from gemini_gnn.training import metrics
 from gemini_gnn.training.schedule import lr_factor
 from gemini_gnn.training.state import RunState, evaluation_due, record_evaluation
@@ -93,6 +101,23 @@ def test_losses_each_step_once_after_a_resume(tmp_path):
     assert read_losses(path) == [(1, 1, 1.0), (2, 1, 0.5), (3, 1, 1 / 3), (4, 1, 0.25)]
 
 
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("", 0),
+        ("step,epoch,loss\n", 0),
+        ("step,epoch,loss\n1,1,0.5", 0),
+        ("step,epoch,loss\n1,1,0.5\n", 1),
+        ("step,epoch,loss\n1,1,0.5\n2,1,0.2", 1),
+        ("step,epoch,loss\n" + "".join(f"{s},1,0.25\n" for s in range(1, 2001)) + "20", 2000),
+    ],
+)
+def test_the_last_step_that_was_written_whole(tmp_path, text, steps):
+    assert steps_done(tmp_path) == 0
+    (tmp_path / "losses.csv").write_text(text)
+    assert steps_done(tmp_path) == steps == max((row[0] for row in read_losses(tmp_path / "losses.csv")), default=0)
+
+
 def test_lost_rows_come_back_from_the_snapshot(tmp_path):
     log = LossLog(tmp_path / "losses.csv")
     log.resume(2, [[1, 1, 0.5], [2, 1, 0.25]])
@@ -161,9 +186,7 @@ def test_another_snapshot_mode_does_not_begin_a_run_again(tmp_path):
     RunDir.claim(config).release()
     RunDir.check_earlier_run(tmp_path / "run", other)
     (tmp_path / "run" / "losses.csv").write_text("step,epoch,loss\n1,1,0.5\n")
-    with pytest.raises(
-        RunDirError, match="1 steps with snapshot=memory; snapshot=nfs cannot go on from them: give snap"
-    ):
+    with pytest.raises(RunDirError, match=r"snapshot\.mode: memory -> nfs.* resume=never"):
         RunDir.claim(other)
     other.resume = "never"
     RunDir.claim(other, anew=True).release()

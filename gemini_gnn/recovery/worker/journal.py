@@ -54,9 +54,9 @@ class Journal:
             self.errors.append(first)  # it ended without a record of its own
         whole = first or told_error(tuple(self.errors))
         for failure in self.errors:
-            text = (
-                failure.text if failure is whole else f"[gemini_gnn] ended by {failure.summary} (after another trainer)"
-            )
+            text = failure.text if failure.text.startswith("Traceback") else f"error: {failure.text}"
+            if failure is not whole:
+                text = f"[gemini_gnn] ended by {failure.summary} (after another trainer)"
             try:
                 with open(self.log_of(failure.rank), "a") as log:
                     log.write(text.rstrip("\n") + "\n")

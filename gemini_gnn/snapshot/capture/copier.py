@@ -27,9 +27,8 @@ from typing import Any
 import numpy as np
 
 from gemini_gnn.errors import SnapshotError
-from gemini_gnn.snapshot.capture import divergence
 from gemini_gnn.snapshot.capture.cuda import CudaCopies, on_gpu
-from gemini_gnn.snapshot.capture.shards import REPLICATED, Piece, Shard
+from gemini_gnn.snapshot.capture.shards import REPLICATED, Piece, Shard, live_pieces
 from gemini_gnn.snapshot.capture.stats import Stats
 from gemini_gnn.snapshot.capture.unchanged import Version, check_unchanged, versions
 from gemini_gnn.snapshot.state import generators, tree
@@ -56,7 +55,7 @@ class Job:
     Attributes:
         slots: the locked slot of every shard of ours.
         numbers: of the rank's own shard, packed; the random generators, in ``generators``, are not yet.
-        verify: compute the checksum of the replicated state, for ``divergence.compare``.
+        verify: have the checksum of the replicated state, for ``divergence.check``.
         versions: of the tensors when the capture began.
         fenced: when the fence let go, on CUDA, where the copies may still be under way then.
     """
@@ -80,7 +79,7 @@ class Copier:
     Attributes:
         copied, committed: set when the job handed over last is; and before the first one.
         error: what went wrong; no job after it is believed.
-        expected: what the writer of the replicated state must have committed, as far as this rank is concerned.
+        replicated: checksum of the replicated state of the last job that was to have it.
         next_slots: per shard of ours the slot to take when the last job handed over is committed by all ranks, if any is
             free then. Only we write them, so it stays right; whether a reader holds it, its lock will tell.
         late: the tensors that are copied in the background.
@@ -92,7 +91,7 @@ class Copier:
         self.copied.set()
         self.committed.set()
         self.error: BaseException | None = None
-        self.expected: divergence.Expected | None = None
+        self.replicated = b""
         self.next_slots: dict[str, int] = {}
         self.late = [e for s in own for e in s.entries if not e.at_once]
         self._early = [(s, pieces) for s in own if (pieces := [p for p in s.pieces if p.entry.at_once])]
@@ -162,7 +161,8 @@ class Copier:
                 slot = job.slots[shard.name]
                 shard.files[slot].write_header(self._header(shard, slot, job.identity))
         present = {s.name: self._copy_all(s, job.slots[s.name]) for s in self._own}
-        expected = divergence.expect(self._foreign[0], job.identity) if job.verify else None
+        # As the writer computes it from the slot. Before the fence opens: these tensors may change after it.
+        compared = arena.checksum(live_pieces(self._foreign[0].entries)) if job.verify and self._foreign else b""
         if self.cuda is None:
             check_unchanged(self.late, job.versions, versions(self.late), job.identity)
             self.copied.set()
@@ -176,10 +176,12 @@ class Copier:
         numbers, arrays = job.numbers
         numbers["rng"], _ = tree.pack(generators.numbers(job.generators), "rng", arrays)
         for shard in self._own:
-            self._seal(shard, job, present[shard.name])
+            data_checksum = self._seal(shard, job, present[shard.name])
+            compared = data_checksum if shard.name == REPLICATED else compared
         free = {s.name: catalog.writable(s.views(), job.identity) for s in self._own}
         self.next_slots = {name: slot for name, slot in free.items() if slot is not None}
-        self.expected = expected
+        if job.verify:
+            self.replicated = compared
         self._stats.copy_s += copied - begin
         self._stats.seal_s += time.perf_counter() - copied
 
@@ -232,7 +234,8 @@ class Copier:
             topology=shard.fingerprint,
         )
 
-    def _seal(self, shard: Shard, job: Job, present: tuple[int, ...]) -> None:
+    def _seal(self, shard: Shard, job: Job, present: tuple[int, ...]) -> bytes:
+        """Commit; the checksum of the tensors."""
         slot = job.slots[shard.name]
         file, plan = shard.files[slot], shard.layout
         if present not in shard.layout_json:
@@ -254,3 +257,4 @@ class Copier:
         )
         file.write_header(header)
         file.unlock()
+        return header.data_checksum

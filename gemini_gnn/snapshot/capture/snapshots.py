@@ -36,7 +36,7 @@ from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot.agree import Ranks
 from gemini_gnn.snapshot.capture import divergence
 from gemini_gnn.snapshot.capture.copier import Copier, Job
-from gemini_gnn.snapshot.capture.shards import Shard
+from gemini_gnn.snapshot.capture.shards import REPLICATED, Shard
 from gemini_gnn.snapshot.capture.stats import Stats
 from gemini_gnn.snapshot.capture.unchanged import versions
 from gemini_gnn.snapshot.state import generators, tree
@@ -71,7 +71,6 @@ class Snapshots:
     ):
         self._state, self._shards, self._extra, self._ranks = state, shards, extra_state, ranks
         self._own = [s for s in shards if s.owned]
-        self._foreign = [s for s in shards if not s.owned]
         self._rank, self._term, self._generation = rank, term, generation
         self._every, self._timeout_s = every, timeout_s
         self.restored: Identity | None = None
@@ -82,7 +81,9 @@ class Snapshots:
         self._running: Job | None = None  # on CUDA: the last capture, until its fence is passed
         self._reserved: dict[str, int] = {}
         self._closing: list[Callable[[], Any]] = []
-        self._copier = Copier(self._own, self._foreign, job, rank, self.stats)
+        self._replicated = ranks.world_size > 1 and any(s.name == REPLICATED for s in shards)
+        self._compare = False  # the last capture is one to compare over all ranks
+        self._copier = Copier(self._own, [s for s in shards if not s.owned], job, rank, self.stats)
 
     def wants(self, step: int) -> bool:
         """Whether step ``step`` (steps completed) is one to capture. The same on all ranks."""
@@ -92,7 +93,7 @@ class Snapshots:
         """This rank's bit of capture-or-skip: the previous capture is committed and a slot is free. Never blocks.
 
         Raises:
-            SnapshotError: the background failed, or ranks that ought to hold the same state differ.
+            SnapshotError: the background failed.
         """
         begin = time.perf_counter()
         try:
@@ -128,7 +129,8 @@ class Snapshots:
                 and backward to hide behind is committed by then. Steps that are not wanted are passed over.
 
         Raises:
-            SnapshotError: the background failed; the state changed shape; a value in the state cannot be kept.
+            SnapshotError: the background failed; the state changed shape; a value in the state cannot be kept; ranks that ought
+                to hold the same state differ (on all of them).
         """
         begin = time.perf_counter()
         self._raise()
@@ -139,6 +141,7 @@ class Snapshots:
             return
         if not self._copier.committed.is_set() or not self._reserve():
             raise SnapshotError("after_step(capture=True) without this rank being ready(): pass the agreed minimum")
+        self._compare_replicated()
         self.recoverable = self._last  # all ranks were ready, so all have committed the previous one
         self._begin(Identity(self._term, self._generation, step))
         self.stats.stall_s += time.perf_counter() - begin
@@ -162,6 +165,7 @@ class Snapshots:
                 snapshot before is then still the one to go on from.
         """
         self._ranks.together(self.wait)
+        self._compare_replicated()
         self.recoverable = self._last  # all have committed it
         if self._ranks.all_true(self._last is not None and self._last.step == step):
             return
@@ -232,7 +236,6 @@ class Snapshots:
 
     def _reserve(self) -> bool:
         """Lock a free slot of every shard of ours; what is locked stays so until it is used."""
-        self._compare_replicated()
         # If the capture this slot is for is agreed upon, every rank has committed _last: that one is kept.
         for shard in self._own:
             if shard.name in self._reserved:
@@ -256,8 +259,9 @@ class Snapshots:
         numbers = self._state.numbers()
         if self._extra is not None:
             numbers["extra_state"] = self._extra.state_dict()
-        verify = bool(self._foreign) and self.stats.captures % divergence.VERIFY_EVERY == 0
-        job = Job(identity, self._reserved, tree.pack(numbers), generators.read(), verify, versions(self._copier.late))
+        self._compare = self._replicated and self.stats.captures % divergence.VERIFY_EVERY == 0
+        late = versions(self._copier.late)
+        job = Job(identity, self._reserved, tree.pack(numbers), generators.read(), self._compare, late)
         self._reserved = {}
         self._copier.begin(job)
         self._last = identity
@@ -266,6 +270,7 @@ class Snapshots:
         self.stats.captures += 1
 
     def _compare_replicated(self) -> None:
-        expected = self._copier.expected
-        if expected is not None and divergence.compare(self._foreign[0], expected, self._rank):
-            self._copier.expected = None
+        """Collective where the last capture was one to compare, which all ranks have committed when they call this."""
+        if self._compare and self._last is not None:
+            self._compare = False
+            divergence.check(self._ranks.exchange(self._copier.replicated.hex()), self._last.step)
