@@ -6,7 +6,9 @@ of a :class:`GeminiError` without a traceback and exit with code 2; any other ex
 
 
 class GeminiError(Exception):
-    """Base of all errors meant for the user."""
+    """Base of all errors meant for the user. ``exit_code``: of the process that it ends."""
+
+    exit_code = 2
 
 
 class ConfigError(GeminiError, ValueError):

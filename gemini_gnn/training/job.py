@@ -55,8 +55,10 @@ def main(payload: dict[str, Any], place: Place, listen_fd: int | None = None) ->
             record_error(run_dir, place.rank, error)
             raise
         # The agent tells causes from consequences on its own machine; what happened on another stands in the run directory.
-        said, _ = understood(run_dir, place.rank, place.world_size, error)
-        raise PeerLost(said or f"stopped, because another rank failed: {error}") from error
+        said, code = understood(run_dir, place.rank, place.world_size, error)
+        lost = PeerLost(said or f"stopped, because another rank failed: {error}")
+        lost.exit_code = code  # the cause's: pdsh reports the largest of all machines
+        raise lost from error
 
 
 def run(config: Config, place: Place, listen_fd: int | None = None) -> int:

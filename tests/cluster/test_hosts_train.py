@@ -164,7 +164,7 @@ def test_the_error_of_one_rank_ends_the_job_everywhere(lab, graph, tmp_path):
     fault = {"GEMINI_GNN_FAULT": "raise:rank=1:step=5"}
     process = train(lab, "h0", launcher, *graph, "training.epochs=100000", run_dir=run_dir, environ=fault)
     wait_until(lambda: first_error(run_dir) is not None or process.poll() is not None, run_dir)
-    assert ended(process, run_dir, 30) != 0, "the job ends everywhere within seconds"
+    assert ended(process, run_dir, 30) == 1, "the job ends everywhere within seconds, with the code of its first error"
     assert first_error(run_dir) == "rank 1 on h3: InjectedFault: injected fault on rank 1 before step 5"
     said = terminal(run_dir)
     assert "InjectedFault: injected fault on rank 1 before step 5" in said

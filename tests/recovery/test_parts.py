@@ -359,7 +359,7 @@ def test_the_first_error_is_whole_in_its_log_also_when_the_job_goes_on(tmp_path)
     for first in (None, errors[1]):
         journal.errors = [*errors, Failure(2, 1, 3.0, "later", "trace of 2")]
         journal.write_errors(first)
-        assert journal.log_of(1).read_text() == "trace of 1\n" and journal.errors == []
+        assert journal.log_of(1).read_text() == "error: trace of 1\n" and journal.errors == []
         assert all("ended by" in journal.log_of(rank).read_text() for rank in (0, 2))
         journal.log_of(1).unlink()
 

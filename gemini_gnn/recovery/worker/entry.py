@@ -86,9 +86,8 @@ def run(descriptor: int, added: dict[str, str], arena: Path) -> NoReturn:
     except SystemExit as ending:
         code, failure = _exit_code(ending)
     except BaseException as error:
-        for_users = isinstance(error, GeminiError)
-        code = 2 if for_users else 1
-        summary, text = f"{type(error).__name__}: {error}", str(error) if for_users else traceback.format_exc()
+        code, text = (error.exit_code, str(error)) if isinstance(error, GeminiError) else (1, traceback.format_exc())
+        summary = f"{type(error).__name__}: {error}"
         failure = messages.Failed(code, time.monotonic(), summary[:2000], text[-20_000:], is_consequence(error))
     # The agent writes it into the log when it knows whose error was the first; the others' only name theirs.
     if failure is not None and not agent.send(failure, timeout_s=5.0):
