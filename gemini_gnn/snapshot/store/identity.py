@@ -1,4 +1,4 @@
-"""What a snapshot is called."""
+"""The name of a snapshot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gemini_gnn.errors import SnapshotError
 
 
 class Identity(NamedTuple):
-    """Which snapshot: never the step alone, because a step is computed again after every roll-back.
+    """The name of a snapshot: never the step alone, because a step is computed again after every roll-back.
 
     Ordered: a later term beats a later generation beats a later step. Shards are combined only under one identity.
 
