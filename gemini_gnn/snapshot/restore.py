@@ -112,7 +112,7 @@ def choose(ranks: Ranks, shards: list[Shard], holdings: list[Holding]) -> tuple[
         refused.add(identity)
         notes += [f"{identity} is damaged on rank {r}: {c}" for r, c in enumerate(complaints) if c]
         log.warning("%s", notes[-1])
-    return None, {}, "; ".join(notes) or "no rank of this job has one"
+    return None, {}, "; ".join(notes) or "there is none that all ranks can be restored from"
 
 
 def _check_owner(file: arena.SlotFile, h: Header, shard: Shard, job: str) -> None:

@@ -224,6 +224,7 @@ def _hook(engine: Any, snapshots: Snapshots, agree: Callable[[bool], bool]) -> N
             snapshots.before_step()  # costs nothing on a step that only accumulates: there the copy is long done
             result = original(*args, **kwargs)
             if engine.global_steps != before:
+                snapshots.steps = engine.global_steps
                 _capture(snapshots, agree, engine.global_steps)
             return result
 

@@ -16,6 +16,7 @@ from gemini_gnn.snapshot.capture import copier
 from gemini_gnn.snapshot.store import arena
 from gemini_gnn.snapshot.store.format import SlotState
 from tests.snapshot.plain_training import (
+    Engine,
     arena_folder,
     attach_and_close,
     context_of,
@@ -95,6 +96,21 @@ def test_every_third_step(folder):
         snapshots.wait()
     assert snapshots.stats.captures == 3 and snapshots.last == (1, 1, 6)
     assert snapshots.recoverable == (1, 1, 3)
+    snapshots.close()
+
+
+def test_steps_of_an_engine_are_counted_across_restarts(folder):
+    engine = Engine()
+    snapshots = attach(engine, context=context_of(folder), every=2)
+    for done in (1, 2, 3):
+        engine.step()
+        assert snapshots.steps == done
+    snapshots.close()
+    engine = Engine()
+    snapshots = attach(engine, context=context_of(folder, 2))
+    assert snapshots.steps == engine.global_steps == 2
+    engine.step()
+    assert snapshots.steps == engine.global_steps == 3
     snapshots.close()
 
 

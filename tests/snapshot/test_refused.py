@@ -14,6 +14,7 @@ from gemini_gnn.snapshot.store import arena
 from gemini_gnn.snapshot.store.format import SlotState
 from gemini_gnn.snapshot.store.identity import Identity
 from tests.snapshot.plain_training import (
+    Engine,
     arena_folder,
     attach_and_close,
     context_of,
@@ -149,21 +150,6 @@ def test_memory_of_another_release_is_refused_whatever_its_shards_are_called(fol
 
 
 def test_an_engine_that_has_stepped_is_refused(folder):
-    class Engine:  # as much of DeepSpeed's as collect() looks at
-        def __init__(self):
-            self.module, self.optimizer = parts()
-            self.lr_scheduler, self.global_steps, self.global_samples, self.micro_steps, self.skipped_steps = (
-                None,
-                0,
-                0,
-                0,
-                0,
-            )
-
-        def step(self):
-            self.optimizer.step()
-            self.global_steps += 1
-
     attach(Engine(), context=context_of(folder)).close()
     engine = Engine()
     engine.step()

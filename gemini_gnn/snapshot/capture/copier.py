@@ -79,7 +79,7 @@ class Copier:
 
     Attributes:
         copied, committed: set when the last capture is, and before the first one.
-        error: of the first capture that failed; none after it is valid.
+        error: the exception of this thread; no capture after it is valid.
         common: checksum of the common state of the last capture with ``compare``.
         next_slots: per shard of ours the slot to take when all ranks have committed the last capture, if one is free
             then. Only this process writes them, so it stays right; the slot's lock tells whether a reader holds it.

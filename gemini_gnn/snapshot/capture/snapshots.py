@@ -50,9 +50,9 @@ class Snapshots:
 
     Attributes:
         restored: identity of the snapshot that training resumed from, or None at a fresh start.
-        steps: optimizer steps completed, in loops that do not count them themselves.
+        steps: optimizer steps completed, across restarts; with ``hook=False`` only those before this start.
         recoverable: newest snapshot known to be committed by all ranks.
-        stats: what it cost so far.
+        stats: the cost so far.
     """
 
     def __init__(
