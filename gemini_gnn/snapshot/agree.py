@@ -1,6 +1,6 @@
 """Small host-side agreements between the ranks of a job, over a gloo group: JSON values, no pickle.
 
-Every rank must make the same calls in the same order; each call has the timeout of the group. On one rank they
+Every rank must make the same calls in the same order; each call has the timeout of the group. A single rank gets its own
 answer at once.
 """
 
@@ -50,7 +50,7 @@ class Ranks:
         """``work()`` on every rank; if it fails on one, it fails on all, instead of leaving the others waiting.
 
         Raises:
-            SnapshotError: the error of this rank, or what another rank said.
+            SnapshotError: the error of this rank, or another rank's.
         """
         error: SnapshotError | None = None
         result: Any = None
@@ -71,7 +71,7 @@ def connect(group: Any, rank: int, world_size: int, timeout_s: float) -> Ranks:
     """The ranks of a job over ``group``, or over a gloo group made here. Collective.
 
     Raises:
-        SnapshotError: several ranks, but no process group to speak over.
+        SnapshotError: several ranks, but no process group.
     """
     if world_size == 1:
         return Ranks(None, 0, 1)

@@ -1,4 +1,4 @@
-"""What a trainer must know to take and restore snapshots: installed by whoever starts it, read by ``attach``."""
+"""A trainer's rank, arena and membership: the process that starts it installs them, ``attach`` reads them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def current() -> Context:
     """
     if _installed is None:
         raise SnapshotError(
-            "this process has no worker agent, so snapshots in host memory would die with it; "
-            "start the script with `python -m gemini_gnn.run SCRIPT ...` (under any launcher), or use snapshot=none"
+            "expected a worker agent; this process has none, and snapshots in host memory would die with it. "
+            "Start the script with `python -m gemini_gnn.run SCRIPT ...` (under any launcher), or use snapshot=none"
         )
     return _installed

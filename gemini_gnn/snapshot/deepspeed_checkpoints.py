@@ -1,16 +1,16 @@
 """The baseline that snapshots in memory are compared with: DeepSpeed's own checkpoints in a shared folder every n steps.
 
-Who owns what. All ranks call ``save`` and ``load_latest`` together. A folder ``step-000000300`` is written by all ranks,
-forced to storage by all ranks, and counts only with its file COMPLETE, which rank 0 writes last; so a kill anywhere leaves
-the checkpoint before it. Rank 0 then removes all but the newest two.
+Ownership. All ranks call ``save`` and ``load_latest`` together. All ranks write a folder ``step-000000300`` and force it to
+storage. It counts only with its file COMPLETE, which rank 0 writes last; so a kill anywhere leaves the checkpoint before it.
+Rank 0 then removes all but the newest two.
 
-DeepSpeed keeps masters, moments, scheduler and counters. What it does not keep, for a resume that is bit-identical, is
-written beside it per rank, without pickle: buffers of this rank, parameter groups, random generators, ``extra_state``.
+DeepSpeed keeps masters, moments, scheduler and counters. A bit-identical resume needs more, so each rank writes beside them,
+without pickle: its buffers, parameter groups, random generators, ``extra_state``.
 
-DeepSpeed reads its checkpoints with ``torch.load(weights_only=False)``, which runs whatever code a changed file holds. While
-this module loads, the engine reads with ``weights_only=True`` and a list of the four DeepSpeed classes that its
-optimizer states contain. So that they can be read that way, enumerations are written by value: Python 3.11.0 to 3.11.3 write
-them as a call of ``getattr``, which no safe reader allows.
+DeepSpeed reads its checkpoints with ``torch.load(weights_only=False)``, which runs any code in a changed file. While this
+module loads, the engine reads with ``weights_only=True`` and a list of the four DeepSpeed classes that its optimizer states
+contain. Enumerations are written by value, so that it can: Python 3.11.0 to 3.11.3 would write them as a call of
+``getattr``, which no safe reader allows.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ import xxhash
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.files import sync, write_atomically
 from gemini_gnn.snapshot.agree import Ranks, connect
-from gemini_gnn.snapshot.capture.shards import shard_of, topology_of
+from gemini_gnn.snapshot.capture.shards import shard_of, structure_of
 from gemini_gnn.snapshot.capture.stats import Stats
 from gemini_gnn.snapshot.state import generators, tree
-from gemini_gnn.snapshot.state.collect import State, collect, is_deepspeed
+from gemini_gnn.snapshot.state.collect import TrainingState, collect, is_deepspeed
 from gemini_gnn.snapshot.store import format
 from gemini_gnn.snapshot.store.identity import Identity
 
@@ -67,12 +67,13 @@ def save(engine: Any, extra_state: Any, folder: Path, step: int, ranks: Ranks) -
     """
     tag = tag_of(step)
     here = folder / tag
-    ranks.together(lambda: _clear(here) if ranks.rank == 0 else None)
-    ranks.together(lambda: _write_all(engine, extra_state, folder, tag, ranks.rank))
-    ranks.together(lambda: _finish(folder, tag) if ranks.rank == 0 else None)
+    ranks.together(lambda: _begin(here) if ranks.rank == 0 else None)
+    ranks.together(lambda: _write(engine, extra_state, folder, tag, ranks.rank))
+    ranks.together(lambda: _end(folder, tag) if ranks.rank == 0 else None)
 
 
-def _finish(folder: Path, tag: str) -> None:
+def _end(folder: Path, tag: str) -> None:
+    """Mark the checkpoint COMPLETE, then remove old ones."""
     write_atomically(folder / tag / COMPLETE, b"", mode=0o600)
     sync(folder)
     sync(folder.parent)
@@ -81,29 +82,25 @@ def _finish(folder: Path, tag: str) -> None:
         shutil.rmtree(folder / tag_of(old), ignore_errors=True)
 
 
-def _clear(here: Path) -> None:
-    """An unfinished checkpoint of this step, or one that was rolled back."""
+def _begin(here: Path) -> None:
+    """Remove an incomplete checkpoint of this step, or one that was rolled back."""
     if here.exists():
         (here / COMPLETE).unlink(missing_ok=True)
         shutil.rmtree(here)
 
 
-def _write_all(engine: Any, extra_state: Any, folder: Path, tag: str, rank: int) -> None:
+def _write(engine: Any, extra_state: Any, folder: Path, tag: str, rank: int) -> None:
     here = folder / tag
     try:
         here.mkdir(parents=True, exist_ok=True, mode=0o700)
         with writing_plainly():
             engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-        state = collect(engine)
-        numbers = state.numbers()
-        numbers["rng"] = generators.numbers(generators.read())
-        numbers["buffers"] = {e.spec.name: e.get() for e in state.entries if e.at_once}
-        if extra_state is not None:
-            numbers["extra_state"] = extra_state.state_dict()
-        packed, arrays = tree.pack(numbers)
-        body = format.encode_tail(
-            format.layout_json(format.plan([]), [], _topology(state, extra_state is not None)), packed, arrays
-        )
+        state = collect(engine, extra_state)
+        values = state.values()
+        values["rng"] = generators.values(generators.read())
+        values["buffers"] = {e.spec.name: e.get() for e in state.entries if e.at_once}
+        packed, arrays = tree.pack(values)
+        body = format.encode_tail(format.layout_json(format.plan([]), [], _structure(state)), packed, arrays)
         write_atomically(here / f"{shard_of(rank)}.state", xxhash.xxh3_128_digest(body) + body, mode=0o600)
         for path in here.glob("*.pt"):
             sync(path)
@@ -112,53 +109,53 @@ def _write_all(engine: Any, extra_state: Any, folder: Path, tag: str, rank: int)
         raise SnapshotError(f"cannot write the checkpoint {here}: {error.strerror}; check snapshot.folder") from error
 
 
-def _topology(state: State, extra: bool) -> dict[str, Any]:
+def _structure(state: TrainingState) -> dict[str, Any]:
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    return topology_of(state, world, format.plan(e.spec for e in state.entries), extra)
+    return structure_of(state, world, format.plan(e.spec for e in state.entries))
 
 
 def load_latest(engine: Any, extra_state: Any, folder: Path, ranks: Ranks) -> int | None:
     """Put the newest complete checkpoint that every rank can see into a fresh engine; its step, or None. Collective.
 
     Raises:
-        SnapshotError: it was made with another topology, is damaged, or the engine has stepped.
+        SnapshotError: it has another structure, is damaged, or the engine has stepped.
     """
     seen = ranks.exchange(complete_steps(folder) if folder.is_dir() else [])
-    common = set(seen[0]).intersection(*seen[1:])
-    if not common:
+    seen_by_all = set(seen[0]).intersection(*seen[1:])
+    if not seen_by_all:
         return None
-    step = max(common)
-    state = ranks.together(lambda: collect(engine))
-    numbers = ranks.together(
-        lambda: _read(folder / tag_of(step) / f"{shard_of(ranks.rank)}.state", state, extra_state is not None)
-    )
+    step = max(seen_by_all)
+    state = ranks.together(lambda: collect(engine, extra_state))
+    values = ranks.together(lambda: _read(folder / tag_of(step) / f"{shard_of(ranks.rank)}.state", state))
     with reading_safely(engine):
         loaded, _ = engine.load_checkpoint(str(folder), tag=tag_of(step))
     if loaded is None:
-        raise SnapshotError(f"DeepSpeed could not load {folder / tag_of(step)}; remove it to go on from the one before")
+        raise SnapshotError(
+            f"DeepSpeed could not load {folder / tag_of(step)}; remove it to resume from the one before"
+        )
     for entry in state.entries:
         if entry.at_once:
-            entry.put(numbers["buffers"][entry.spec.name])
-    state.load_numbers(numbers)
-    if extra_state is not None:
-        extra_state.load_state_dict(numbers["extra_state"])
-    generators.load(numbers["rng"])
+            entry.put(values["buffers"][entry.spec.name])
+    state.load_values(values)
+    generators.load(values["rng"])
     return step
 
 
-def _read(path: Path, state: State, extra: bool) -> dict[str, Any]:
+def _read(path: Path, state: TrainingState) -> dict[str, Any]:
     if not state.fresh():
-        raise SnapshotError("expected a fresh engine to restore into; this one has already taken a step")
+        raise SnapshotError(
+            "expected a fresh engine to restore into; this one has taken a step: attach before training"
+        )
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise SnapshotError(
-            f"cannot read {path}: {error.strerror}; was it written by another number of ranks?"
+            f"cannot read {path}: {error.strerror}; start with the number of ranks that wrote it, or with resume=never"
         ) from error
     if xxhash.xxh3_128_digest(raw[16:]) != raw[:16]:
-        raise SnapshotError(f"{path} does not fit its checksum; remove its folder to go on from the one before")
+        raise SnapshotError(f"{path} does not fit its checksum; remove its folder to resume from the one before")
     manifest = format.decode_tail(memoryview(raw)[16:], format.PAGE)
-    if words := format.difference(manifest.topology, _topology(state, extra)):
+    if words := format.difference(manifest.structure, _structure(state)):
         raise SnapshotError(f"the checkpoint {path.parent} does not fit this run: {words}; use resume=never")
     return tree.unpack(manifest.tree, manifest.arrays)
 
@@ -169,7 +166,7 @@ def _safe_classes() -> list[type]:
 
 @contextmanager
 def writing_plainly() -> Iterator[None]:
-    """Let what is pickled name an enumeration's class and value, whatever this Python would write."""
+    """Have every version of Python pickle an enumeration as its class and value."""
     enumerations = [one for one in _safe_classes() if issubclass(one, enum.Enum)]
     for one in enumerations:
         copyreg.pickle(one, lambda member: (type(member), (member.value,)))  # type: ignore[arg-type]
@@ -198,11 +195,11 @@ def reading_safely(engine: Any) -> Iterator[None]:
 
 
 class Checkpoints:
-    """The same seam as :class:`capture.Snapshots`, for ``snapshot=nfs``; made by :func:`attach`.
+    """The same calls as :class:`capture.snapshots.Snapshots`, for ``snapshot=nfs``; made by :func:`attach`.
 
     Attributes:
-        restored: identity of the checkpoint that training goes on from (term and generation 0), or None.
-        stats: ``stall_s`` is the time of all saves: nothing of it is hidden.
+        restored: identity of the checkpoint that training resumed from (term and generation 0), or None.
+        stats: ``stall_s`` is the time of all saves: none of it is hidden.
     """
 
     def __init__(self, engine: Any, extra_state: Any, folder: Path, every: int, ranks: Ranks):
@@ -218,12 +215,12 @@ class Checkpoints:
         pass
 
     def after_step(self, step: int, capture: bool) -> None:
-        """Save, every so many steps; all ranks do, whatever ``capture`` says."""
+        """Save after every ``every`` steps, on all ranks, whatever ``capture`` is."""
         if step % self._every == 0:
             self._save(step)
 
     def final(self, step: int) -> None:
-        """At an orderly stop that all ranks agreed on: save ``step`` unless the newest checkpoint is of it. Collective.
+        """At an orderly stop that all ranks agreed on: save ``step``, if the newest checkpoint has another. Collective.
 
         Raises:
             SnapshotError: as for :func:`save`.
@@ -253,16 +250,16 @@ def attach(
     timeout_s: float = 120.0,
     steps_done: int = 0,
 ) -> Checkpoints:
-    """Go on from the newest complete checkpoint in ``folder``, and save one every ``every`` steps. Collective.
+    """Restore the newest complete checkpoint in ``folder``, then save one every ``every`` steps. Collective.
 
     Args:
         engine: a DeepSpeed engine. extra_state: as for ``snapshot.attach``.
         resume: "auto" | "never" (older checkpoints no longer count) | "must".
-        steps_done: as the caller's own records say, on any rank.
+        steps_done: steps that the caller's own records name, on any rank.
 
     Raises:
-        SnapshotError: not a DeepSpeed engine; there is none, with ``must`` or although so many steps were done that one was
-            due; or as for :func:`load_latest`.
+        SnapshotError: not a DeepSpeed engine; there is no checkpoint, with ``must`` or although ``every`` steps were done;
+            or as for :func:`load_latest`.
     """
     if not is_deepspeed(engine):
         raise SnapshotError(f"snapshot=nfs: expected a DeepSpeed engine; got {type(engine).__name__}")
@@ -276,11 +273,11 @@ def attach(
         return checkpoints
     step = load_latest(engine, extra_state, Path(folder), ranks)
     if step is None and resume == "must":
-        raise SnapshotError(f"resume=must, but there is no complete checkpoint in {folder}")
+        raise SnapshotError(f"resume=must, but there is no complete checkpoint in {folder}; check snapshot.folder")
     if step is None and (done := max(ranks.exchange(steps_done))) >= every:
         raise SnapshotError(
-            f"{done} steps were done, but there is no complete checkpoint in {folder}: is it the folder they were saved in, "
-            "and seen by all machines? Nothing was changed. resume=never starts again from step 0"
+            f"{done} steps were done, but there is no complete checkpoint in {folder}. Nothing was changed. Give the folder "
+            "they were saved in, which all machines must see (snapshot.folder); resume=never starts again from step 0"
         )
     if step is not None:
         checkpoints.restored, checkpoints._saved = Identity(0, 0, step), step

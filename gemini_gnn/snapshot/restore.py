@@ -1,14 +1,13 @@
-"""Going on from a snapshot: which one is a decision of all ranks, and nothing is touched before every checksum fits.
+"""Restoring a snapshot: all ranks choose it together, and change nothing before every checksum fits.
 
-0. Every rank says what lies in its machine's memory. Where steps were done and nothing fits, the job ends here, with nothing
-   made or changed and the reason in words (pure: ``catalog.explain``).
-1. Every rank says under which identities all the shards it needs are committed here; the newest common one is chosen
-   (pure: ``catalog.restorable``).
-2. Every rank pins and verifies its slots of that identity: topology, then checksums. If one rank's bytes are damaged, all
+0. Every rank lists the snapshots in its machine's memory. If steps were done and no snapshot fits, the job ends here, with
+   nothing made or changed and the reason in words (pure: ``catalog.explain``).
+1. The ranks choose the newest identity under which every rank finds all the shards it needs (pure: ``catalog.restorable``).
+2. Every rank pins and verifies its slots of that identity: structure, then checksums. If one rank's bytes are damaged, all
    refuse the identity together and go back to 1.
-3. Newer slots are voided, on all ranks, before anything is computed from the chosen one.
-4. The state is put back in the proved order: masters and moments, what is derived from them (collective under ZeRO), buffers,
-   scheduler, parameter groups, counters, the user's extra state, random generators last.
+3. All ranks void newer slots before they compute anything from the chosen one.
+4. Every rank puts the state back in the proved order: masters and moments, low-precision weights (collective under ZeRO),
+   buffers, scheduler, parameter groups, counters, the user's extra state, random generators last.
 
 A kill between 2 and 3, or within 3, leaves the chosen snapshot committed on all ranks.
 """
@@ -24,7 +23,7 @@ from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot.agree import Ranks
 from gemini_gnn.snapshot.capture.shards import Shard, tensor_in
 from gemini_gnn.snapshot.state import generators, tree
-from gemini_gnn.snapshot.state.collect import State
+from gemini_gnn.snapshot.state.collect import TrainingState
 from gemini_gnn.snapshot.store import arena, catalog
 from gemini_gnn.snapshot.store.catalog import Holding
 from gemini_gnn.snapshot.store.format import Header, Manifest, SlotState, difference
@@ -36,16 +35,16 @@ Opened = dict[str, tuple[Manifest, memoryview]]
 
 
 def machine_of(folder: Path) -> tuple[str, str]:
-    """Name of this machine, and what tells its arena from that of every other machine, whatever they are called."""
+    """Name of this machine, and a string that only its arena has, even if two machines have one name."""
     info = folder.stat()
     return os.uname().nodename, f"{os.uname().nodename}:{info.st_dev}:{info.st_ino}"
 
 
 def survey(ranks: Ranks, shards: list[Shard], folder: Path, job: str) -> list[Holding]:
-    """What lies in the memory of every rank's machine, by rank, and who needs what of it. Collective; changes nothing.
+    """By rank, the snapshots in its machine's memory and the shards it needs. Collective; changes nothing.
 
     Raises:
-        SnapshotError: what is there was made for another job, topology or format.
+        SnapshotError: a snapshot is of another job, structure or format.
     """
     held = ranks.together(lambda: _committed(shards, folder, job))
     said = ranks.exchange([*machine_of(folder), [s.name for s in shards], held])
@@ -62,13 +61,14 @@ def survey(ranks: Ranks, shards: list[Shard], folder: Path, job: str) -> list[Ho
 
 
 def _committed(shards: list[Shard], folder: Path, job: str) -> dict[str, list[Identity]]:
-    """Identities by shard in ``folder``; shards of this rank are checked to be this run's."""
+    """Identities by shard in ``folder``; shards of this rank are checked to be this run's, all to have this format."""
     mine = {shard.name: shard for shard in shards}
     files = arena.slots(folder)
     try:
         for file in files:
-            if file.shard in mine:
-                _check_owner(file, mine[file.shard], job)
+            header = file.header()
+            if header is not None and header.state is SlotState.COMMITTED and file.shard in mine:
+                _check_owner(file, header, mine[file.shard], job)
         found = catalog.committed(file.view() for file in files)
         return {shard: sorted(identities) for shard, identities in found.items()}
     finally:
@@ -77,28 +77,28 @@ def _committed(shards: list[Shard], folder: Path, job: str) -> dict[str, list[Id
 
 
 def check_start(resume: str, steps_done: int, why: str) -> None:
-    """Whether this run may begin at step 0, although there may be something to go on from. The same on all ranks.
+    """Whether this run, which has no snapshot to restore, may begin at step 0. The same on all ranks.
 
     Raises:
-        SnapshotError: it would lose steps that were done, or must go on.
+        SnapshotError: it would lose steps that were done, or the user said ``resume=must``.
     """
     if resume == "must":
-        raise SnapshotError(f"resume=must, but there is no snapshot in host memory to go on from: {why}")
+        raise SnapshotError(f"resume=must, but no snapshot in host memory can be restored: {why}")
     if steps_done:
         raise SnapshotError(
-            f"{steps_done} steps were done, but no snapshot in host memory can be gone on from: {why}. "
+            f"{steps_done} steps were done, but no snapshot in host memory can be restored: {why}. "
             "Nothing was changed. resume=never starts again from step 0"
         )
 
 
 def choose(ranks: Ranks, shards: list[Shard], holdings: list[Holding]) -> tuple[Identity | None, Opened, str]:
-    """The snapshot to go on from, verified. Collective.
+    """The snapshot to restore, verified. Collective.
 
     Args:
-        holdings: what :func:`survey` found.
+        holdings: from :func:`survey`.
 
     Returns:
-        The identity (None: there is none), the manifests and bytes of this rank's shards, and in words what was found.
+        The identity or None, the manifests and bytes of this rank's shards, and the result in words.
     """
     found = [rank.usable() for rank in holdings]
     refused: set[Identity] = set()
@@ -112,23 +112,20 @@ def choose(ranks: Ranks, shards: list[Shard], holdings: list[Holding]) -> tuple[
         refused.add(identity)
         notes += [f"{identity} is damaged on rank {r}: {c}" for r, c in enumerate(complaints) if c]
         log.warning("%s", notes[-1])
-    return None, {}, "; ".join(notes) or "there is no complete one"
+    return None, {}, "; ".join(notes) or "there is none that all ranks can be restored from"
 
 
-def _check_owner(file: arena.SlotFile, shard: Shard, job: str) -> None:
-    """Refuse what cannot be this job's, with the difference named."""
-    h = file.header()
-    if h is None or h.state is not SlotState.COMMITTED:
-        return
+def _check_owner(file: arena.SlotFile, h: Header, shard: Shard, job: str) -> None:
+    """Refuse a snapshot that cannot be this job's, and name the difference."""
     if h.job != job or h.shard != shard.name:
         raise SnapshotError(
             f"{file.path}: expected shard {shard.name} of job {job}; got shard {h.shard} of job {h.job}: "
-            "files of another job were copied here; remove them or start afresh with resume=never"
+            "files of another job were copied here; remove them or start again with resume=never"
         )
-    if h.topology != shard.fingerprint:
+    if h.structure != shard.fingerprint:
         raise SnapshotError(
             f"snapshot {h.identity} in {file.path} does not fit this run: {_difference(file, h, shard)}; "
-            "go on with the settings it was taken with, or start afresh with resume=never"
+            "start with the settings it was taken with, or start again with resume=never"
         )
 
 
@@ -136,12 +133,12 @@ def _difference(file: arena.SlotFile, header: Header, shard: Shard) -> str:
     try:
         manifest, _ = file.manifest(header)
     except SnapshotError as error:
-        return f"its topology is another one, and it cannot be read either ({error})"
-    return difference(manifest.topology, shard.topology)
+        return f"its structure differs, and it cannot be read either ({error})"
+    return difference(manifest.structure, shard.structure)
 
 
 def _open(shards: list[Shard], identity: Identity) -> tuple[Opened, str]:
-    """Pin and verify this rank's slots of ``identity``; what is wrong with them, or ""."""
+    """Pin and verify this rank's slots of ``identity``; also the fault found, or ""."""
     opened: Opened = {}
     for shard in shards:
         for file in shard.files:
@@ -156,7 +153,7 @@ def _open(shards: list[Shard], identity: Identity) -> tuple[Opened, str]:
                 return {}, str(error)
             break
         else:
-            return {}, f"shard {shard.name} is not there any more"
+            return {}, f"shard {shard.name} is no longer there"
     return opened, ""
 
 
@@ -175,17 +172,17 @@ def void_newer(shards: list[Shard], identity: Identity | None) -> None:
                     file.void()
 
 
-def apply(state: State, shards: list[Shard], opened: Opened, extra_state: Any) -> None:
-    """Put the state back and let go of the slots. Collective under ZeRO.
+def apply(state: TrainingState, shards: list[Shard], opened: Opened) -> None:
+    """Put the state back and unpin the slots. Collective under ZeRO.
 
     Raises:
-        SnapshotError: the engine has already stepped, or the snapshot holds state that this run has no place for.
+        SnapshotError: the engine has already stepped, or the snapshot lacks a tensor.
     """
     if not state.fresh():
         raise SnapshotError(
             "expected a fresh engine to restore into; this one has already taken a step: call attach() before training"
         )
-    numbers: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for late in (False, True):
         for shard in shards:
             manifest, raw = opened[shard.name]
@@ -195,14 +192,10 @@ def apply(state: State, shards: list[Shard], opened: Opened, extra_state: Any) -
                     offset = where.get(entry.spec.name)
                     entry.put(None if offset is None else tensor_in(raw, offset, entry.spec))
             if manifest.tree is not None:
-                numbers = tree.unpack(manifest.tree, manifest.arrays)
+                values = tree.unpack(manifest.tree, manifest.arrays)
         if not late:
             state.derive()
-    state.load_numbers(numbers)
-    if extra_state is not None:
-        if "extra_state" not in numbers:
-            raise SnapshotError("the snapshot was taken without extra_state; start afresh with resume=never")
-        extra_state.load_state_dict(numbers["extra_state"])
-    generators.load(numbers["rng"])
+    state.load_values(values)
+    generators.load(values["rng"])
     opened.clear()
     _unpin(shards)

@@ -1,4 +1,4 @@
-"""From an engine to its snapshots: plan, agree, reserve, restore or take the first one."""
+"""From an engine to its snapshots: plan, agree, reserve room, then restore a snapshot or take the first one."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from gemini_gnn.errors import SnapshotError
-from gemini_gnn.snapshot import context, restore
+from gemini_gnn.snapshot import restore
 from gemini_gnn.snapshot.agree import Ranks, connect
-from gemini_gnn.snapshot.capture.shards import REPLICATED, Shard, live_pieces, make_shard, shard_of
+from gemini_gnn.snapshot.capture.shards import COMMON, Shard, live_pieces, make_shard, shard_of
 from gemini_gnn.snapshot.capture.snapshots import Snapshots
-from gemini_gnn.snapshot.state.collect import State, collect, is_deepspeed
+from gemini_gnn.snapshot.context import Context, current
+from gemini_gnn.snapshot.state.collect import TrainingState, collect, is_deepspeed
 from gemini_gnn.snapshot.store import arena, catalog
 from gemini_gnn.snapshot.store.identity import Identity
 
@@ -26,7 +27,7 @@ def attach(
     engine: Any,
     extra_state: Any = None,
     *,
-    context: context.Context | None = None,
+    context: Context | None = None,
     every: int = 1,
     agree: Callable[[bool], bool] | None = None,
     group: Any = None,
@@ -34,8 +35,43 @@ def attach(
     timeout_s: float = 120.0,
     steps_done: int = 0,
 ) -> Snapshots:
-    """See :func:`gemini_gnn.snapshot.attach`."""
-    here = context if context is not None else _installed()
+    """Restore the newest snapshot in host memory, or take the first one; then take one after each step.
+
+    Call it once, on every rank, after the engine is built and before its first step. Collective.
+
+    A snapshot holds the state at the moment a step *returns*: parameters, moments, buffers, scheduler, counters, random
+    generators and ``extra_state``. Its ``state_dict()`` is called at the end of the captured step, so update your own
+    counters ("step s is done") before you call ``step``.
+
+    Parameters are copied while the next forward and backward run, so nothing else may change them between two steps.
+    Code that does (clipping weights after the step, a momentum encoder updated in forward) first calls ``before_step()``
+    of the returned object, which waits until they are copied. Without that call the snapshot is not committed and the
+    next call raises SnapshotError. Torch does not count writes through ``.data``, so these are not noticed.
+
+    Args:
+        engine: a DeepSpeed engine (ZeRO 0-3, fp32 or bf16), or ``(module, optimizer)`` or ``(module, optimizer,
+            scheduler)`` of plain PyTorch. With a scheduler, a step ends when ``scheduler.step()`` returns.
+        extra_state: an object with ``state_dict()`` and ``load_state_dict(dict)``: JSON values, numpy arrays, tensors.
+            Small: it is copied while training waits.
+        context: rank, arena and term of this process. Default: the one that the worker agent installed.
+        every: steps between snapshots.
+        agree: minimum of a bit over all ranks; default: one small all_reduce.
+        group: a gloo group of all ranks for the agreements; made here where it is None.
+        hook: wrap the engine's ``step`` (or the optimizer's and scheduler's), so that the loop calls nothing else.
+            ``False``: the caller calls ``before_step``, ``ready`` and ``after_step`` itself.
+        timeout_s: of the agreements and of every wait.
+        steps_done: steps that the caller's own records name, on any rank. If these or a snapshot name any, and no
+            snapshot can be restored, only ``resume=never`` starts the run again.
+
+    Returns:
+        The snapshots of this rank; ``.restored`` says whether and where training resumes.
+
+    Raises:
+        SnapshotError: no worker agent; not enough host memory (before training, with needed and available); steps were
+            done and no snapshot can be restored (nothing was changed then); the snapshots in memory have another job,
+            structure or format; ``resume=must`` and there is no snapshot.
+    """
+    here = context if context is not None else current()
     if every < 1:
         raise SnapshotError(f"every: expected at least 1 step; got {every}")
     if extra_state is not None and not (hasattr(extra_state, "state_dict") and hasattr(extra_state, "load_state_dict")):
@@ -44,33 +80,25 @@ def attach(
         )
     ranks = connect(group, here.rank, here.world_size, timeout_s)
     here = _one_term(ranks, here)
-    state = ranks.together(lambda: collect(engine))
+    state = ranks.together(lambda: collect(engine, extra_state))
     _unlink_buffer(here.rank)
-    shards = _plan(ranks, state, here, extra_state is not None)
+    shards = _plan(ranks, state, here)
     folder = arena.make_folder(here.arena)
     holdings: list[catalog.Holding] = []
-    if (
-        here.resume != "never"
-    ):  # before anything is made: room for shards of other ranks would be in the way of the right start
+    if here.resume != "never":
+        # Before anything is made: room for shards of other ranks would be in the way of the right start.
         holdings = restore.survey(ranks, shards, folder, here.job)
         steps_done = max(ranks.exchange(steps_done)) or catalog.steps_in_memory(holdings)
         if catalog.restorable([rank.usable() for rank in holdings]) is None:
             restore.check_start(here.resume, steps_done, catalog.explain(holdings))
     _open(ranks, shards, here, folder)
-    snapshots = Snapshots(
-        state,
-        shards,
-        extra_state,
-        ranks,
-        job=here.job,
-        rank=here.rank,
-        term=here.term,
-        generation=here.generation,
-        every=every,
-        timeout_s=timeout_s,
-    )
+    snapshots = Snapshots(here, ranks, state, shards, every=every, timeout_s=timeout_s)
     try:
-        _begin(ranks, snapshots, state, shards, extra_state, here, holdings, steps_done)
+        identity = _restore(here, ranks, state, shards, holdings, steps_done)
+        if identity is not None:
+            snapshots.resumed_from(identity)
+        else:
+            snapshots.first()
     except BaseException:
         snapshots.close()
         raise
@@ -83,47 +111,43 @@ def attach(
 def _unlink_buffer(rank: int) -> None:
     """Take the name off the 69 MB that DeepSpeed's all-reduce on CPUs shares between ranks: a kill would leave them.
 
-    Every rank has opened those of the others when it has an engine, and nobody opens them later.
+    A rank that has an engine has opened the buffers of all others, and none opens them later.
     """
     meeting = f"{os.environ.get('MASTER_ADDR', '')}_{os.environ.get('MASTER_PORT', '')}"
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{meeting}_{rank}").unlink(missing_ok=True)
 
 
-def _one_term(ranks: Ranks, here: context.Context) -> context.Context:
+def _one_term(ranks: Ranks, here: Context) -> Context:
     """The newest (term, generation) of any machine, for all: shards are combined only under one identity.
 
     Each machine's agent claims terms of its own; until there is one root agent the ranks agree here. Agreed values never
-    go back: each rank's own are at most the maximum.
+    decrease: each rank's own are at most the maximum.
     """
     term, generation = max(tuple(said) for said in ranks.exchange([here.term, here.generation]))
     return dataclasses.replace(here, term=term, generation=generation)
 
 
-def _installed() -> context.Context:
-    return context.current()
-
-
-def _plan(ranks: Ranks, state: State, here: context.Context, extra: bool) -> list[Shard]:
-    """The shards of this rank. What all ranks hold identically is one shard per machine, written by its first rank."""
+def _plan(ranks: Ranks, state: TrainingState, here: Context) -> list[Shard]:
+    """The shards of this rank. Common state is one shard per machine, which the machine's first rank writes."""
     large = [e for e in state.entries if not e.at_once]
     small = [e for e in state.entries if e.at_once]
     mine = arena.checksum(live_pieces(large)).hex() if not state.sharded else None
     checksums = ranks.exchange(mine)
+    own = shard_of(here.rank)
     if not state.sharded and len(set(checksums)) == 1:
-        owner = here.local_rank == 0
         return [
-            make_shard(shard_of(here.rank), small, state, here.world_size, owned=True, extra_state=extra),
-            make_shard(REPLICATED, large, state, here.world_size, owned=owner, extra_state=extra),
+            make_shard(own, small, state, here.world_size, owned=True),
+            make_shard(COMMON, large, state, here.world_size, owned=here.local_rank == 0),
         ]
     if not state.sharded:
         log.warning("the ranks start with different parameters: each keeps a snapshot of its own")
-    return [make_shard(shard_of(here.rank), large + small, state, here.world_size, owned=True, extra_state=extra)]
+    return [make_shard(own, large + small, state, here.world_size, owned=True)]
 
 
-def _open(ranks: Ranks, shards: list[Shard], here: context.Context, folder: Path) -> None:
-    """Reserve all room of this machine, after looking whether it is there."""
+def _open(ranks: Ranks, shards: list[Shard], here: Context, folder: Path) -> None:
+    """Check that this machine has room for all its slots, then reserve it."""
     _, machine = restore.machine_of(folder)
-    # Measured on all ranks before any of them allocates: nobody goes on from the exchange before all have spoken.
+    # All ranks measure before any of them allocates: the exchange lets none pass before all have spoken.
     where = arena.room(folder)
     needed = more = 0
     for shard in shards:
@@ -155,16 +179,19 @@ def _open_all(shards: list[Shard], folder: Path) -> None:
         shard.open(folder)
 
 
-def _begin(
+def _restore(
+    here: Context,
     ranks: Ranks,
-    snapshots: Snapshots,
-    state: State,
+    state: TrainingState,
     shards: list[Shard],
-    extra_state: Any,
-    here: context.Context,
     holdings: list[catalog.Holding],
     steps_done: int,
-) -> None:
+) -> Identity | None:
+    """Void all that is newer than the restored snapshot, then put it back; its identity, or None. Collective.
+
+    Raises:
+        SnapshotError: steps were done and no snapshot can be restored; or a snapshot is of a later membership.
+    """
     identity: Identity | None = None
     opened: restore.Opened = {}
     note = "resume=never"
@@ -175,27 +202,19 @@ def _begin(
     if identity is not None and (here.term, here.generation) < identity[:2]:
         raise SnapshotError(
             f"this process was started for term {here.term}, generation {here.generation}; the newest snapshot "
-            f"{identity} is of a later one: another worker agent runs this job, or its arena was copied"
+            f"{identity} is of a later one: another worker agent runs this job, or its arena was copied. Stop the other "
+            "job with launch/stop.py, or start again with resume=never"
         )
     ranks.together(lambda: restore.void_newer(shards, identity))
     if here.rank == 0:
         log.info("snapshots: %s", note)
     if identity is not None:
-        ranks.together(lambda: restore.apply(state, shards, opened, extra_state))
-        snapshots.went_on_from(identity)
-        return
-    # A first snapshot before the first step: from here on there is always one to go on from.
-    if not ranks.all_true(snapshots.ready()):
-        raise SnapshotError(
-            "no free slot for the first snapshot: something else reads this arena; end it and try again"
-        )
-    snapshots.after_step(0, capture=True)
-    ranks.together(snapshots.wait)
-    snapshots.recoverable = snapshots.last
+        ranks.together(lambda: restore.apply(state, shards, opened))
+    return identity
 
 
 def _hook(engine: Any, snapshots: Snapshots, agree: Callable[[bool], bool]) -> None:
-    """Let fence, step, capture-or-skip and capture happen by themselves within the engine's step."""
+    """Have the engine's own step call fence, capture-or-skip and capture."""
     if is_deepspeed(engine):
         original = engine.step
 
@@ -205,6 +224,7 @@ def _hook(engine: Any, snapshots: Snapshots, agree: Callable[[bool], bool]) -> N
             snapshots.before_step()  # costs nothing on a step that only accumulates: there the copy is long done
             result = original(*args, **kwargs)
             if engine.global_steps != before:
+                snapshots.steps = engine.global_steps
                 _capture(snapshots, agree, engine.global_steps)
             return result
 
@@ -222,8 +242,8 @@ def _hook(engine: Any, snapshots: Snapshots, agree: Callable[[bool], bool]) -> N
     if scheduler is None:
         snapshots.on_close(optimizer.register_step_post_hook(stepped).remove)
         return
-    # With a scheduler that is what changes last. It has no hooks, and an attribute of the instance would become a part of
-    # its state_dict(): so it gets a class of its own.
+    # The scheduler changes last. It has no hooks, and its state_dict() would contain an attribute of the instance: so it
+    # gets a class of its own.
     kind = type(scheduler)
 
     def step(self: Any, *args: Any, **kwargs: Any) -> None:

@@ -44,7 +44,7 @@ from gemini_gnn.training.report import Report
 from gemini_gnn.training.state import RunState, evaluation_due, record_evaluation
 
 
-class Snapshots(Protocol):
+class SnapshotHooks(Protocol):
     """What the loop asks of snapshots; ``snapshot.attach`` and the NFS baseline answer."""
 
     restored: Any  # None: training begins at step 0
@@ -177,7 +177,7 @@ class Run:
     faults: list[Fault] = field(default_factory=list)
     recoveries: int = 0  # memberships of this job before this one, within the term: faults count them
     state: RunState = field(default_factory=RunState)
-    snapshots: Snapshots = field(default_factory=NoSnapshots)
+    snapshots: SnapshotHooks = field(default_factory=NoSnapshots)
 
     @property
     def total_steps(self) -> int:

@@ -236,8 +236,8 @@ def test_hosts_in_another_order_lose_no_step(lab, graph, losses_here, tmp_path):
     swapped = [*command, str(lab.hostfile(["h1", "h0"], slots=2))]
     assert ended(train(lab, "h0", swapped, *settings, run_dir=run_dir), run_dir, 90) == 2
     said = terminal(run_dir)
-    assert f"{len(done)} steps were done, but no snapshot in host memory can be gone on from" in said, said[-6000:]
-    assert "rank 0 on h1 lacks rank-00000, which is on h0" in said
+    assert f"{len(done)} steps were done, but no snapshot in host memory can be restored" in said, said[-6000:]
+    assert "rank 0 on h1 lacks shard rank-00000, which is on h0" in said
     assert "Start with the hosts in the order h0, h1" in said
     assert losses(run_dir) == done and memory() == before and not list(run_dir.glob("losses.*.csv"))
 

@@ -58,6 +58,19 @@ def everything(module, optimizer):
         yield from (v for v in state.values() if isinstance(v, torch.Tensor))
 
 
+class Engine:
+    """The attributes of a DeepSpeed engine that snapshots look at."""
+
+    def __init__(self):
+        self.module, self.optimizer = parts()
+        self.lr_scheduler = None
+        self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
+
+    def step(self):
+        self.optimizer.step()
+        self.global_steps += 1
+
+
 def attach_and_close(folder, generation, resume="auto", engine=None, **options):
     snapshots = attach(engine or parts(), context=context_of(folder, generation, resume), **options)
     snapshots.close()

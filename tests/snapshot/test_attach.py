@@ -16,6 +16,7 @@ from gemini_gnn.snapshot.capture import copier
 from gemini_gnn.snapshot.store import arena
 from gemini_gnn.snapshot.store.format import SlotState
 from tests.snapshot.plain_training import (
+    Engine,
     arena_folder,
     attach_and_close,
     context_of,
@@ -98,6 +99,21 @@ def test_every_third_step(folder):
     snapshots.close()
 
 
+def test_steps_of_an_engine_are_counted_across_restarts(folder):
+    engine = Engine()
+    snapshots = attach(engine, context=context_of(folder), every=2)
+    for done in (1, 2, 3):
+        engine.step()
+        assert snapshots.steps == done
+    snapshots.close()
+    engine = Engine()
+    snapshots = attach(engine, context=context_of(folder, 2))
+    assert snapshots.steps == engine.global_steps == 2
+    engine.step()
+    assert snapshots.steps == engine.global_steps == 3
+    snapshots.close()
+
+
 def test_an_orderly_stop_keeps_its_last_step(folder):
     module, opt = parts()
     snapshots = attach((module, opt), context=context_of(folder), every=3)
@@ -115,10 +131,10 @@ def test_an_orderly_stop_keeps_its_last_step(folder):
 def test_an_orderly_stop_says_that_it_found_no_slot(folder):
     module, opt = parts()
     snapshots = attach((module, opt), context=context_of(folder), every=9, timeout_s=0.2)
-    readers = [f for f in arena.slots(folder) if f.shard == "replicated"]
+    readers = [f for f in arena.slots(folder) if f.shard == "common"]
     assert all(f.lock(exclusive=False) for f in readers)
     step(module, opt)
-    with pytest.raises(SnapshotError, match=r"free slot for the last snapshot \(step 1\).*go on from 1-1-0"):
+    with pytest.raises(SnapshotError, match=r"free slot for the last snapshot \(step 1\).*resumes from 1-1-0"):
         snapshots.final(1)
     snapshots.close()
 
@@ -221,16 +237,16 @@ def test_closing_goes_on_after_an_error_and_says_what_the_background_met(folder,
 def test_nothing_of_a_committed_capture_is_kept_in_this_process(folder, monkeypatch):
     module, opt = parts()
     snapshots = attach((module, opt), context=context_of(folder))
-    jobs, begin = [], copier.Copier.begin
+    captures, begin = [], copier.Copier.begin
 
-    def noted(self, job):
-        jobs.append(weakref.ref(job))
-        begin(self, job)
+    def noted(self, capture):
+        captures.append(weakref.ref(capture))
+        begin(self, capture)
 
     monkeypatch.setattr(copier.Copier, "begin", noted)
     step(module, opt)
     snapshots.wait()
-    assert [job() for job in jobs] == [None]
+    assert [capture() for capture in captures] == [None]
     snapshots.close()
 
 
@@ -250,7 +266,7 @@ def test_after_the_fence_parameters_may_change(folder):
 def test_a_pinned_slot_is_passed_over_and_two_pins_skip(folder):
     module, opt = parts()
     snapshots = attach((module, opt), context=context_of(folder))
-    readers = [f for f in arena.slots(folder) if f.shard == "replicated"]
+    readers = [f for f in arena.slots(folder) if f.shard == "common"]
     free = [f for f in readers if f.view().state is SlotState.VOID]
     assert free[0].lock(exclusive=False)
     step(module, opt)

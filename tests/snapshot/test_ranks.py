@@ -50,7 +50,7 @@ def ddp_case(rank, world, root):
                 kept = [t.clone() for t in everything(module, optimizer)]
         if generation == 1:
             names = {p.name for p in folder.iterdir()}
-            assert names == {f"{s}.{i}" for s in ("rank-00000", "rank-00001", "replicated") for i in range(3)}
+            assert names == {f"{s}.{i}" for s in ("rank-00000", "rank-00001", "common") for i in range(3)}
             # Only the first rank of a machine copies what all hold identically.
             assert (snapshots.stats.bytes > 0) is (rank == 0)
             snapshots.close()
@@ -141,7 +141,7 @@ def different_start_case(rank, world, root):
             assert snapshots.restored == (1, 1, 0)
             assert all(torch.equal(a, b) for a, b in zip(everything(module, optimizer), want, strict=True))
         snapshots.close()
-    assert not list((Path(root) / "job").glob("replicated.*"))
+    assert not list((Path(root) / "job").glob("common.*"))
 
 
 def incomplete_case(rank, world, root):
@@ -186,10 +186,10 @@ def incomplete_case(rank, world, root):
         begin(4, "must")
     except SnapshotError as error:
         assert "of snapshot 1-1-2 rank 0 on " in str(error)
-        assert "lacks rank-00000, which is on no machine of this job" in str(error)
+        assert "lacks shard rank-00000, which is on no machine of this job" in str(error)
     else:
         raise AssertionError("resume=must went on from nothing")
-    with pytest.raises(SnapshotError, match="^2 steps were done, but no snapshot in host memory can be gone on from"):
+    with pytest.raises(SnapshotError, match="^2 steps were done, but no snapshot in host memory can be restored"):
         begin(5)
     snapshots = begin(5, "never")
     assert snapshots.restored is None
@@ -219,7 +219,8 @@ def swapped_case(rank, world, root):
     said, h0, h1 = str(caught.value), *(restore.machine_of(Path(root) / name)[1] for name in ("h0", "h1"))
     assert said.startswith("9 steps were done"), "all ranks say the same"
     assert (
-        f"of snapshot 1-1-2 rank 0 on {h1} lacks rank-00000, which is on {h0}; rank 1 on {h0} lacks rank-00001" in said
+        f"of snapshot 1-1-2 rank 0 on {h1} lacks shard rank-00000, which is on {h0}; rank 1 on {h0} lacks shard rank-00001"
+        in said
     )
     assert f"hosts in the order {h0}, {h1}: it fits" in said and "resume=never" in said
     torch.distributed.barrier()

@@ -92,7 +92,7 @@ def train(engine, position, upto, accumulation, dtype, snapshots=None):
 
 
 def raw_state(engine):
-    """Every tensor of the state as bytes (ZeRO-3's padding, which belongs to no parameter, as zeros), and the numbers."""
+    """Every tensor of the state as bytes (ZeRO-3's padding, which belongs to no parameter, as zeros), and the values."""
     from gemini_gnn.snapshot.state import generators
     from gemini_gnn.snapshot.state.collect import collect, padding_of
     from gemini_gnn.snapshot.state.tree import pack
@@ -109,8 +109,8 @@ def raw_state(engine):
         n: None if t is None else bytes(t.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
         for n, t in live.items()
     }
-    numbers, arrays = pack({**state.numbers(), "rng": generators.numbers(generators.read())})
-    return tensors, numbers, [a.tobytes() for a in arrays]
+    values, arrays = pack({**state.values(), "rng": generators.values(generators.read())})
+    return tensors, values, [a.tobytes() for a in arrays]
 
 
 def resume_case(rank, world, folder, stage, precision, optimizer, accumulation):

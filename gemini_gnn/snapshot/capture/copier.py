@@ -1,16 +1,16 @@
 """The thread that copies a rank's tensors into its slots, and commits them.
 
-Account of the concurrency. The training thread hands over one ``Job`` at a time with ``begin`` and never touches it again, but
-for ``fenced``; the next job comes only after ``committed`` is set. In between:
+Account of the concurrency. The training thread hands over one ``Capture`` at a time with ``begin``. Afterwards it changes
+only ``fenced`` in it; the next capture comes only after ``committed`` is set. In between:
 
-- until ``copied`` is set the copying thread reads the live tensors: the training thread may run forward and backward only;
-- from then on it reads only the slot and the job: tail, checksums of what lies in the slot, header COMMITTED, lock released;
-- ``committed`` is set last, whatever happened; an exception is kept in ``error`` *before* it, for the training thread.
+- Until ``copied`` is set the copying thread reads the live tensors: the training thread may run forward and backward only.
+- From then on it reads only slots and capture. It writes tails and headers COMMITTED, and releases the locks.
+- ``committed`` is set last, also after an error; an exception is kept in ``error`` *before*, for the training thread.
 
-So each of the slots' bytes has one writer at any instant: the training thread before ``begin`` returns, the copying thread
-afterwards. What the training thread does there is what cannot wait, because training pays it: tensors that forward changes, and,
-as no byte may change under the old header, the WRITING of the shards that have such. All other headers are written here.
-``stats.copy_s`` and ``seal_s`` are written here only.
+So each byte of a slot has one writer at any instant: the training thread before ``begin`` returns, the copying thread
+afterwards. Training pays for the first, so it copies only the tensors that forward changes. No byte may change under an
+old header, so it first writes the header WRITING of their shards; the copying thread writes all others. Only the copying
+thread writes ``stats.copy_s`` and ``seal_s``.
 
 A kill anywhere leaves slots WRITING (void) or COMMITTED; locks die with the process.
 """
@@ -28,9 +28,10 @@ import numpy as np
 
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot.capture.cuda import CudaCopies, on_gpu
-from gemini_gnn.snapshot.capture.shards import REPLICATED, Piece, Shard, live_pieces
+from gemini_gnn.snapshot.capture.shards import COMMON, Piece, Shard, live_pieces
 from gemini_gnn.snapshot.capture.stats import Stats
 from gemini_gnn.snapshot.capture.unchanged import Version, check_unchanged, versions
+from gemini_gnn.snapshot.context import Context
 from gemini_gnn.snapshot.state import generators, tree
 from gemini_gnn.snapshot.state.generators import Generators
 from gemini_gnn.snapshot.store import arena, catalog, format
@@ -49,64 +50,66 @@ for _f in (_memmove_free, _memmove_held):
 
 
 @dataclass
-class Job:
-    """One capture.
+class Capture:
+    """One unit of work of the copying thread: the snapshot of one step.
 
     Attributes:
         slots: the locked slot of every shard of ours.
-        numbers: of the rank's own shard, packed; the random generators, in ``generators``, are not yet.
-        verify: have the checksum of the replicated state, for ``divergence.check``.
+        values: of the rank's own shard, packed; without those of ``generators``, which the copying thread packs.
+        compare: keep the checksum of the common state, for ``divergence.check``.
         versions: of the tensors when the capture began.
-        fenced: when the fence let go, on CUDA, where the copies may still be under way then.
+        fenced: on CUDA, of the tensors when training passed the fence; copies may still be under way then.
     """
 
     identity: Identity
     slots: dict[str, int]
-    numbers: tuple[dict[str, Any], list[np.ndarray]]
+    values: tuple[dict[str, Any], list[np.ndarray]]
     generators: Generators
-    verify: bool
+    compare: bool
     versions: list[Version]
     fenced: list[Version] | None = None
 
 
 class _Warm:
-    """Asks for the slots to be touched: after a restore, which should not wait for it."""
+    """A request to touch the slots: after a restore, which should not wait for it."""
 
 
 class Copier:
     """See the module's account.
 
     Attributes:
-        copied, committed: set when the job handed over last is; and before the first one.
-        error: what went wrong; no job after it is believed.
-        replicated: checksum of the replicated state of the last job that was to have it.
-        next_slots: per shard of ours the slot to take when the last job handed over is committed by all ranks, if any is
-            free then. Only we write them, so it stays right; whether a reader holds it, its lock will tell.
+        copied, committed: set when the last capture is, and before the first one.
+        error: the exception of this thread; no capture after it is valid.
+        common: checksum of the common state of the last capture with ``compare``.
+        next_slots: per shard of ours the slot to take when all ranks have committed the last capture, if one is free
+            then. Only this process writes them, so it stays right; the slot's lock tells whether a reader holds it.
         late: the tensors that are copied in the background.
     """
 
-    def __init__(self, own: list[Shard], foreign: list[Shard], job: str, rank: int, stats: Stats):
-        self._own, self._foreign, self._job, self._rank, self._stats = own, foreign, job, rank, stats
+    def __init__(self, here: Context, shards: list[Shard], stats: Stats):
+        self._here, self._stats = here, stats
+        own = self._own = [s for s in shards if s.owned]
+        self._foreign = [s for s in shards if not s.owned]
         self.copied, self.committed = threading.Event(), threading.Event()
         self.copied.set()
         self.committed.set()
         self.error: BaseException | None = None
-        self.replicated = b""
+        self.common = b""
         self.next_slots: dict[str, int] = {}
         self.late = [e for s in own for e in s.entries if not e.at_once]
         self._early = [(s, pieces) for s in own if (pieces := [p for p in s.pieces if p.entry.at_once])]
-        self.cuda = CudaCopies() if any(on_gpu(e.get()) for s in (*own, *foreign) for e in s.entries) else None
-        self._queue: queue.SimpleQueue[Job | _Warm | None] = queue.SimpleQueue()
+        self.cuda = CudaCopies() if any(on_gpu(e.get()) for s in shards for e in s.entries) else None
+        self._queue: queue.SimpleQueue[Capture | _Warm | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="snapshot", daemon=True)
         self._thread.start()
 
     # The training thread
 
-    def begin(self, job: Job) -> None:
-        """Copy what forward changes, and hand over the rest."""
+    def begin(self, capture: Capture) -> None:
+        """Copy the tensors that forward changes, and hand over the rest."""
         for shard, pieces in self._early:
-            slot = job.slots[shard.name]
-            shard.files[slot].write_header(self._header(shard, slot, job.identity))
+            slot = capture.slots[shard.name]
+            shard.files[slot].write_header(self._header(shard, slot, capture.identity))
             for piece in pieces:
                 self._copy(shard, slot, piece)
         self.next_slots = {}
@@ -114,74 +117,75 @@ class Copier:
         self.committed.clear()
         if self.cuda is not None:
             self.cuda.mark()
-        self._queue.put(job)
+        self._queue.put(capture)
 
     def warm(self) -> None:
         self._queue.put(_Warm())
 
-    def stop(self, timeout_s: float) -> None:
-        """Finish the last job and end the thread. Only then may anything it uses be let go of.
+    def end(self, timeout_s: float) -> None:
+        """End the last capture and the thread. Close nothing that it uses before this returns.
 
         Raises:
-            SnapshotError: it is still at it after ``timeout_s``; ask again.
+            SnapshotError: it still copies after ``timeout_s``; call again.
         """
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join(timeout_s)
         if self._thread.is_alive():
             raise SnapshotError(
-                f"expected the background of the snapshots to end within {timeout_s:.0f} s; it is still copying. Nothing was "
-                "closed: call close() again, or end the process"
+                f"expected the background of the snapshots to end within {timeout_s:.0f} s; it is still copying. Nothing "
+                "was closed: call close() again, or end the process"
             )
 
-    # The copying thread, but for _header and _copy of tensors that forward changes
+    # The copying thread; the training thread too calls _header and _copy, for tensors that forward changes
 
     def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
-            captures = isinstance(job, Job)
+        while (work := self._queue.get()) is not None:
+            captures = isinstance(work, Capture)
             try:
-                if isinstance(job, Job):
-                    self._do(job)
+                if isinstance(work, Capture):
+                    self._commit(work)
                 else:
                     self._touch_slots()
             except BaseException as error:  # kept for the training thread, which raises it
                 self.error = error
-            job = None  # or its arrays would stay until the next one comes
+            work = None  # or its arrays would stay until the next one comes
             if captures:
                 self.copied.set()
                 self.committed.set()
 
-    def _do(self, job: Job) -> None:
+    def _commit(self, capture: Capture) -> None:
         begin = time.perf_counter()
         if self.cuda is not None:
             self.cuda.begin()
         early = [s.name for s, _ in self._early]
         for shard in self._own:
             if shard.name not in early:
-                slot = job.slots[shard.name]
-                shard.files[slot].write_header(self._header(shard, slot, job.identity))
-        present = {s.name: self._copy_all(s, job.slots[s.name]) for s in self._own}
+                slot = capture.slots[shard.name]
+                shard.files[slot].write_header(self._header(shard, slot, capture.identity))
+        present = {s.name: self._copy_all(s, capture.slots[s.name]) for s in self._own}
         # As the writer computes it from the slot. Before the fence opens: these tensors may change after it.
-        compared = arena.checksum(live_pieces(self._foreign[0].entries)) if job.verify and self._foreign else b""
+        compared = arena.checksum(live_pieces(self._foreign[0].entries)) if capture.compare and self._foreign else b""
         if self.cuda is None:
-            check_unchanged(self.late, job.versions, versions(self.late), job.identity)
+            check_unchanged(self.late, capture.versions, versions(self.late), capture.identity)
             self.copied.set()
         else:
-            self.cuda.enqueued()
+            self.cuda.end()
             self.copied.set()
             self.cuda.wait()
             now = versions(self.late)  # read before asking whether the fence was passed: after it they may change
-            check_unchanged(self.late, job.versions, now if job.fenced is None else job.fenced, job.identity)
+            fenced = now if capture.fenced is None else capture.fenced
+            check_unchanged(self.late, capture.versions, fenced, capture.identity)
         copied = time.perf_counter()
-        numbers, arrays = job.numbers
-        numbers["rng"], _ = tree.pack(generators.numbers(job.generators), "rng", arrays)
+        values, arrays = capture.values
+        values["rng"], _ = tree.pack(generators.values(capture.generators), "rng", arrays)
         for shard in self._own:
-            data_checksum = self._seal(shard, job, present[shard.name])
-            compared = data_checksum if shard.name == REPLICATED else compared
-        free = {s.name: catalog.writable(s.views(), job.identity) for s in self._own}
+            data_checksum = self._seal(shard, capture, present[shard.name])
+            compared = data_checksum if shard.name == COMMON else compared
+        free = {s.name: catalog.writable(s.views(), capture.identity) for s in self._own}
         self.next_slots = {name: slot for name, slot in free.items() if slot is not None}
-        if job.verify:
-            self.replicated = compared
+        if capture.compare:
+            self.common = compared
         self._stats.copy_s += copied - begin
         self._stats.seal_s += time.perf_counter() - copied
 
@@ -197,7 +201,7 @@ class Copier:
                     _madvise(address, shard.layout.tail_offset, _MADV_POPULATE_WRITE)
 
     def _copy_all(self, shard: Shard, slot: int) -> tuple[int, ...]:
-        """Copy what may wait; the indices of the tensors that exist."""
+        """Copy the tensors that may wait; the indices of those that exist."""
         if self.cuda is not None:
             self.cuda.register(shard.addresses[slot], shard.layout.tail_offset)
         return tuple(i for i, piece in enumerate(shard.pieces) if piece.entry.at_once or self._copy(shard, slot, piece))
@@ -209,8 +213,7 @@ class Copier:
         if source.shape != piece.shape or source.dtype != piece.dtype:
             raise SnapshotError(
                 f"tensor {piece.entry.spec.name} changed shape during training: expected {piece.dtype} "
-                f"{list(piece.shape)}; got {source.dtype} {list(source.shape)}; start again with resume=never, or use "
-                "snapshot=nfs"
+                f"{list(piece.shape)}; got {source.dtype} {list(source.shape)}; keep its shape, or use snapshot=nfs"
             )
         if on_gpu(source):
             assert self.cuda is not None
@@ -227,26 +230,26 @@ class Copier:
         return Header(
             state=SlotState.WRITING,
             identity=identity,
-            owner=self._rank,
+            owner=self._here.rank,
             shard=shard.name,
             slot=slot,
-            job=self._job,
-            topology=shard.fingerprint,
+            job=self._here.job,
+            structure=shard.fingerprint,
         )
 
-    def _seal(self, shard: Shard, job: Job, present: tuple[int, ...]) -> bytes:
-        """Commit; the checksum of the tensors."""
-        slot = job.slots[shard.name]
+    def _seal(self, shard: Shard, capture: Capture, present: tuple[int, ...]) -> bytes:
+        """Write tail and header COMMITTED, release the lock; the checksum of the tensors."""
+        slot = capture.slots[shard.name]
         file, plan = shard.files[slot], shard.layout
         if present not in shard.layout_json:
-            shard.layout_json[present] = format.layout_json(plan, present, shard.topology)
-        numbers, arrays = job.numbers if shard.name != REPLICATED else (None, [])
-        tail = format.encode_tail(shard.layout_json[present], numbers, arrays)
+            shard.layout_json[present] = format.layout_json(plan, present, shard.structure)
+        values, arrays = capture.values if shard.name != COMMON else (None, [])
+        tail = format.encode_tail(shard.layout_json[present], values, arrays)
         file.write_tail(tail, plan.tail_offset)
         raw = memoryview(file.map(plan.tail_offset))
         pieces = [raw[plan.offsets[i] : plan.offsets[i] + plan.specs[i].nbytes] for i in present]
         header = replace(
-            self._header(shard, slot, job.identity),
+            self._header(shard, slot, capture.identity),
             state=SlotState.COMMITTED,
             data_bytes=sum(p.nbytes for p in pieces),
             data_checksum=arena.checksum(pieces),

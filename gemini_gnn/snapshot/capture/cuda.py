@@ -1,20 +1,20 @@
 """Copying from a GPU straight into the slots' pages, on a stream of its own.
 
-Account of the concurrency, in addition to copier.py's. Three lines of execution: the compute stream, the side stream, and the
-threads that put work on them. ``mark`` (training thread, just after the optimizer step) records an event; ``begin`` (copying
-thread) has the side stream wait for it, and the copies follow on it; ``enqueued`` records their end. ``fence`` (training
-thread, before the next optimizer step) makes the *compute stream* wait for that end, not the thread; ``wait`` makes the copying
-thread wait, and only then is the slot sealed. Tensors that forward changes are copied in the compute stream by the training
-thread, so they come before the next forward pass in it, and before ``mark``: ``wait`` covers them too.
+Account of the concurrency, in addition to copier.py's. Three lines of execution: the compute stream, the side stream, and
+the threads that put work on them. ``mark`` (training thread, just after the optimizer step) records an event. ``begin``
+(copying thread) has the side stream wait for it; the copies follow, and ``end`` records their end. ``fence`` (training
+thread, before the next optimizer step) makes the *compute stream* wait for that end, not the thread. ``wait`` makes the
+copying thread wait for it before it seals the slot. The training thread copies the tensors that forward changes in the
+compute stream: before the next forward pass, and before ``mark``, so ``wait`` covers them too.
 
-No memory is used again too early: what is copied on the side stream lives until the optimizer replaces it, which is after the
-fence in the compute stream; what is copied in the compute stream may be freed at once, as in any program.
+No memory is used again too early. A tensor that is copied on the side stream lives until the optimizer replaces it, which is
+after the fence in the compute stream. A tensor that is copied in the compute stream may be freed at once, as in any program.
 
-Pages. The driver must know the slots' pages (``register``), or the host takes part in every copy. That takes a while, so only the
-copying thread does it, and a driver that refuses costs speed, nothing else. What is registered must be made unknown
-before it is unmapped (``close``): the driver would go on writing to the old pages at addresses that mean others.
+Pages. The driver must know the slots' pages (``register``), or the host takes part in every copy. That takes a while, so
+only the copying thread does it; a driver that refuses only costs speed. ``close`` makes the pages unknown before they are
+unmapped: otherwise the driver would still write to the old pages at addresses that now mean others.
 
-What may be interrupted where: nothing new. Until the header says COMMITTED, after ``wait``, nobody believes the bytes.
+Interruption: as for copier.py. Until the header says COMMITTED, after ``wait``, no reader believes the bytes.
 
 Written after the documentation of the calls and the sources of torch; no GPU was at hand. Its order of calls is tested with
 a fake driver (tests/training/test_cuda_on_cpu.py), the rest waits for tests/training/test_cuda.py on a machine that has one.
@@ -41,7 +41,7 @@ class CudaCopies:
         self._device = torch.cuda.current_device()
         self._stream = torch.cuda.Stream()
         self._stepped = torch.cuda.Event()
-        self._done = torch.cuda.Event(blocking=True)  # who waits for it sleeps; by default it would keep a core busy
+        self._done = torch.cuda.Event(blocking=True)  # a thread that waits sleeps; by default it would keep a core busy
         self._registered: list[int] = []
         self._refused = False
 
@@ -70,7 +70,7 @@ class CudaCopies:
     # The copying thread
 
     def begin(self) -> None:
-        """What this thread does from now on, it does on the rank's GPU, on the side stream, after ``mark``."""
+        """Put this thread's further work on the rank's GPU, on the side stream, after ``mark``."""
         torch.cuda.set_device(self._device)
         torch.cuda.set_stream(self._stream)
         self._stream.wait_event(self._stepped)
@@ -89,11 +89,12 @@ class CudaCopies:
             "the driver does not page-lock the arena (CUDA error %d): snapshots are taken all the same, but slower",
             error,
         )
-        # The runtime hands the error of a call that nobody checked to the next launch in this thread: let it be this one.
+        # The runtime raises an unchecked call's error at the thread's next launch: this one takes it.
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device="cuda")
 
-    def enqueued(self) -> None:
+    def end(self) -> None:
+        """Record that all copies are on the side stream."""
         self._done.record(self._stream)
 
     def wait(self) -> None:

@@ -1,9 +1,11 @@
-"""Comparing what all ranks ought to hold identically, from time to time.
+"""Comparing the common state of all ranks from time to time.
 
-At every ``VERIFY_EVERY``-th capture each rank has the checksum of its replicated tensors: who writes them for its machine has
-it for the header, the others compute it from their own tensors, in the copying thread. When the next capture is agreed upon,
-every rank has committed that one, so all of them exchange the checksums then. How many captures there were is the same on
-all ranks, and with it whether this small collective takes place.
+Common state is what all data-parallel ranks hold identically: parameters and moments, where ZeRO does not shard them.
+
+At every ``VERIFY_EVERY``-th capture each rank has the checksum of its common tensors. The rank that writes them for its
+machine has it for the header; the others compute it from their own tensors, in the copying thread. When all ranks agree on
+the next capture, every rank has committed that one, so they exchange the checksums then. All ranks count the same captures,
+so they agree whether this small collective takes place.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ VERIFY_EVERY = 64  # captures between two comparisons
 
 
 def check(checksums: Sequence[str], step: int) -> None:
-    """``checksums``: of the replicated tensors after ``step``, by rank. Pure.
+    """``checksums``: of the common tensors after ``step``, by rank. Pure.
 
     Raises:
-        SnapshotError: a rank holds something else than most ranks; among equally many, than the first.
+        SnapshotError: a rank differs from most ranks, or if there is no majority from the first.
     """
     usual = max(checksums, key=lambda c: (checksums.count(c), -checksums.index(c)))
     same = [rank for rank, checksum in enumerate(checksums) if checksum == usual]

@@ -1,7 +1,7 @@
 """A shard: the tensors of a rank, where they lie in their slots, and the slots' files mapped into this process.
 
-The mappings are made once, when the shard is opened, and stay until it is closed: the addresses in them are what both the
-training thread and the copying thread write to. Nothing here decides which slot is written when.
+The mappings are made once, when the shard is opened, and stay until it is closed: training thread and copying thread write
+to addresses in them. Nothing here decides which slot is written when.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gemini_gnn.snapshot.state.collect import Entry, State
+from gemini_gnn.snapshot.state.collect import Entry, TrainingState
 from gemini_gnn.snapshot.store import arena, catalog, format
 from gemini_gnn.snapshot.store.format import Layout, TensorSpec
 
-REPLICATED = "replicated"
+COMMON = "common"  # the shard of the state that all data-parallel ranks hold identically
 
 
 def shard_of(rank: int) -> str:
@@ -27,7 +27,7 @@ def shard_of(rank: int) -> str:
 
 
 class Piece(NamedTuple):
-    """One tensor of a shard: where it belongs, and what it has to be. Worked out once, asked at every capture."""
+    """One tensor of a shard: its place in a slot, and the size it must have. Computed once, read at every capture."""
 
     entry: Entry
     offset: int
@@ -38,11 +38,11 @@ class Piece(NamedTuple):
 
 @dataclass
 class Shard:
-    """A shard this rank writes, or (``owned`` false) reads: the replicated one of another rank of this machine.
+    """A shard this rank writes, or (``owned`` false) reads: the common one, which another rank of this machine writes.
 
     Attributes:
         name: of the shard; entries: its tensors, in the order of ``format.specs``.
-        topology: as ``format.describe`` made it; fingerprint: of it.
+        structure: as ``format.describe`` made it; fingerprint: of it.
         pieces: the same tensors, as the copies see them.
         files: the slots; mapped up to the tail. Empty until opened.
     """
@@ -50,7 +50,7 @@ class Shard:
     name: str
     entries: list[Entry]
     layout: Layout
-    topology: dict[str, Any]
+    structure: dict[str, Any]
     fingerprint: bytes
     owned: bool
     pieces: list[Piece]
@@ -60,10 +60,10 @@ class Shard:
     layout_json: dict[tuple[int, ...], bytes] = field(default_factory=dict)
 
     def open(self, folder: Path) -> None:
-        """Reserve and map all slots (owner), or open what is there.
+        """Reserve and map all slots (owner), or open the owner's files.
 
         Raises:
-            SnapshotError: no room, or somebody else's files.
+            SnapshotError: no room, or another user's files.
         """
         for slot in range(catalog.OWN_SLOTS):
             file = arena.SlotFile(folder, self.name, slot, create=self.owned)
@@ -87,7 +87,7 @@ class Shard:
         self.files, self.memory, self.addresses = [], [], []
 
 
-def topology_of(state: State, world_size: int, plan: Layout, extra_state: bool) -> dict[str, Any]:
+def structure_of(state: TrainingState, world_size: int, plan: Layout) -> dict[str, Any]:
     return format.describe(
         state.kind,
         world_size,
@@ -95,20 +95,18 @@ def topology_of(state: State, world_size: int, plan: Layout, extra_state: bool) 
         plan,
         scheduler=state.scheduler,
         param_groups=state.param_groups,
-        extra_state=extra_state,
+        extra_state=state.extra_state,
     )
 
 
-def make_shard(
-    name: str, entries: list[Entry], state: State, world_size: int, owned: bool, extra_state: bool = False
-) -> Shard:
+def make_shard(name: str, entries: list[Entry], state: TrainingState, world_size: int, owned: bool) -> Shard:
     plan = format.plan(e.spec for e in entries)
-    topology = topology_of(state, world_size, plan, extra_state)
+    structure = structure_of(state, world_size, plan)
     pieces = [
         Piece(e, offset, e.spec.nbytes, torch.Size(e.spec.shape), getattr(torch, e.spec.dtype))
         for e, offset in zip(entries, plan.offsets, strict=True)
     ]
-    return Shard(name, entries, plan, topology, format.fingerprint(topology), owned, pieces)
+    return Shard(name, entries, plan, structure, format.fingerprint(structure), owned, pieces)
 
 
 def live_pieces(entries: list[Entry]) -> Iterator[memoryview]:

@@ -1,24 +1,23 @@
-"""Taking the snapshots of a rank while training goes on.
+"""Taking the snapshots of a rank while training continues.
 
-Account of the concurrency. Two threads: the training thread calls ``ready``, ``after_step`` and ``before_step``; the copying
-thread (copier.py) does what need not be done before they return. Per capture:
+Account of the concurrency. Two threads: the training thread calls ``ready``, ``after_step`` and ``before_step``; the
+copying thread (copier.py) does the work that these calls need not wait for. Per capture:
 
-1. training thread, just after an optimizer step: the slots were locked by ``ready``; numbers and buffers are taken at once,
-   because the next forward pass changes them, after the header WRITING of the shards that have buffers; the job is handed over;
-2. copying thread: all other headers WRITING; the large tensors, which nobody changes before the next optimizer step; then
-   ``copied`` is set;
-3. copying thread, while training may already have gone past its fence: tail, checksums, header COMMITTED, lock released;
-   ``committed`` is set.
+1. Training thread, just after an optimizer step. ``ready`` has locked the slots. The thread writes the header WRITING of
+   the shards that have buffers, takes values and buffers, because the next forward pass changes them, and hands over.
+2. Copying thread. It writes all other headers WRITING, copies the large tensors, which stay as they are until the next
+   optimizer step, and sets ``copied``.
+3. Copying thread; training may already be past its fence. It writes tail, checksums and header COMMITTED, releases the
+   locks and sets ``committed``.
 
-The fence (``before_step``) waits for ``copied``: what it waits is the stall. Between 1 and 2 the training thread may only
-run forward and backward; what changes a tensor there all the same is found by torch's version counters (unchanged.py),
-before the fence opens, and the snapshot is not committed. An exception of the copying thread is kept and raised in the
-training thread at its next call.
+The fence (``before_step``) waits for ``copied``; this wait is the stall. Between 1 and 2 the training thread may only run
+forward and backward. If it changes a tensor there, torch's version counters show it (unchanged.py) before the fence opens,
+and the snapshot is not committed. An exception of the copying thread is kept, and raised by the training thread's next call.
 
 All ranks decide together whether step s is captured: ``ready`` is this rank's bit (previous capture committed, a slot
-free), the minimum over all ranks is what ``after_step`` is told. So when it is told to capture, *every* rank has committed
-the previous snapshot: that one is recoverable for the whole job, and what is older may be overwritten. Nothing else is
-needed to keep one restorable snapshot at every instant, and no message can be lost.
+free), and ``after_step`` gets the minimum over all ranks. So when it captures, *every* rank has committed the previous
+snapshot: the whole job can restore that one, and older ones may be overwritten. Nothing else is needed to keep one
+restorable snapshot at every instant, and no message can be lost.
 
 A kill anywhere leaves slots WRITING (void) or COMMITTED; locks die with the process.
 """
@@ -35,12 +34,13 @@ from typing import Any
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot.agree import Ranks
 from gemini_gnn.snapshot.capture import divergence
-from gemini_gnn.snapshot.capture.copier import Copier, Job
-from gemini_gnn.snapshot.capture.shards import REPLICATED, Shard
+from gemini_gnn.snapshot.capture.copier import Capture, Copier
+from gemini_gnn.snapshot.capture.shards import COMMON, Shard
 from gemini_gnn.snapshot.capture.stats import Stats
 from gemini_gnn.snapshot.capture.unchanged import versions
+from gemini_gnn.snapshot.context import Context
 from gemini_gnn.snapshot.state import generators, tree
-from gemini_gnn.snapshot.state.collect import State
+from gemini_gnn.snapshot.state.collect import TrainingState
 from gemini_gnn.snapshot.store import catalog
 from gemini_gnn.snapshot.store.identity import Identity
 
@@ -49,41 +49,29 @@ class Snapshots:
     """The snapshots of one rank; made by :func:`gemini_gnn.snapshot.attach`.
 
     Attributes:
-        restored: identity of the snapshot that training goes on from, or None at a fresh start.
-        steps: optimizer steps completed, in loops that do not count them themselves.
+        restored: identity of the snapshot that training resumed from, or None at a fresh start.
+        steps: optimizer steps completed, across restarts; with ``hook=False`` only those before this start.
         recoverable: newest snapshot known to be committed by all ranks.
-        stats: what it cost so far.
+        stats: the cost so far.
     """
 
     def __init__(
-        self,
-        state: State,
-        shards: list[Shard],
-        extra_state: Any,
-        ranks: Ranks,
-        *,
-        job: str,
-        rank: int,
-        term: int,
-        generation: int,
-        every: int,
-        timeout_s: float,
+        self, here: Context, ranks: Ranks, state: TrainingState, shards: list[Shard], *, every: int, timeout_s: float
     ):
-        self._state, self._shards, self._extra, self._ranks = state, shards, extra_state, ranks
+        self._here, self._ranks, self._state, self._shards = here, ranks, state, shards
         self._own = [s for s in shards if s.owned]
-        self._rank, self._term, self._generation = rank, term, generation
         self._every, self._timeout_s = every, timeout_s
         self.restored: Identity | None = None
         self.steps = 0
         self.recoverable: Identity | None = None
         self.stats = Stats()
         self._last: Identity | None = None  # newest capture of this rank
-        self._running: Job | None = None  # on CUDA: the last capture, until its fence is passed
+        self._running: Capture | None = None  # on CUDA: the last capture, until training passes its fence
         self._reserved: dict[str, int] = {}
         self._closing: list[Callable[[], Any]] = []
-        self._replicated = ranks.world_size > 1 and any(s.name == REPLICATED for s in shards)
+        self._common = ranks.world_size > 1 and any(s.name == COMMON for s in shards)
         self._compare = False  # the last capture is one to compare over all ranks
-        self._copier = Copier(self._own, [s for s in shards if not s.owned], job, rank, self.stats)
+        self._copier = Copier(here, shards, self.stats)
 
     def wants(self, step: int) -> bool:
         """Whether step ``step`` (steps completed) is one to capture. The same on all ranks."""
@@ -106,7 +94,7 @@ class Snapshots:
         """The fence: call it before the optimizer changes anything. Waits until the last capture has been copied.
 
         Raises:
-            SnapshotError: the background failed, or did not finish within the timeout.
+            SnapshotError: the background failed, or did not end within the timeout.
         """
         if self._copier.copied.is_set() and self._copier.error is None and self._copier.cuda is None:
             return
@@ -125,12 +113,12 @@ class Snapshots:
         """Call it when the optimizer has finished step number ``step`` (steps completed).
 
         Args:
-            capture: the minimum of ``ready()`` over all ranks, asked after the backward pass: a capture that had forward
-                and backward to hide behind is committed by then. Steps that are not wanted are passed over.
+            capture: the minimum of ``ready()`` over all ranks, asked after the backward pass, when the previous capture
+                is mostly committed. A step that is not one of ``every`` is passed over.
 
         Raises:
-            SnapshotError: the background failed; the state changed shape; a value in the state cannot be kept; ranks that ought
-                to hold the same state differ (on all of them).
+            SnapshotError: the background failed; the state changed shape; a value in the state cannot be kept; the ranks'
+                common state differs (on all of them).
         """
         begin = time.perf_counter()
         self._raise()
@@ -141,9 +129,9 @@ class Snapshots:
             return
         if not self._copier.committed.is_set() or not self._reserve():
             raise SnapshotError("after_step(capture=True) without this rank being ready(): pass the agreed minimum")
-        self._compare_replicated()
+        self._compare_common()
         self.recoverable = self._last  # all ranks were ready, so all have committed the previous one
-        self._begin(Identity(self._term, self._generation, step))
+        self._begin(step)
         self.stats.stall_s += time.perf_counter() - begin
 
     def wait(self) -> None:
@@ -156,16 +144,16 @@ class Snapshots:
         self._raise()
 
     def final(self, step: int) -> None:
-        """At an orderly stop that all ranks agreed on: have step ``step`` (steps completed) committed on every rank.
+        """At an orderly stop that all ranks agreed on: commit step ``step`` (steps completed) on every rank.
 
         Captures it if the newest snapshot is of another step, whatever ``every`` says. Collective; call it before ``close``.
 
         Raises:
-            SnapshotError: as for :meth:`before_step`, on all ranks together; or no slot came free within the timeout. The
-                snapshot before is then still the one to go on from.
+            SnapshotError: as for :meth:`before_step`, on all ranks together; or no slot came free within the timeout.
+                Then the job still resumes from the snapshot before.
         """
         self._ranks.together(self.wait)
-        self._compare_replicated()
+        self._compare_common()
         self.recoverable = self._last  # all have committed it
         if self._ranks.all_true(self._last is not None and self._last.step == step):
             return
@@ -178,39 +166,54 @@ class Snapshots:
         while not self._reserve():
             if time.monotonic() > deadline:
                 raise SnapshotError(
-                    f"expected a free slot for the last snapshot (step {step}) within {self._timeout_s:.0f} s; others kept "
-                    f"reading the slots of rank {self._rank}. Training can go on from {self._last}"
+                    f"expected a free slot for the last snapshot (step {step}) within {self._timeout_s:.0f} s; other "
+                    f"processes kept reading the slots of rank {self._here.rank}. The same command resumes from {self._last}"
                 )
-            time.sleep(0.05)  # a reader lets go of its lock without telling anyone
-        self._begin(Identity(self._term, self._generation, step))
+            time.sleep(0.05)  # a reader releases its lock without notice
+        self._begin(step)
 
     @property
     def last(self) -> Identity | None:
         """Newest snapshot this rank has committed; None while a capture is under way, and after one has failed."""
-        # An error is kept before ``committed`` is set, so it is seen here by whoever sees that.
+        # The copying thread keeps an error before it sets ``committed``: if this thread sees that, it sees the error too.
         return self._last if self._copier.committed.is_set() and self._copier.error is None else None
 
-    def went_on_from(self, identity: Identity) -> None:
-        """Called by ``attach`` when all ranks have restored ``identity``."""
+    def resumed_from(self, identity: Identity) -> None:
+        """``attach`` calls this when all ranks have restored ``identity``."""
         self.restored = self.recoverable = self._last = identity
         self.steps = identity.step
 
+    def first(self) -> None:
+        """``attach`` calls this at a fresh start: from here on there is always a snapshot to restore. Collective.
+
+        Raises:
+            SnapshotError: as for :meth:`after_step`; or a rank has no free slot.
+        """
+        if not self._ranks.all_true(self.ready()):
+            raise SnapshotError(
+                "expected a free slot for the first snapshot; another process reads the slots of this job "
+                f"({self._here.arena}): end it and start again"
+            )
+        self.after_step(0, capture=True)
+        self._ranks.together(self.wait)
+        self.recoverable = self.last
+
     def warm(self) -> None:
-        """Called by ``attach`` at its end."""
+        """``attach`` calls this at its end."""
         self._copier.warm()
 
     def on_close(self, call: Callable[[], Any]) -> None:
         self._closing.append(call)
 
     def close(self) -> None:
-        """Finish the last capture, stop the background and let go of the arena. The snapshots stay.
+        """End the last capture and the background, and close the arena's files. The snapshots stay.
 
         Raises:
-            SnapshotError: the background failed; or it did not end within the timeout: then nothing is let go of, as it
-                writes there, and ``close`` may be called again.
+            SnapshotError: the background failed; or it did not end within the timeout. In that case all files stay open,
+                as it writes there, and ``close`` may be called again.
         """
-        self._copier.stop(self._timeout_s)
-        # Whatever raises, the rest is done too; what the background met is said above all.
+        self._copier.end(self._timeout_s)
+        # If a step raises, the others run all the same. The background's error is raised last, so the caller sees it.
         with ExitStack() as last_first:
             last_first.callback(self._raise)
             for shard in self._shards:
@@ -224,7 +227,8 @@ class Snapshots:
     def _wait(self, event: threading.Event, what: str) -> None:
         if not event.wait(self._timeout_s):
             raise SnapshotError(
-                f"expected snapshot {self._last} to be {what} within {self._timeout_s:.0f} s; it was not"
+                f"expected snapshot {self._last} to be {what} within {self._timeout_s:.0f} s; it was not. Start the job "
+                "again with a higher distributed.timeout_s (attach: timeout_s)"
             )
 
     def _raise(self) -> None:
@@ -235,8 +239,8 @@ class Snapshots:
             raise SnapshotError(f"the background copy of a snapshot failed: {error}") from error
 
     def _reserve(self) -> bool:
-        """Lock a free slot of every shard of ours; what is locked stays so until it is used."""
-        # If the capture this slot is for is agreed upon, every rank has committed _last: that one is kept.
+        """Lock a free slot of every shard of ours; a locked slot stays so until it is used."""
+        # The ranks agree on this slot's capture only when every rank has committed _last: that one is kept.
         for shard in self._own:
             if shard.name in self._reserved:
                 continue
@@ -255,22 +259,21 @@ class Snapshots:
                 views[slot] = replace(views[slot], pinned=True)
         return True
 
-    def _begin(self, identity: Identity) -> None:
-        numbers = self._state.numbers()
-        if self._extra is not None:
-            numbers["extra_state"] = self._extra.state_dict()
-        self._compare = self._replicated and self.stats.captures % divergence.VERIFY_EVERY == 0
+    def _begin(self, step: int) -> None:
+        identity = Identity(self._here.term, self._here.generation, step)
+        packed = tree.pack(self._state.values())
+        self._compare = self._common and self.stats.captures % divergence.VERIFY_EVERY == 0
         late = versions(self._copier.late)
-        job = Job(identity, self._reserved, tree.pack(numbers), generators.read(), self._compare, late)
+        capture = Capture(identity, self._reserved, packed, generators.read(), self._compare, late)
         self._reserved = {}
-        self._copier.begin(job)
+        self._copier.begin(capture)
         self._last = identity
         if self._copier.cuda is not None:
-            self._running = job
+            self._running = capture
         self.stats.captures += 1
 
-    def _compare_replicated(self) -> None:
-        """Collective where the last capture was one to compare, which all ranks have committed when they call this."""
+    def _compare_common(self) -> None:
+        """Collective if the last capture is one to compare; all ranks have committed it when they call this."""
         if self._compare and self._last is not None:
             self._compare = False
-            divergence.check(self._ranks.exchange(self._copier.replicated.hex()), self._last.step)
+            divergence.check(self._ranks.exchange(self._copier.common.hex()), self._last.step)

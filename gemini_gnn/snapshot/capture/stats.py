@@ -1,4 +1,4 @@
-"""What snapshots cost, counted as they are taken."""
+"""The cost of snapshots, counted as they are taken."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass
 class Stats:
-    """What snapshots cost since ``attach``.
+    """The cost of snapshots since ``attach``.
 
     Attributes:
         captures, skipped: agreed captures, and steps at which some rank was not ready.
-        stall_s: what the training thread lost: taking numbers and buffers, and waiting at the fence.
+        stall_s: time that the training thread lost: taking values and buffers, and waiting at the fence.
         fence_s: the latter alone.
         copy_s, seal_s: background time of copying, and of checksums and commit.
         bytes: copied by this rank.

@@ -1,8 +1,8 @@
 """Noticing a tensor that changes while it is copied in the background.
 
-The training thread notes the versions when the capture begins, the copying thread when the bytes are copied and before the
-fence opens: a difference means that the copy may be half old and half new. The first of these is paid by training, for every
-tensor at every capture: no names, no copies.
+The training thread reads the versions when the capture begins. The copying thread reads them when it has copied the bytes,
+before the fence opens; a difference means that the copy may be half old and half new. Training pays for the first reading,
+for every tensor at every capture: no names, no copies.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ Version = tuple[int, int] | None
 
 
 def version(entry: Entry) -> Version:
-    """How often autograd saw the tensor change in place, and where it lies; None while it does not exist. What is changed
-    in place through ``.data`` is not counted by torch.
+    """How often autograd saw the tensor change in place, and its address; None while it does not exist. Torch does not
+    count writes through ``.data``.
     """
     tensor = entry.get()
     if tensor is None:
@@ -43,6 +43,6 @@ def check_unchanged(
     for entry, then, now in zip(entries, before, after, strict=True):
         if then != now:
             raise SnapshotError(
-                f"{entry.spec.name} was changed while it was copied into snapshot {identity}, which is void therefore; "
+                f"{entry.spec.name} was changed while it was copied into snapshot {identity}, so that one is void; "
                 "call snapshots.before_step() before changing parameters between steps"
             )

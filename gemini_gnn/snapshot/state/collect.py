@@ -1,13 +1,13 @@
-"""What must be captured so that training can go on bit for bit, and how it is put back. Knows DeepSpeed by the names
-of its attributes only.
+"""The state of a training: everything a snapshot captures so that training resumes bit for bit, and how it is put back.
 
-Where the state lives (deepspeed 0.19): fp32 master weights are the one truth, low-precision weights are derived from
-them; moments belong to the *inner* torch optimizer, keyed by master. Everything here is stable from the end of one
-optimizer step to the start of the next, except buffers, which forward changes (``at_once``), and numbers.
+Knows DeepSpeed by the names of its attributes only. Where the state lives (deepspeed 0.19): fp32 master weights are the
+one truth, low-precision weights are derived from them; moments belong to the *inner* torch optimizer, keyed by master. All
+tensors stay as they are from the end of one optimizer step to the start of the next, except buffers, which forward changes
+(``at_once``). *Values* are all the rest: settings, counts, the scheduler, ``extra_state``.
 
-Moments are lazy: an optimizer makes them in its first step. Their names and shapes are learned beforehand from a tiny
-twin of the optimizer, so that all room is planned (and reserved) before training; the optimizer itself is not touched, and
-a snapshot without moments restores to an optimizer without moments.
+Moments are lazy: an optimizer makes them in its first step. A tiny twin of the optimizer tells their names and shapes
+beforehand, so that all room is planned (and reserved) before training. The optimizer itself is not touched, and a snapshot
+without moments restores to an optimizer without moments.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Entry:
         spec: name, dtype, shape; both fixed from here on.
         get: the live tensor itself, or None while it does not exist. Called for every tensor at every capture: cheap.
         put: makes the live tensor from the given one, or removes it (None); for tensors that may not exist.
-        at_once: forward changes it, so it cannot wait for the background copy.
+        at_once: forward changes it, so training copies it before it continues.
     """
 
     spec: TensorSpec
@@ -45,19 +45,20 @@ class Entry:
 
 
 @dataclass
-class State:
+class TrainingState:
     """Everything of one rank.
 
     Attributes:
-        kind: how the state is kept, for the topology: "plain", "zero1" ... with the precision.
+        kind: how DeepSpeed keeps the state: "stage0", "zero1" ... with the precision.
         optimizer: class name of the inner optimizer; scheduler: of the scheduler, or "none".
         param_groups: per parameter group the sorted names of its settings.
-        sharded: every rank holds another part. Otherwise parameters and moments are the same on all ranks of a
+        extra_state: whether the user gave one.
+        sharded: every rank holds another part. Otherwise parameters and moments are common to all ranks of a
             data-parallel job, which the caller checks by checksum.
         entries: parameters and moments first, buffers (``at_once``) last.
-        numbers: what is neither a large tensor nor a random generator, as a tree for ``tree.pack``.
-        load_numbers: the inverse, in the proved order.
-        derive: recompute what follows from the masters (low-precision weights). Collective under ZeRO.
+        values: everything that is neither an entry nor a random generator, as a tree for ``tree.pack``.
+        load_values: the inverse, in the proved order.
+        derive: recompute the low-precision weights from the masters. Collective under ZeRO.
         fresh: whether no step was taken yet.
     """
 
@@ -65,10 +66,11 @@ class State:
     optimizer: str
     scheduler: str
     param_groups: list[list[str]]
+    extra_state: bool
     sharded: bool
     entries: list[Entry]
-    numbers: Callable[[], dict[str, Any]]
-    load_numbers: Callable[[dict[str, Any]], None]
+    values: Callable[[], dict[str, Any]]
+    load_values: Callable[[dict[str, Any]], None]
     derive: Callable[[], None]
     fresh: Callable[[], bool]
 
@@ -81,12 +83,13 @@ def is_deepspeed(engine: Any) -> bool:
     return all(hasattr(engine, name) for name in ("module", "optimizer", *COUNTERS))
 
 
-def collect(engine: Any) -> State:
+def collect(engine: Any, extra_state: Any = None) -> TrainingState:
     """The state of a training.
 
     Args:
         engine: a DeepSpeed engine, or ``(module, optimizer)`` or ``(module, optimizer, scheduler)`` of plain PyTorch
             (the module may be wrapped in DistributedDataParallel).
+        extra_state: an object of the user's with ``state_dict()`` and ``load_state_dict(dict)``.
 
     Raises:
         SnapshotError: a kind of optimizer that keeps its state where this function cannot find it.
@@ -114,7 +117,8 @@ def collect(engine: Any) -> State:
     counters = COUNTERS if is_deepspeed(engine) else ()
     scheduled = hasattr(scheduler, "state_dict")
 
-    def numbers() -> dict[str, Any]:
+    def values() -> dict[str, Any]:
+        extra = {} if extra_state is None else {"extra_state": extra_state.state_dict()}
         return {
             "counters": {name: getattr(engine, name) for name in counters},
             "scheduler": scheduler.state_dict() if scheduled else None,
@@ -127,9 +131,10 @@ def collect(engine: Any) -> State:
                 if (others := {k: v for k, v in inner.state.get(master, {}).items() if not isinstance(v, torch.Tensor)})
             },
             "loss_scale": {} if scaler is None else _scalars(scaler),
+            **extra,
         }
 
-    def load_numbers(n: dict[str, Any]) -> None:
+    def load_values(n: dict[str, Any]) -> None:
         for name, master in masters:
             if name in n["optimizer"]:
                 inner.state[master].update(n["optimizer"][name])
@@ -146,6 +151,8 @@ def collect(engine: Any) -> State:
             setattr(scaler, key, value)
         for name, value in n["counters"].items():
             setattr(engine, name, value)
+        if extra_state is not None:
+            extra_state.load_state_dict(n["extra_state"])
 
     def fresh() -> bool:
         return not is_deepspeed(engine) or (engine.global_steps == 0 and engine.micro_steps == 0)
@@ -154,16 +161,17 @@ def collect(engine: Any) -> State:
     precision = (
         f"{found.precision}" if first is None else f"{found.precision}/{str(first.dtype).removeprefix('torch.')}"
     )
-    return State(
+    return TrainingState(
         kind=f"{found.kind} {precision}",
         optimizer=type(inner).__name__,
         scheduler=type(scheduler).__name__ if hasattr(scheduler, "state_dict") else "none",
         # "step": FusedAdam adds it in its first step; a fresh one has to fit all the same
         param_groups=[sorted(set(g) - {"params", "param_names", "step"}) for g in inner.param_groups],
+        extra_state=extra_state is not None,
         sharded=found.sharded,
         entries=entries,
-        numbers=numbers,
-        load_numbers=load_numbers,
+        values=values,
+        load_values=load_values,
         derive=found.derive,
         fresh=fresh,
     )
@@ -192,7 +200,7 @@ def _masters(module: torch.nn.Module, wrapper: Any) -> _Found:
         kind: str, tensors: list[torch.Tensor], lows: list[list[torch.Tensor]], derive: Callable[[], None]
     ) -> _Found:
         named = [(f"master.{i}", t) for i, t in enumerate(tensors)]
-        # Only what the optimizer was given: a trainable parameter that it was not given has no master.
+        # Only parameters that the optimizer was given: a trainable one that it was not given has no master.
         derived = [p for group in lows for p in group]
         return _Found(kind, precision, True, wrapper.optimizer, named, derived, derive)
 
@@ -238,8 +246,8 @@ def _masters(module: torch.nn.Module, wrapper: Any) -> _Found:
         ]
         return _Found("stage0", precision, False, wrapper, masters, [], lambda: None)
     raise SnapshotError(
-        f"expected a torch optimizer or one of DeepSpeed's (ZeRO 0-3, bf16); got {type(wrapper).__name__}, and it is not "
-        "known where that keeps its state: use snapshot=nfs or snapshot=none"
+        f"expected a torch optimizer or one of DeepSpeed's (ZeRO 0-3, bf16); got {type(wrapper).__name__}, whose state "
+        "snapshots cannot find: use snapshot=nfs or snapshot=none"
     )
 
 
@@ -293,7 +301,9 @@ def _fixed(name: str, tensor: torch.Tensor) -> Entry:
 def _copied(name: str, get: Callable[[], torch.Tensor], at_once: bool = False) -> Entry:
     def put(value: torch.Tensor | None) -> None:
         if value is None:
-            raise SnapshotError(f"the snapshot lacks the tensor {name}")
+            raise SnapshotError(
+                f"expected the tensor {name} in the snapshot; it lacks it: start again with resume=never"
+            )
         with torch.no_grad():
             get().copy_(value)
 
@@ -358,8 +368,8 @@ def _moment(inner: Any, master: torch.Tensor, key: str, spec: TensorSpec, device
 
 
 def _group_of(inner: Any, master: torch.Tensor) -> int:
-    """The parameter group of a master. ZeRO-3 shows its optimizer one sub-group at a time: there they are not listed, and
-    the first group stands for all.
+    """The parameter group of a master. ZeRO-3 shows its optimizer one sub-group at a time and lists no masters: there the
+    first group stands for all.
     """
     for g, group in enumerate(inner.param_groups):
         if any(p is master for p in group["params"]):
@@ -368,11 +378,11 @@ def _group_of(inner: Any, master: torch.Tensor) -> int:
 
 
 def _schema(inner: Any, group: int, master: torch.Tensor) -> dict[str, tuple[bool, torch.dtype, torch.device]]:
-    """Which tensors the optimizer will keep per parameter of ``group``: name -> (shaped like the parameter or a
-    scalar, dtype, device: step counts mostly stay on the CPU). Learned from one step of a twin over a tiny parameter.
+    """The tensors that the optimizer will keep per parameter of ``group``: name -> (shaped like the parameter or a
+    scalar, dtype, device: step counts mostly stay on the CPU). One step of a twin over a tiny parameter shows them.
 
     Raises:
-        SnapshotError: it cannot be foretold.
+        SnapshotError: a twin cannot show them.
     """
     if type(inner).__name__ in ("FusedAdam", "DeepSpeedCPUAdam"):  # compiled: a twin would share C++ state
         return dict.fromkeys(("exp_avg", "exp_avg_sq"), (True, torch.float32, master.device))

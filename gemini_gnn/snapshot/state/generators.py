@@ -1,7 +1,7 @@
 """The random generators of a process: Python's, numpy's, torch's, and CUDA's where it is in use.
 
-``read`` must happen at the end of a step, before anything can draw, while training waits. So it only asks each generator for its
-state, which is the caller's own from then on; spelling it as arrays (``numbers``) can be done by another thread, later.
+``read`` runs at the end of a step, before anything can draw, while training waits. So it only asks each generator for its
+state, which is the caller's own from then on. Another thread can turn it into arrays (``values``) later.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 
 class Generators(NamedTuple):
-    """As the libraries give it."""
+    """The states as the libraries return them."""
 
     python: tuple[Any, ...]
     numpy: Any
@@ -31,7 +31,7 @@ def read() -> Generators:
     )
 
 
-def numbers(states: Generators) -> dict[str, Any]:
+def values(states: Generators) -> dict[str, Any]:
     """As a tree for ``tree.pack``."""
     version, words, gauss = states.python
     tree: dict[str, Any] = {
@@ -45,7 +45,7 @@ def numbers(states: Generators) -> dict[str, Any]:
 
 
 def load(tree: dict[str, Any]) -> None:
-    """The inverse of ``read`` and ``numbers``. Last of all: anything in between may draw."""
+    """The inverse of ``read`` and ``values``. Call it last: any other loading may draw."""
     version, words, gauss = tree["python"]
     random.setstate((version, tuple(int(w) for w in words), gauss))
     np.random.set_state(tree["numpy"])

@@ -1,4 +1,4 @@
-"""Nested Python values as JSON plus arrays: what a ``state_dict`` of a scheduler, a loop or a random generator holds.
+"""Values as JSON plus arrays: the ``state_dict`` of a scheduler, a loop or a random generator. No pickle.
 
 Bit-exact for None, bool, int, float (NaN and infinities too), str, bytes, list, tuple, dict, Counter, numpy arrays and
 scalars, and tensors. Anything else is refused by name instead of pickled.
@@ -24,7 +24,7 @@ def pack(value: Any, path: str = "", arrays: list[np.ndarray] | None = None) -> 
     them.
 
     Args:
-        arrays: those of an earlier call, to be continued: the trees of both may become parts of one.
+        arrays: those of an earlier call, to append to: the trees of both may become parts of one.
 
     Raises:
         SnapshotError: a value of another type, named by its path.
@@ -94,13 +94,14 @@ def unpack(tree: Any, arrays: list[Any]) -> Any:
     """The value :func:`pack` was given; ``arrays`` are bytes-like and are copied.
 
     Raises:
-        SnapshotError: the tree refers to something that is not there.
+        SnapshotError: the tree refers to an array that is not there, or has an unknown form.
     """
     try:
         return _unpack(tree, arrays)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise SnapshotError(
-            f"expected the numbers of a snapshot; got a tree that does not hold together: {error}"
+            f"expected the values of a snapshot; got a tree that does not hold together: {error}; start again with "
+            "resume=never"
         ) from None
 
 

@@ -1,15 +1,15 @@
 """The arena: snapshot slots as files in host memory, ``<root>/gemini-gnn-<uid>/<job>/<shard>.<slot>``.
 
-Who owns what. The worker agent makes the folder and holds the lock in it (locks.py) for as long as it lives; it removes the
-folder when the job is done or stopped. A slot is written by one trainer only, the owner of its shard, and
-only under an exclusive flock on the slot's file; whoever reads its bytes (restore, replication, inspection) holds a shared
-one, which *is* the pin: the writer finds the slot busy and takes another one or skips. The kernel drops both kinds with
-the process, so no pin and no reservation survives a kill.
+Ownership. The worker agent makes the folder and holds the lock in it (locks.py) for as long as it lives; it removes the
+folder when the job is done or stopped. One trainer writes a slot: the owner of its shard, under an exclusive flock on the
+slot's file. A process that reads its bytes (restore, inspection) holds a shared one, which *is* the pin: the writer finds
+the slot busy and takes another one or skips. The kernel drops both kinds with the process, so no pin and no reservation
+survives a kill.
 
-What may be interrupted where. Anything, anywhere: a header is one write of less than a page, WRITING before the data
-and COMMITTED after it, and readers believe only what checksums vouch for. Room is allocated before training, so a full
-/dev/shm is an error message at the start and never a SIGBUS in mid-epoch; only the tail may grow later, by an
-allocation that can fail politely.
+Interruption. A kill may come anywhere: a header is one write of less than a page, WRITING before the data and COMMITTED
+after it, and readers believe only bytes that fit their checksums. Room is allocated before training, so a full /dev/shm is
+an error message at the start and never a SIGBUS in mid-epoch. Only the tail may grow later, by an allocation that may fail
+with an error message.
 
 Imports nothing heavy: the agent and the shim use this file too.
 """
@@ -51,7 +51,7 @@ def home(root: str | os.PathLike[str] = "/dev/shm") -> Path:
 
 
 def folder_of(job: str, root: str | os.PathLike[str] = "/dev/shm") -> Path:
-    """Where the arena of ``job`` lies."""
+    """The arena folder of ``job``."""
     return home(root) / job
 
 
@@ -59,7 +59,7 @@ def make_folder(path: Path) -> Path:
     """Make an arena folder and its parent, mode 0700, ours.
 
     Raises:
-        SnapshotError: it is somebody else's, a link, or cannot be made.
+        SnapshotError: it is another user's, a link, or cannot be made.
     """
     try:
         for part in (path.parent, path):
@@ -84,7 +84,7 @@ def _check_ours(path: Path) -> None:
     if info.st_uid != os.geteuid():
         raise SnapshotError(
             f"the arena {path} belongs to user {info.st_uid}, this process runs as user {os.geteuid()}; start the job as "
-            "the user who began it, or let that user remove it: launch/inspect_snapshots.py --sweep"
+            "that user, or have that user remove it: launch/inspect_snapshots.py --sweep"
         )
 
 
@@ -93,7 +93,7 @@ def _check_ours(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Room:
-    """``available`` bytes, limited by ``limit`` (words for a message), and what makes it larger."""
+    """``available`` bytes, limited by ``limit``; ``remedy`` makes it larger. Both are words for a message."""
 
     available: int
     limit: str
@@ -101,8 +101,8 @@ class Room:
 
 
 def room(root: str | Path) -> Room:
-    """How much may still be put below ``root``: the smallest of the file system, the cgroups above this process and
-    the memory of the machine.
+    """The room left below ``root``: the smallest of the file system, the cgroups above this process and the memory of
+    the machine.
     """
     where = os.statvfs(root)
     absolute = Path(root).resolve()
@@ -215,13 +215,13 @@ class SlotFile:
     """One slot's file, open. Not thread-safe; :meth:`close` it.
 
     Attributes:
-        shard, slot: which; path: where.
+        shard, slot: name of the shard, and number of the slot; path: of the file.
     """
 
     def __init__(self, folder: Path, shard: str, slot: int, create: bool = False):
         """
         Raises:
-            SnapshotError: not there (without ``create``), or not ours.
+            SnapshotError: not there (without ``create``), or another user's.
         """
         self.shard, self.slot = shard, slot
         self.path = folder / f"{shard}.{slot}"
@@ -263,7 +263,7 @@ class SlotFile:
         return self._map
 
     def header(self) -> Header | None:
-        """None when there is none to believe.
+        """None when there is no valid one.
 
         Raises:
             SnapshotError: another format version.
@@ -288,7 +288,7 @@ class SlotFile:
             view, position = view[written:], position + written
 
     def void(self) -> None:
-        """Make sure nobody ever believes this slot again; durable when this returns (as durable as memory is)."""
+        """Void this slot for every later reader, before this returns."""
         found = None
         with suppress(SnapshotError):
             found = self.header()
@@ -298,7 +298,7 @@ class SlotFile:
             os.pwrite(self._fd, bytes(HEADER_BYTES), 0)
 
     def lock(self, exclusive: bool) -> bool:
-        """Reserve for writing, or pin for reading. False: somebody else is there."""
+        """Reserve for writing, or pin for reading. False: another process holds it."""
         try:
             fcntl.flock(self._fd, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except OSError as error:
@@ -311,7 +311,7 @@ class SlotFile:
         fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def view(self) -> SlotView:
-        """For the catalog. A slot in a format we cannot read counts as void: refusing it is the restore's business."""
+        """For the catalog. A slot of another format counts as void here; restore refuses it."""
         try:
             h = self.header()
         except SnapshotError:
@@ -345,7 +345,7 @@ class SlotFile:
 
 
 def tensor_pieces(manifest: Manifest, raw: memoryview) -> list[memoryview]:
-    """The bytes of the tensors, in order: what ``data_checksum`` is over."""
+    """The bytes of the tensors, in order; ``data_checksum`` is over these."""
     layout = manifest.layout
     return [raw[o : o + s.nbytes] for s, o in zip(layout.specs, layout.offsets, strict=True)]
 
@@ -354,7 +354,7 @@ def tensor_pieces(manifest: Manifest, raw: memoryview) -> list[memoryview]:
 
 
 def slots(folder: Path) -> list[SlotFile]:
-    """Every slot file of an arena, open; close them. What vanishes meanwhile is left out: its job has just ended."""
+    """Every slot file of an arena, open; close them. Files that vanish meanwhile are left out: their job has just ended."""
     found: list[SlotFile] = []
     for path in list_folder(folder):
         shard, _, slot = path.name.rpartition(".")
@@ -370,7 +370,7 @@ def slots(folder: Path) -> list[SlotFile]:
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """What is in it, by name; nothing where it is gone."""
+    """Its files, by name; none if it is gone."""
     try:
         return sorted(folder.iterdir())
     except FileNotFoundError:
@@ -385,11 +385,11 @@ def remove(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> str | None:
-    """Delete the arena if its agent is dead and no trainer of it lives. None when it did, else why not, in words."""
+    """Delete the arena if its agent and all its trainers are dead. None if deleted, else the reason, in words."""
     try:
         lock = locks.take_agent_lock(folder)
     except FileNotFoundError:
-        return "it is gone already: its job has ended, or somebody else has just swept it"
+        return "it is gone already: its job has ended, or another command has just swept it"
     if lock is None:
         return "its worker agent is alive; end it with launch/stop.py first"
     try:

@@ -1,9 +1,9 @@
-"""Which snapshots there are, which one a job can go on from, and which slot may be written next. Pure.
+"""Choosing the snapshot that a job can be restored from, and the slot that may be written next. Pure.
 
 Invariants kept here (each is a property test):
 
 - Shards are combined only under one identity.
-- A slot is overwritten only when a newer snapshot is recoverable for the whole job and nobody pins the slot.
+- A slot is overwritten only when a newer snapshot is recoverable for the whole job and no process pins the slot.
 - Rolling back voids everything newer, so that a step computed again can never be mixed with its first computation.
 """
 
@@ -21,13 +21,13 @@ MOST_LACKING = 8  # shards named in a message
 
 @dataclass(frozen=True)
 class SlotView:
-    """What the catalog must know of one slot.
+    """One slot, as the catalog sees it.
 
     Attributes:
-        shard, slot: which.
-        state: as its header says; VOID where there is no believable header.
+        shard, slot: name of the shard, and number of the slot.
+        state: of its header; VOID where there is no valid header.
         identity: of the snapshot it holds or held.
-        pinned: somebody reads it (replication until the peer's acknowledgement, persisting, restoring).
+        pinned: another process reads it (restoring, inspecting).
     """
 
     shard: str
@@ -56,8 +56,7 @@ def restorable(ranks: Sequence[Collection[Identity]], refused: Collection[Identi
     """
     if not ranks:
         return None
-    common = set(ranks[0]).intersection(*ranks[1:]) - set(refused)
-    return max(common, default=None)
+    return max(set(ranks[0]).intersection(*ranks[1:]) - set(refused), default=None)
 
 
 def writable(slots: Sequence[SlotView], recoverable: Identity | None) -> int | None:
@@ -72,21 +71,19 @@ def writable(slots: Sequence[SlotView], recoverable: Identity | None) -> int | N
         for s in slots
         if not s.pinned
         and (
-            s.state is not SlotState.COMMITTED  # nothing, or a copy that was cut off
+            s.state is not SlotState.COMMITTED  # empty, or a copy that was cut off
             or s.identity is None
             or (recoverable is not None and s.identity < recoverable)
         )
     ]
     if not free:
         return None
-    # What holds nothing first, then the oldest: an older snapshot is still a second chance if the newest is damaged.
+    # Empty slots first, then the oldest: an older snapshot is still a second chance if the newest is damaged.
     return min(free, key=lambda s: (s.state is SlotState.COMMITTED, s.identity or Identity(0, 0, 0), s.slot)).slot
 
 
 def newer(slots: Iterable[SlotView], identity: Identity | None) -> list[SlotView]:
-    """What a roll-back to ``identity`` (None: to nothing) has to void: everything that could still be believed and is
-    not it or older.
-    """
+    """The slots that a roll-back to ``identity`` (None: to nothing) has to void: all but void, older and equal ones."""
     return [
         s
         for s in slots
@@ -101,7 +98,7 @@ class Holding:
     Attributes:
         machine: on which the rank runs; ranks of one machine say the same, ranks of two machines never.
         needed: shards the rank must be restored from.
-        held: identities under which each shard is committed in that machine's memory, whoever needs it.
+        held: identities under which each shard is committed in that machine's memory, also those of other ranks.
     """
 
     machine: str
@@ -123,14 +120,14 @@ def steps_in_memory(ranks: Sequence[Holding]) -> int:
 
 
 def explain(ranks: Sequence[Holding]) -> str:
-    """Why the ranks have no snapshot in common, where what they lack lies, and which order of hosts would mend it."""
+    """Say which shards the ranks lack, which machines hold these, and which order of hosts fits."""
     every = sorted({i for rank in ranks for found in rank.held.values() for i in found}, reverse=True)
     if not every:
         return "the memory of this job's machines holds no snapshot (it is lost when a machine restarts or is replaced)"
     orders = [(identity, order) for identity in every if (order := order_of_hosts(ranks, identity))]
     identity, order = orders[0] if orders else (every[0], [])
     lacking = [
-        f"rank {r} on {rank.machine} lacks {shard}, which is on {_holders(ranks, shard, identity)}"
+        f"rank {r} on {rank.machine} lacks shard {shard}, which is on {_holders(ranks, shard, identity)}"
         for r, rank in enumerate(ranks)
         for shard in rank.lacks(identity)
     ]

@@ -4,10 +4,13 @@ A file holds one shard in one slot::
 
     0        header      one struct with a checksum of its own; the rest of its page is unused
     4096     tensors     each at its planned offset, 64-byte aligned; planned once, the same in every slot
-    tail     manifest    8 bytes length, JSON (tensors, topology, numbers), then the small arrays the JSON refers to
+    tail     manifest    8 bytes length, JSON (tensors, structure, values), then the small arrays the JSON refers to
 
-The tensors never move, so a capture is plain copies into a mapping. What changes size from step to step (positions,
-unwritten log rows, what the user adds) is in the tail, where the file can grow.
+The tensors never move, so a capture is plain copies into a mapping. Values may change their size from step to step
+(positions, unwritten log rows, the user's own), so they are in the tail, where the file can grow.
+
+The *structure* of a shard is everything that must be equal for two shards to fit together, and into an engine: ranks, kind
+of optimizer, names and shapes of tensors (:func:`describe`). The header has its fingerprint, the manifest all of it.
 
 A header is WRITING before the first byte of data changes and COMMITTED after the last one; it is one small write within
 one page. A reader believes a slot only when the header's own checksum, then the checksums of tensors and tail, fit.
@@ -29,10 +32,10 @@ from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot.store.identity import Identity
 
 MAGIC = b"GEMISNAP"
-VERSION = 1
+VERSION = 2  # 2: the shard "common", which version 1 called "replicated"
 PAGE = 4096
 ALIGN = 64
-LARGE = 1 << 20  # tensors from here on start on a page: what a device can register and a socket can send whole
+LARGE = 1 << 20  # tensors of this size or more start on a page: a device can register and a socket can send whole pages
 TAIL_ROOM = 1 << 20  # first reservation of the tail
 
 _ITEMSIZE = {
@@ -45,7 +48,7 @@ _ITEMSIZE = {
 
 class SlotState(enum.IntEnum):
     VOID = 0  # nothing here, or rolled back
-    WRITING = 1  # a copy has begun; whoever finds this after a crash finds nothing
+    WRITING = 1  # a copy has begun; after a crash this counts as nothing
     COMMITTED = 2
 
 
@@ -119,10 +122,10 @@ class Header:
     """The first page of a slot.
 
     Attributes:
-        state: what the slot holds.
+        state: of the slot.
         identity: of the snapshot.
-        owner: global rank that wrote it; shard: its name (``rank-00003`` or ``replicated``); slot: number.
-        job: id of the job; topology: xxh3_128 of :func:`describe`'s canonical JSON, 16 bytes.
+        owner: global rank that wrote it; shard: its name (``rank-00003`` or ``common``); slot: number.
+        job: id of the job; structure: xxh3_128 of :func:`describe`'s canonical JSON, 16 bytes.
         data_bytes: bytes of all present tensors without gaps; data_checksum: xxh3_128 over exactly those, in order.
         tail_offset, tail_bytes, tail_checksum: of the tail.
         committed_ns: CLOCK_BOOTTIME at commit; memory does not outlive the boot, so wall-clock jumps don't matter.
@@ -134,7 +137,7 @@ class Header:
     shard: str
     slot: int
     job: str
-    topology: bytes
+    structure: bytes
     data_bytes: int = 0
     data_checksum: bytes = bytes(16)
     tail_offset: int = 0
@@ -161,7 +164,7 @@ def encode_header(h: Header) -> bytes:
         *h.identity,
         h.owner, h.slot,
         _text(h.shard, 48, "shard name"), _text(h.job, 64, "job id"),
-        h.topology,
+        h.structure,
         h.data_bytes, h.tail_offset, h.tail_bytes, h.committed_ns,
         h.data_checksum, h.tail_checksum,
     )  # fmt: skip
@@ -181,12 +184,12 @@ def decode_header(raw: bytes) -> Header | None:
     if version != VERSION:
         # Another version's header has another length, so its checksum cannot be looked at: the number must do.
         raise SnapshotError(
-            f"snapshot format version: expected {VERSION}, got {version}; it was written by another release of "
-            "gemini_gnn: go on with that release, or start afresh with resume=never"
+            f"snapshot format version: expected {VERSION}, got {version}: another release of gemini_gnn wrote it. "
+            "Start with that release, or start again with resume=never"
         )
     if xxhash.xxh3_128_digest(body) != check:
         return None
-    _, _, state, term, generation, step, owner, slot, shard, job, topology, data, tail, tail_bytes, at, dsum, tsum = (
+    _, _, state, term, generation, step, owner, slot, shard, job, structure, data, tail, tail_bytes, at, dsum, tsum = (
         _HEADER.unpack(body)
     )
     try:
@@ -200,7 +203,7 @@ def decode_header(raw: bytes) -> Header | None:
         shard=shard.rstrip(b"\0").decode(),
         slot=slot,
         job=job.rstrip(b"\0").decode(),
-        topology=topology,
+        structure=structure,
         data_bytes=data,
         data_checksum=dsum,
         tail_offset=tail,
@@ -211,7 +214,7 @@ def decode_header(raw: bytes) -> Header | None:
 
 
 def canonical(value: Any) -> bytes:
-    """One spelling per value: what is fingerprinted."""
+    """One spelling per value, for the fingerprint."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
 
 
@@ -225,7 +228,7 @@ def describe(
     param_groups: Sequence[Sequence[str]] = (),
     extra_state: bool = False,
 ) -> dict[str, Any]:
-    """The topology a shard belongs to, as JSON: two shards fit together, and into an engine, only when it is equal."""
+    """The structure of a shard, as JSON: two shards fit together, and into an engine, only when it is equal."""
     return {
         "kind": kind,
         "world_size": world_size,
@@ -237,12 +240,12 @@ def describe(
     }
 
 
-def fingerprint(topology: dict[str, Any]) -> bytes:
-    return xxhash.xxh3_128_digest(canonical(topology))
+def fingerprint(structure: dict[str, Any]) -> bytes:
+    return xxhash.xxh3_128_digest(canonical(structure))
 
 
 def difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
-    """The first thing in which two topologies differ, in words; "" when they are equal."""
+    """The first thing in which two structures differ, in words; "" when they are equal."""
     for key, words in (
         ("world_size", "number of ranks"),
         ("kind", "way DeepSpeed keeps the state (ZeRO stage, precision)"),
@@ -268,17 +271,17 @@ def difference(found: dict[str, Any], expected: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a committed slot says about itself.
+    """The manifest of a committed slot.
 
     Attributes:
         layout: of the tensors present.
-        topology: as :func:`describe` made it.
-        tree: the numbers, as ``tree.pack`` made them.
+        structure: as :func:`describe` made it.
+        tree: the values, as ``tree.pack`` made them.
         arrays: the small arrays ``tree`` refers to, as views of the tail.
     """
 
     layout: Layout
-    topology: dict[str, Any]
+    structure: dict[str, Any]
     tree: Any
     arrays: list[memoryview]
 
@@ -305,7 +308,7 @@ def encode_tail(layout_json: bytes, tree: Any, arrays: Sequence[Any]) -> bytes:
     return b"".join(parts)
 
 
-def layout_json(layout: Layout, present: Sequence[int], topology: dict[str, Any]) -> bytes:
+def layout_json(layout: Layout, present: Sequence[int], structure: dict[str, Any]) -> bytes:
     """``present``: indices of the tensors that the snapshot holds (an optimizer makes its moments in its first step)."""
     return json.dumps(
         {
@@ -313,7 +316,7 @@ def layout_json(layout: Layout, present: Sequence[int], topology: dict[str, Any]
                 [layout.specs[i].name, layout.specs[i].dtype, list(layout.specs[i].shape), layout.offsets[i]]
                 for i in present
             ],
-            "topology": topology,
+            "topology": structure,  # its name since version 1, and in the checkpoints of existing run directories
         },
         separators=(",", ":"),
     ).encode()
@@ -349,4 +352,6 @@ def decode_tail(raw: memoryview, tail_offset: int) -> Manifest:
         layout = Layout(tuple(specs), tuple(offsets), tail_offset)
         return Manifest(layout, dict(value["layout"]["topology"]), value["tree"], arrays)
     except (ValueError, KeyError, TypeError, struct.error) as error:
-        raise SnapshotError(f"expected a snapshot manifest; got one that does not hold together: {error}") from None
+        raise SnapshotError(
+            f"expected a snapshot manifest; got one that does not hold together: {error}; start again with resume=never"
+        ) from None

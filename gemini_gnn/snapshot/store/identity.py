@@ -1,14 +1,12 @@
-"""What a snapshot is called."""
+"""The name of a snapshot."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from gemini_gnn.errors import SnapshotError
-
 
 class Identity(NamedTuple):
-    """Which snapshot: never the step alone, because a step is computed again after every roll-back.
+    """The name of a snapshot: never the step alone, because a step is computed again after every roll-back.
 
     Ordered: a later term beats a later generation beats a later step. Shards are combined only under one identity.
 
@@ -24,18 +22,6 @@ class Identity(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.term}-{self.generation}-{self.step}"
-
-
-def parse(text: str) -> Identity:
-    """The inverse of ``str(identity)``.
-
-    Raises:
-        SnapshotError: not three numbers ``term-generation-step``.
-    """
-    parts = text.split("-")
-    if len(parts) != 3 or not all(p.isascii() and p.isdigit() for p in parts):
-        raise SnapshotError(f"expected a snapshot identity term-generation-step, like 1-2-300; got {text!r}")
-    return Identity(*map(int, parts))
 
 
 def from_json(value: Any) -> Identity:

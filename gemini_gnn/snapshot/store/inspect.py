@@ -1,4 +1,4 @@
-"""What lies in the arenas of this machine: for people."""
+"""Show and sweep the arenas of this machine, for people."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gemini_gnn.snapshot.store.format import SlotState
 
 @dataclass(frozen=True)
 class Line:
-    """One slot. ``age_s`` is counted by the clock of the boot; ``check`` is "ok", "busy", "not read" or what is wrong."""
+    """One slot. ``age_s`` is counted by the clock of the boot; ``check`` is "ok", "busy", "not read" or the fault."""
 
     job: str
     alive: bool
@@ -40,7 +40,7 @@ def arenas(root: str | Path, job: str | None = None) -> list[Path]:
         return found
     if home / job not in found:
         raise SnapshotError(
-            f"no snapshots of job {job} in {home}; there are: {', '.join(p.name for p in found) or 'none'}"
+            f"no snapshots of job {job} in {home}; give --job one of: {', '.join(p.name for p in found) or 'none'}"
         )
     return [home / job]
 
@@ -105,7 +105,7 @@ def table(lines: list[Line]) -> str:
         life = (
             "its worker agent is alive"
             if mine[0].alive
-            else "dead: the same command goes on from it, --sweep removes it"
+            else "dead: the same command resumes from it, --sweep removes it"
         )
         text.append(f"job {job}: {held / 1e6:.1f} MB in host memory; {life}")
         rows = [("shard", "slot", "owner", "identity", "state", "bytes", "age", "checksum")]
@@ -128,7 +128,7 @@ def table(lines: list[Line]) -> str:
 
 
 def sweep(root: str | Path = "/dev/shm", job: str | None = None) -> list[str]:
-    """Remove the arenas whose processes are all dead; what was done or why not, in words."""
+    """Remove the arenas whose processes are all dead; per arena the result, in words."""
     said = []
     for folder in arenas(root, job):
         held = 0

@@ -1,13 +1,12 @@
-"""The two locks of an arena: who may own it, and who may still write into it. Files only; imports nothing heavy.
+"""The two locks of an arena: one owns it, one proves that a process may still write. Files only; imports nothing heavy.
 
-``agent.lock``, an flock. ``/dev/shm/gemini-gnn-<uid>/<job>/`` belongs to whoever holds it exclusively: the living worker
-agent, the shim that is about to start one (the open descriptor passes from one to the other), or a sweeper. The kernel drops the
-lock with its last holder, so there are no pid files to trust and no stale locks. A folder may be removed only under
-that lock; so whoever opened the file just before a removal holds a lock on nothing, notices that the path no longer leads to
-its file, and has to begin again.
+``agent.lock``, an flock. Its holder owns ``/dev/shm/gemini-gnn-<uid>/<job>/``: the living worker agent, the shim that is
+about to start one (the open descriptor passes from one to the other), or a sweeper. The kernel drops the lock with its last
+holder, so there are no pid files to trust and no stale locks. Only the holder may remove the folder. A process that opened
+the file just before a removal holds a lock on nothing; it notices that the path leads to another file, and begins again.
 
-``trainers.lock``, shared *record* locks of every warm parent and trainer. Record locks belong to a process, are not inherited
-by its children, and go when the kernel has closed its files: that nobody holds one proves that no process of an earlier
+``trainers.lock``, shared *record* locks of every warm parent and trainer. Record locks belong to a process, its children do
+not inherit them, and the kernel drops them when it closes the process's files. If no process holds one, none of an earlier
 membership can still write here, also across the death of an agent.
 
 The locks on the slots themselves are arena.py's.
@@ -27,7 +26,7 @@ _FLOCK = "hhqqi4x"  # struct flock on 64-bit Linux: type, whence, start, length,
 
 
 def take_agent_lock(folder: Path) -> int | None:
-    """The lock as a file descriptor, or None while somebody else holds it.
+    """The lock as a file descriptor, or None while another process holds it.
 
     Raises:
         FileNotFoundError: there is no folder, or the lock's last holder has just removed it: make it and try again.
@@ -38,7 +37,7 @@ def take_agent_lock(folder: Path) -> int | None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(lock), os.stat(path)):
-            raise FileNotFoundError(f"{path} was removed and made anew by somebody else")
+            raise FileNotFoundError(f"{path} was removed and made anew by another process")
     except BlockingIOError:
         os.close(lock)
         return None
@@ -49,7 +48,7 @@ def take_agent_lock(folder: Path) -> int | None:
 
 
 def agent_lives(folder: Path) -> bool:
-    """Whether somebody holds the agent's lock. Makes nothing."""
+    """Whether a process holds the agent's lock. Makes no file."""
     try:
         lock = os.open(folder / AGENT_LOCK, _FLAGS)
     except FileNotFoundError:
@@ -64,16 +63,16 @@ def agent_lives(folder: Path) -> bool:
 
 
 def hold_trainers_lock(folder: Path) -> int:
-    """Called by a warm parent or trainer; the descriptor stays open, and must be the only one, until it dies."""
+    """A warm parent or trainer calls this; the descriptor stays open, and must be the only one, until it dies."""
     lock = os.open(folder / TRAINERS_LOCK, _FLAGS | os.O_CREAT, 0o600)
     fcntl.lockf(lock, fcntl.LOCK_SH)
     return lock
 
 
 def living_trainer(folder: Path) -> int | None:
-    """Pid of some warm parent or trainer that is not dead yet; None proves that there is none. Takes no lock.
+    """Pid of a warm parent or trainer that is not dead yet; None proves that there is none. Takes no lock.
 
-    Must not be called by a process that holds the lock itself: closing a file drops the process's record locks on it.
+    A process that holds the lock itself must not call this: closing a file drops the process's record locks on it.
     """
     try:
         lock = os.open(folder / TRAINERS_LOCK, _FLAGS)

@@ -40,7 +40,7 @@ def test_every_slot_is_listed_and_only_the_dead_are_swept(jobs):
     code, out, _ = run("--arena", root)
     assert code == 0 and out.count("committed") == 12 and out.count("  ok") == 12
     assert "job dead" in out and "--sweep removes it" in out and "worker agent is alive" in out
-    assert "rank-00000" in out and "replicated" in out and "1-1-2" in out
+    assert "rank-00000" in out and "common" in out and "1-1-2" in out
     code, out, _ = run("--arena", root, "--sweep", "--no-checksum")
     assert code == 0 and "job dead: swept" in out and "job living: its worker agent is alive" in out
     assert not dead.exists() and living.exists()
@@ -48,14 +48,14 @@ def test_every_slot_is_listed_and_only_the_dead_are_swept(jobs):
 
 def test_damage_and_writing_are_shown(jobs):
     root, dead, _ = jobs
-    (_, first), (_, second), *_ = slots_of(dead, "replicated")
+    (_, first), (_, second), *_ = slots_of(dead, "common")
     with open(first.path, "r+b") as raw:
         raw.seek(4096)
         raw.write(b"damage!!")
     assert second.lock(exclusive=True)
     by_slot = {(line.shard, line.slot): line for line in inspect.inspect(root, "dead")}
-    assert "do not fit their checksum" in by_slot["replicated", first.slot].check
-    assert by_slot["replicated", second.slot].check == "busy"
+    assert "do not fit their checksum" in by_slot["common", first.slot].check
+    assert by_slot["common", second.slot].check == "busy"
     (_, third) = slots_of(dead, "rank-00000")[0]
     third.void()
     os.truncate(slots_of(dead, "rank-00000")[0][1].path, 0)
@@ -67,17 +67,17 @@ def test_damage_and_writing_are_shown(jobs):
 @pytest.mark.parametrize("what", ["a slot", "the folder", "all folders"])
 def test_a_job_that_ends_between_listing_and_opening_is_no_error(jobs, monkeypatch, what):
     root, dead, _ = jobs
-    victim = {"a slot": dead / "replicated.0", "the folder": dead, "all folders": dead.parent}[what]
+    victim = {"a slot": dead / "rank-00000.0", "the folder": dead, "all folders": dead.parent}[what]
     opened = arena.SlotFile.__init__
 
     def vanishes_first(file, folder, shard, slot, create=False):
-        if folder == dead and victim.exists() and shard == "replicated":
+        if folder == dead and victim.exists() and shard == "rank-00000":
             shutil.rmtree(victim) if victim.is_dir() else victim.unlink()
         opened(file, folder, shard, slot, create)
 
     monkeypatch.setattr(arena.SlotFile, "__init__", vanishes_first)
     slots = [(line.shard, line.slot) for line in inspect.inspect(root) if line.job == "dead"]
-    assert len(slots) == (5 if what == "a slot" else 3) and ("replicated", 0) not in slots
+    assert len(slots) == (5 if what == "a slot" else 3) and ("rank-00000", 0) not in slots
     assert not victim.exists()
 
 
