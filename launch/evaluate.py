@@ -13,11 +13,11 @@ from gemini_gnn.errors import ConfigError
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_directory import read_config
 
-PURPOSE = """Exact layer-wise inference of a finished run, on its own graph or another one with the same features:
+PURPOSE = """Evaluate a finished run by exact layer-wise inference.
   python launch/evaluate.py run_dir=runs/cora               on the graph it was trained on
-  python launch/evaluate.py run_dir=runs/cora dataset=...   on another
-  out=FOLDER   where predictions.npy, embeddings.npy, logits.npy and ids.npy go (default RUN_DIR/evaluation);
-               row i of each is node ids[i], in the order of the original data."""
+  python launch/evaluate.py run_dir=runs/cora dataset=...   on another graph with the same features
+  out=FOLDER   folder for predictions.npy, embeddings.npy, logits.npy and ids.npy (default RUN_DIR/evaluation);
+               row i of each is node ids[i], in the order of the original data"""
 
 
 def main(arguments: list[str]) -> int:

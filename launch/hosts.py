@@ -1,9 +1,13 @@
 #!/usr/bin/env python
-"""Machines before a job: `launch/hosts.py check hostfile`, then `launch/hosts.py run hostfile launch/train.py ...`.
+"""Check the machines of a hostfile, and start a job on them.
+
+    python launch/hosts.py check hostfile
+    python launch/hosts.py run hostfile launch/train.py ...
 
 check  read the hostfile, log in to every host at once, compare environments, print a table
-run    the same, then `deepspeed --hostfile ...` with an ssh that gives up dead hosts, with the address the other
-       machines know the first one by, a port of its own, and GEMINI_GNN_*, NCCL_* and OMP_* variables forwarded
+run    do the same, then start `deepspeed --hostfile ...`. Its ssh gives up dead hosts. It gets a port of its own and
+       the address by which the other machines know the first one. It forwards the variables GEMINI_GNN_*, NCCL_*,
+       OMP_* and DS_ACCELERATOR.
 """
 
 from __future__ import annotations

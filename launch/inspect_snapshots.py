@@ -2,9 +2,9 @@
 
     python launch/inspect_snapshots.py [--job JOB] [--arena /dev/shm] [--no-checksum] [--sweep]
 
-One line per slot: shard, owner (rank), identity (term-generation-step), state, bytes, age, and whether the bytes still
-fit their checksum ("busy": it is being written). A job is dead when no worker agent holds its lock; its snapshots stay until
-they are swept, because the same command can still go on from them.
+It prints one line per snapshot slot: shard, owner (rank), identity (term-generation-step), state, bytes, age, check.
+The check compares the bytes with their checksum; "busy" means that a trainer writes the slot now. A job is dead when no
+worker agent holds its lock. Its snapshots stay until they are swept, because the same command can still resume from them.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from gemini_gnn.snapshot.store.inspect import inspect, sweep, table
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description="Snapshots in the host memory of this machine.")
-    parser.add_argument("--job", help="only this job (the name of its arena folder)")
-    parser.add_argument("--arena", default="/dev/shm", help="RAM file system to look at")
+    parser = argparse.ArgumentParser(description="Show the snapshots in the host memory of this machine.")
+    parser.add_argument("--job", help="show only this job (the name of its arena folder)")
+    parser.add_argument("--arena", default="/dev/shm", help="look at this RAM file system (default: %(default)s)")
     parser.add_argument("--no-checksum", action="store_true", help="do not read the bytes")
-    parser.add_argument("--sweep", action="store_true", help="remove the arenas whose worker agent is dead")
+    parser.add_argument(
+        "--sweep", action="store_true", help="remove the snapshots of dead jobs, which then cannot resume"
+    )
     options = parser.parse_args(arguments)
     print(table(inspect(options.arena, options.job, checksum=not options.no_checksum)))
     if options.sweep:

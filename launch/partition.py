@@ -14,12 +14,12 @@ from gemini_gnn.observe.progress import say
 if TYPE_CHECKING:
     from gemini_gnn.graph.graph import Graph
 
-PURPOSE = """Write a partitioned graph, print its quality and where it lies; training finds it there.
+PURPOSE = """Write a partitioned graph and print its quality and its folder; training finds it there.
   partition.method=metis|hash partition.parts=N [partition.balance_edges=true] [partition.folder=FOLDER]
   partition.plot=true   also draw a small graph as PNG, coloured by part, cut edges in red
-  dataset=partitioned partition.folder=FOLDER   only print the quality of one that is there
-  --check FOLDER        prove that every edge of a partitioned graph is in it exactly once; with the settings it was
-                        made from (dataset=...) also against the source graph"""
+  dataset=partitioned partition.folder=FOLDER   only print the quality of an existing one
+  --check FOLDER        check that a partitioned graph holds every edge exactly once; with the settings it was
+                        made from (dataset=...) compare it with the source graph too"""
 
 MOST_EDGES = 2_000_000_000  # edges visited for the predicted traffic, about a minute
 

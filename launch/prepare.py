@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Get a data set ready: `python launch/prepare.py dataset=cora [export=edges.csv]`.
 
-Downloads and converts it where there is a network (compute nodes often have none), shows what it is, and exports its
-edges as CSV on request.
+It downloads and converts the data set where there is a network (compute nodes often have none), describes it, and exports
+its edges as CSV on request.
 """
 
 from __future__ import annotations

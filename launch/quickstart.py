@@ -1,6 +1,7 @@
-"""The default data set, trained on two local ranks by the real launcher; what quickstart.sh runs after the set-up.
+"""Train the default data set on two local ranks with the real launcher; quickstart.sh runs this after the set-up.
 
-Half-way it kills every trainer with SIGKILL: the job goes on from its snapshots in memory, and the loss curve shows no seam.
+Half-way it kills every trainer with SIGKILL. The job resumes from its snapshots in host memory, and the loss curve shows no
+seam.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from gemini_gnn.observe import curve
 from gemini_gnn.observe.run_directory import read_losses
 
 ROOT = Path(__file__).resolve().parent.parent
-PURPOSE = "Train the default data set on two local ranks and compare with baselines. Any setting of launch/train.py."
+PURPOSE = """Train the default data set on one rank per GPU, or on two ranks without a GPU, and compare with baselines.
+Half-way every trainer is killed with SIGKILL, and the job resumes (snapshot=memory only).
+It takes any setting of launch/train.py."""
 
 
 def main(arguments: list[str]) -> int:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train: `deepspeed --num_accelerators 2 launch/train.py dataset=cora ...`, also under srun, or plain with one rank.
 
-Every slot process the launcher starts runs this file. It finds out where it stands and what to do, and hands over.
+Every slot process that the launcher starts runs this file. It finds its place, checks the settings and runs the shim.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from gemini_gnn.recovery import shim
 from gemini_gnn.recovery.stop import drop_finished
 from gemini_gnn.recovery.worker.decisions import STOPPED
 
-PURPOSE = "Train a GNN on a partitioned graph. Start it with deepspeed, srun, or python (one rank)."
+PURPOSE = """Train a GNN on a partitioned graph. Start it with deepspeed, srun, or python (one rank):
+  deepspeed --num_accelerators 2 launch/train.py dataset=cora run_dir=runs/cora
+With snapshot=memory, the default, a job whose processes are killed resumes from snapshots in host memory. On several
+machines, and if the whole job was killed, type the same command again. resume=never starts over and keeps the old results."""
 
 
 def main(arguments: list[str]) -> int:
