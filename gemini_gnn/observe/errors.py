@@ -12,7 +12,6 @@ A record says of which membership it is (:func:`begin`): one that an earlier sta
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import sys
@@ -26,6 +25,7 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from gemini_gnn.errors import GeminiError, PeerLost
+from gemini_gnn.files import write_atomically
 from gemini_gnn.observe.logs import machine_of
 
 SETTLE_S = 3.0  # how long a consequence waits for its cause to be written down
@@ -119,14 +119,12 @@ def _record(rank: int, error: BaseException) -> Record:
 
 def record_error(run_dir: Path, rank: int, error: BaseException) -> None:
     """Write ``errors/rank-<rank>.json``."""
-    folder = run_dir / "errors"
-    temporary = folder / f".rank-{rank}.{os.getpid()}"
+    path = run_dir / "errors" / f"rank-{rank}.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(asdict(_record(rank, error)), indent=1))
-        os.replace(temporary, folder / f"rank-{rank}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(asdict(_record(rank, error)), indent=1), durable=False)
     except OSError as problem:  # the run directory may be what failed; the error itself still goes to stderr
-        print(f"warning: cannot write {folder / f'rank-{rank}.json'}: {problem.strerror}", file=sys.stderr)
+        print(f"warning: cannot write {path}: {problem.strerror}", file=sys.stderr)
 
 
 def forget_errors(run_dir: Path) -> None:

@@ -19,7 +19,6 @@ while it lives (the kernel drops it with its owner, so there is no stale one). T
 from __future__ import annotations
 
 import csv
-import fcntl
 import itertools
 import json
 import os
@@ -27,11 +26,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from gemini_gnn.config import Config, from_mapping, to_mapping
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.files import rename, write_atomically
+from gemini_gnn.observe.status import write_status
+from gemini_gnn.observe.terms import lock_run_dir, not_writable
 
 # Settings that may change between two starts of one run: none of them changes the losses of its steps. snapshot.mode may
 # not change: one mode does not find what another has kept.
@@ -83,7 +84,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> lis
 class RunDir:
     """A run directory this process has claimed."""
 
-    def __init__(self, path: Path, lock: TextIO):
+    def __init__(self, path: Path, lock: int | None):
         self.path = path
         self._lock = lock
 
@@ -100,41 +101,21 @@ class RunDir:
         path = Path(config.run_dir).absolute()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock = open(path / ".lock", "a+")
         except OSError as error:
-            raise RunDirError(f"run_dir {path} is not writable ({error.strerror}); give another run_dir=...") from None
-        try:
-            cls._lock_or_say_who(lock, path)
-        except RunDirError:
-            lock.close()
-            raise
+            raise not_writable(path, error) from None
+        owner = f"pid {os.getpid()} on {os.uname().nodename} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        run = cls(path, lock_run_dir(path, ".lock", owner, patience_s=0.0))
         try:
             cls.check_earlier_run(path, config)
         except RunDirError:
-            lock.close()
+            run.release()
             raise
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()} on {os.uname().nodename} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        lock.flush()
-        run = cls(path, lock)
         if anew:
             keep_earlier(path, (*RESULTS, "config.yaml"))
         write_atomically(path / "config.yaml", _to_yaml(config))
         for folder in ("events", "logs", "errors", "terms", "checkpoints"):
             (path / folder).mkdir(exist_ok=True)
         return run
-
-    @staticmethod
-    def _lock_or_say_who(lock: TextIO, path: Path, kind: int = fcntl.LOCK_EX) -> None:
-        try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
-            raise RunDirError(
-                f"run_dir {path} is in use by {owner}; stop it with `python launch/stop.py run_dir={path}` "
-                "or give another run_dir=..."
-            ) from None
 
     @staticmethod
     def check_earlier_run(path: Path, config: Config) -> None:
@@ -157,15 +138,16 @@ class RunDir:
                 )
 
     def status(self, state: str, **fields: Any) -> None:
-        record = {"state": state, "time": time.time(), "pid": os.getpid(), "machine": os.uname().nodename, **fields}
-        write_atomically(self.path / "status.json", json.dumps(record, indent=1))
+        write_status(self.path, state, **fields)
 
     def finish(self, result: dict[str, Any]) -> None:
         write_atomically(self.path / "result.json", json.dumps(result, indent=1))
         self.status("done")
 
     def release(self) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def changed_settings(path: Path, config: Config) -> list[str]:

@@ -28,6 +28,7 @@ from typing import Any
 from gemini_gnn.cluster.launcher import let_the_first_speak
 from gemini_gnn.cluster.place import Place
 from gemini_gnn.errors import RecoveryError, RunDirError
+from gemini_gnn.observe import terms
 from gemini_gnn.recovery import home, messages
 from gemini_gnn.recovery.screen import POLL_S, Screen
 
@@ -74,7 +75,7 @@ def run(
     _occupy_standard_descriptors()
     run_dir = Path(os.path.realpath(run_dir))
     arena = home.arena_of(run_dir, os.path.realpath(arena_root))
-    home.make_run_dir(run_dir)
+    terms.make_run_dir(run_dir)
     request = messages.Register(
         place=place,
         target=target,

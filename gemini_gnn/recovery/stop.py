@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemini_gnn.errors import RecoveryError
+from gemini_gnn.observe import terms
 from gemini_gnn.recovery import home, messages, processes
 from gemini_gnn.recovery.worker.decisions import Limits
 
@@ -25,7 +26,7 @@ def stop(run_dir: Path, *, keep: bool = True, arena_root: str | os.PathLike[str]
         RecoveryError: the job does not end in time; its agent is of another version.
     """
     run_dir = Path(os.path.realpath(run_dir))
-    newest = home.newest_term(run_dir)
+    newest = terms.newest_term(run_dir)
     arena = home.arena_of(run_dir, arena_root or newest.get("arena_root", "/dev/shm"))
     elsewhere = "" if keep else _elsewhere(newest)
     limits = Limits()

@@ -29,6 +29,8 @@ from pathlib import Path
 
 from gemini_gnn.cluster.place import Place, check_place, launcher_variables
 from gemini_gnn.errors import GeminiError
+from gemini_gnn.observe import terms
+from gemini_gnn.observe.status import read_status
 from gemini_gnn.recovery import home, messages, processes
 from gemini_gnn.recovery.worker import decisions
 from gemini_gnn.recovery.worker.children import Children
@@ -266,7 +268,7 @@ class Agent:
         place, limits = request.place, replace(self.limits, max_restarts=request.max_restarts)
         self._take_run_dir(place)
         # The agent before us may have died while it cleaned up after the work was done: a script must not begin again.
-        before, status = home.newest_term(self.run_dir), home.read_status(self.run_dir)
+        before, status = terms.newest_term(self.run_dir), read_status(self.run_dir)
         if request.deaths > 0 and status.get("state") == "done" and status.get("term") == before.get("term"):
             # It must stay done for the next slot, which may come to an agent of its own: no term is claimed.
             self.term = self.journal.term = before.get("term", 0)
@@ -298,14 +300,14 @@ class Agent:
         leads = place.rank == place.local_rank
         if leads and self.run_dir_lock is None:
             owner = f"the worker agent on {self.machine}, pid {os.getpid()}, with its snapshots in {self.arena.parent}"
-            self.run_dir_lock = home.take_run_dir(self.run_dir, owner)
+            self.run_dir_lock = terms.take_run_dir(self.run_dir, owner)
         self.journal.speaks_for_job = leads
 
     def _claim_term(self, request: messages.Register) -> None:
         place = request.place
         claim = {"machine": self.machine, "pid": os.getpid(), "time": time.time(), "launch": request.launch}
         claim |= {"world_size": place.world_size, "local_world_size": place.local_world_size}
-        self.term = home.claim_term(self.run_dir, {**claim, "arena_root": os.fspath(self.arena.parent.parent)})
+        self.term = terms.claim_term(self.run_dir, {**claim, "arena_root": os.fspath(self.arena.parent.parent)})
         self.journal.term = self.term
         self.journal.log(
             "started", term=self.term, pid=os.getpid(), arena=os.fspath(self.arena), command=request.command
@@ -313,7 +315,7 @@ class Agent:
 
     def _clear_arena(self, request: messages.Register) -> None:
         """Remove snapshots that this job must not go on from. No trainer of an earlier term lives."""
-        run = home.run_id(self.run_dir)
+        run = terms.run_id(self.run_dir)
         several = request.place.local_world_size < request.place.world_size
         reason = home.why_forget(self.arena, run, request.resume, several)
         if reason and home.snapshot_files(self.arena):

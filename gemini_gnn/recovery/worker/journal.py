@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from gemini_gnn.recovery import home
+from gemini_gnn.observe.status import read_status, write_status
 from gemini_gnn.recovery.worker.decisions import Failure, told_error
 
 
@@ -67,13 +66,12 @@ class Journal:
     def status(self, state: str, **fields: Any) -> None:
         if not self.speaks_for_job:
             return
-        record = {"state": state, "time": time.time(), "pid": os.getpid(), "machine": self.machine, "term": self.term}
         try:
-            was_done = home.read_status(self.run_dir).get("state") == "done"
+            was_done = read_status(self.run_dir).get("state") == "done"
             if was_done and state == "done":
                 return  # the trainer said so itself, and more
             if was_done and (self.run_dir / "result.json").exists():
-                return  # complete, and refused to who starts it again
-            home.write_status(self.run_dir, {**record, **fields})
+                return  # complete: the start that was refused changes nothing
+            write_status(self.run_dir, state, machine=self.machine, term=self.term, **fields)
         except OSError as error:
             self.log("status_failed", error=error.strerror)
