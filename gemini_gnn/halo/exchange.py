@@ -4,7 +4,7 @@ Who owns what. A :class:`HaloExchange` has a process group of its own: nobody el
 thread at a time uses it (checked). Gradients move on another group, from another thread. With gloo that is enough: the
 exchange may run in a background thread. With NCCL it is not: two communicators used from two threads deadlock unless
 every rank issues all its collectives in one order, so there the training thread calls the exchange at one fixed point
-of the step and the background only samples; ``prefetch(make, ..., finish=)`` says which part runs where. NCCL was
+of the step and the background only samples; ``prefetch(prepare, ..., complete=)`` says which part runs where. NCCL was
 never run here with more than one rank: that path is unproven.
 
 Protocol of one call, the same on every rank, also on one that has nothing to ask:
