@@ -1,7 +1,7 @@
 """The arena: the folder in host memory in which a job lives on this machine. Files only.
 
-Which process owns it and which may still write into it is said by its locks: snapshot/store/locks.py. The job's files in
-the run directory are observe/terms.py's.
+Its locks (snapshot/store/locks.py) say which process owns it, and which may still write into it. The job's files in the
+run directory are in observe/terms.py.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from gemini_gnn.snapshot.store.format import SlotState
 from gemini_gnn.snapshot.store.locks import AGENT_LOCK, TRAINERS_LOCK, living_trainer, take_agent_lock
 
 AGENT_SOCKET = "agent.sock"
-RUN_ID, NEW_RUN_ID = "run-id", "run-id.new"  # of the run directory that the snapshots beside it belong to
-OWN_FILES = {AGENT_LOCK, AGENT_SOCKET, TRAINERS_LOCK, RUN_ID, NEW_RUN_ID}  # everything else in an arena is a snapshot's
+RUN_ID, NEW_RUN_ID = "run-id", "run-id.new"  # id of the run directory that the snapshots belong to
+OWN_FILES = {AGENT_LOCK, AGENT_SOCKET, TRAINERS_LOCK, RUN_ID, NEW_RUN_ID}  # all other files are snapshots
 MAX_SOCKET_PATH = 100  # of 108 bytes in sockaddr_un, with room for a temporary name
 
 
@@ -36,7 +36,7 @@ def make_arena(arena: Path) -> None:
     """Create the folder (mode 0700), or check the one that is there.
 
     Raises:
-        RecoveryError: it cannot be made, belongs to someone else, or is not a plain folder.
+        RecoveryError: it cannot be made, belongs to another user, or is not a plain folder.
     """
     if len(os.fsencode(arena / AGENT_SOCKET)) > MAX_SOCKET_PATH:
         raise RecoveryError(
@@ -50,7 +50,7 @@ def make_arena(arena: Path) -> None:
 
 
 def take_lock(arena: Path) -> int | None:
-    """The arena's lock as a file descriptor, or None while somebody else holds it. Makes the folder."""
+    """The arena's lock as a file descriptor, or None while another process holds it. Makes the folder."""
     while True:
         make_arena(arena)
         try:
@@ -64,12 +64,15 @@ def take_lock(arena: Path) -> int | None:
 
 
 def snapshot_files(arena: Path) -> list[Path]:
-    """What is in the arena besides the agent's own files."""
+    """All files in the arena but the agent's own."""
     return [path for path in list_folder(arena) if path.name not in OWN_FILES]
 
 
 def remove_snapshots(arena: Path) -> tuple[int, int]:
-    """Remove them; returns their number and bytes. The caller holds the arena's lock and has reaped all trainers."""
+    """Remove the snapshots; returns their number and bytes.
+
+    The caller holds the arena's lock and has reaped all trainers.
+    """
     files = size_bytes = 0
     for path in snapshot_files(arena):
         size_bytes += path.stat().st_blocks * 512
@@ -79,7 +82,7 @@ def remove_snapshots(arena: Path) -> tuple[int, int]:
 
 
 def holds_nothing(arena: Path) -> bool:
-    """Whether there are only slots without a committed snapshot; a file that is no slot is not ours to judge."""
+    """Whether the arena has no snapshot: each file is a slot, and none is committed. An unknown file counts as something."""
     files = slots(arena)
     try:
         committed = any(file.view().state is SlotState.COMMITTED for file in files)
@@ -92,7 +95,7 @@ def holds_nothing(arena: Path) -> bool:
 def leave_arena(arena: Path) -> None:
     """Remove the agent's files and, where no snapshot is left, the folders. The caller holds the arena's lock."""
     ours = [AGENT_SOCKET, TRAINERS_LOCK, AGENT_LOCK]
-    if living_trainer(arena) is not None:  # stuck in the kernel: the next agent must still see it
+    if living_trainer(arena) is not None:  # it is stuck in the kernel: the next agent must see it
         ours.remove(TRAINERS_LOCK)
     if not snapshot_files(arena):
         ours += [RUN_ID, NEW_RUN_ID]
@@ -116,11 +119,11 @@ def belongs_to(arena: Path, run: str) -> bool:
 
 
 def why_forget(arena: Path, run: str, resume: str, several_machines: bool) -> str:
-    """Why a start removes the snapshots in ``arena`` before it begins; empty where it may go on from them.
+    """Why a start removes the snapshots in ``arena`` before it begins; empty if it may resume from them.
 
     Raises:
-        RecoveryError: they are another run directory's, on one of several machines. The others may hold snapshots of the
-            same run: this one alone may not decide that it begins again.
+        RecoveryError: they belong to another run directory, and the job has several machines. The others may hold
+            snapshots of this run, so this machine alone may not begin again.
     """
     if resume == "never":
         return "resume=never"
@@ -132,11 +135,14 @@ def why_forget(arena: Path, run: str, resume: str, several_machines: bool) -> st
             "path: it has been removed since, or this machine does not see it (is its file system mounted?). Nothing was "
             "changed. resume=never removes them and starts again from step 0"
         )
-    return "they are of a run directory that was removed"  # its first start must not go on in the middle
+    return "they belong to a run directory that was removed"  # the first start of a new one begins at step 0
 
 
 def assign(arena: Path, run: str) -> None:
-    """From now on they do. The caller holds the arena's lock and has removed what was another's.
+    """Note that the snapshots in ``arena`` belong to the run directory with the id ``run``.
+
+    The caller holds the arena's lock and has removed the snapshots of any other run directory.
+
 
     Raises:
         RecoveryError: the file cannot be written.

@@ -29,7 +29,7 @@ def test_ctrl_c_ends_in_order_and_the_same_command_goes_on(job):
     os.killpg(launch.pid, signal.SIGINT)
     code, _, err = run.end(launch)
     assert code == 130
-    assert "Ctrl-C: ending after this step" in err and "the same command goes on" in err
+    assert "Ctrl-C: ending after this step" in err and "the same command resumes" in err
     assert len(run.notes("stopping")) == 2
     assert [path.name for path in home.snapshot_files(run.arena)] == ["shard-0-slot-0", "shard-1-slot-0"]
     assert run.arena.stat().st_mode & 0o777 == 0o700

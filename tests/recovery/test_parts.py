@@ -282,8 +282,8 @@ def test_a_log_that_cannot_be_read_ends_the_showing_and_nothing_else(tmp_path, m
         screen.copy()
     assert screen.ended(messages.Ended("failed", 3, "the reason", rank=0, text="its error")) == 3
     out, err = capfd.readouterr()
-    assert out == "shown\n" and "cannot be read any more" in err and "failed: rank 0: its error" in err
-    assert err.count("cannot be read") == 1
+    assert out == "shown\n" and "its output is no longer shown here" in err and "failed: rank 0: its error" in err
+    assert err.count("cannot read") == 1
 
 
 def test_agents_may_die_four_times_but_not_within_an_hour():

@@ -1,7 +1,6 @@
-"""What a worker agent leaves to be read: its events, the errors in the trainers' logs, ``status.json``. Files only.
+"""The records of a worker agent: its events, the errors in the trainers' logs, ``status.json``. Files only.
 
-A disk that is full or gone is no reason to end a job: what cannot be written is tried once in the agent's own log. One process
-writes ``status.json`` at a time: the agent of rank 0's machine while no trainer lives, rank 0's trainer while it does.
+A full or lost disk does not end a job: if an event cannot be written, the agent tries its own log once.
 """
 
 from __future__ import annotations
@@ -45,12 +44,12 @@ class Journal:
                 print(f"cannot write {self._events.name}: {error.strerror}: {record}", file=sys.stderr, flush=True)
 
     def write_errors(self, first: Failure | None) -> None:
-        """Each trainer's error into its log: the job's first one whole, one line of those that came of another's end.
+        """Write each trainer's error into its log: the job's first error whole, one line of the others.
 
-        ``first`` is None where the job goes on or ends without an error: then the first that is no consequence is whole.
+        If the job goes on or ends without an error, ``first`` is None: the first that is no consequence is written whole.
         """
         if first is not None and first.rank >= 0 and first not in self.errors:
-            self.errors.append(first)  # it ended without a record of its own
+            self.errors.append(first)  # the trainer ended without a message
         whole = first or told_error(tuple(self.errors))
         for failure in self.errors:
             text = failure.text if failure.text.startswith("Traceback") else f"error: {failure.text}"
@@ -59,7 +58,7 @@ class Journal:
             try:
                 with open(self.log_of(failure.rank), "a") as log:
                     log.write(text.rstrip("\n") + "\n")
-            except OSError as error:  # it is in the outcome too
+            except OSError as error:  # the outcome has it too
                 self.log("log_failed", rank=failure.rank, error=error.strerror)
         self.errors.clear()
 
@@ -69,7 +68,7 @@ class Journal:
         try:
             was_done = read_status(self.run_dir).get("state") == "done"
             if was_done and state == "done":
-                return  # the trainer said so itself, and more
+                return  # the trainer has written so, and more
             if was_done and (self.run_dir / "result.json").exists():
                 return  # complete: the start that was refused changes nothing
             write_status(self.run_dir, state, machine=self.machine, term=self.term, **fields)
