@@ -1,4 +1,4 @@
-"""gemini_gnn: distributed GNN training that does not stop when machines fail.
+"""gemini_gnn: distributed GNN training that resumes from host memory after its processes are killed.
 
 In Python: :func:`partition`, :func:`train`, :func:`load`. Nothing heavy is imported before one of them is used.
 """

@@ -1,10 +1,10 @@
-"""Show the snapshots in the host memory of this machine, and remove those whose job is dead.
+"""Show the snapshots in the host memory of this machine, and remove those of dead jobs.
 
     python launch/inspect_snapshots.py [--job JOB] [--arena /dev/shm] [--no-checksum] [--sweep]
 
 One line per slot: shard, owner (rank), identity (term-generation-step), state, bytes, age, and whether the bytes still
 fit their checksum ("busy": it is being written). A job is dead when no worker agent holds its lock; its snapshots stay until
-they are swept, because the same command can still go on from them.
+they are swept, because the same command can still resume from them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--job", help="only this job (the name of its arena folder)")
     parser.add_argument("--arena", default="/dev/shm", help="RAM file system to look at")
     parser.add_argument("--no-checksum", action="store_true", help="do not read the bytes")
-    parser.add_argument("--sweep", action="store_true", help="remove the arenas whose worker agent is dead")
+    parser.add_argument("--sweep", action="store_true", help="remove the arenas of dead worker agents")
     options = parser.parse_args(arguments)
     print(table(inspect(options.arena, options.job, checksum=not options.no_checksum)))
     if options.sweep:

@@ -137,7 +137,7 @@ def kill_half_way(training: subprocess.Popen[bytes], run_dir: Path) -> tuple[lis
 
 
 def proof(before: list[Row], after: list[Row], done: list[tuple[float, int]]) -> tuple[list[str], bool]:
-    """What shows that the run went on where it was killed, in words, and whether it does. Pure.
+    """The proof in words that the run resumed where it was killed, and whether it holds. Pure.
 
     Args:
         before: ``losses.csv`` at the kill; after: at the end of the run.

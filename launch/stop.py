@@ -1,7 +1,7 @@
 """End a job in order: ``python launch/stop.py run_dir=runs/my_run [keep=false]``.
 
 The trainers finish their step, and every process of the job on this machine ends. Its snapshots in host memory stay: the
-command that started the job goes on from them. ``keep=false`` removes them, also those of a job that no longer runs.
+command that started the job resumes from them. ``keep=false`` removes them, also those of a job that no longer runs.
 """
 
 import sys

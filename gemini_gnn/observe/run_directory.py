@@ -1,10 +1,10 @@
-"""The run directory: what happened in a run can be read there without the terminal.
+"""The run directory: the record of a run, readable without the terminal.
 
     config.yaml              resolved settings
     status.json              state (starting | running | done | failed | stopped), step; replaced atomically
     losses.csv               step, epoch, loss: each step once, also after a resume
     metrics.jsonl            one line per evaluation
-    losses.1.csv ...         what a run had left that was started over (resume=never): RESULTS and config.yaml, numbered
+    losses.1.csv ...         RESULTS and config.yaml of earlier runs, numbered; resume=never started this one over
     result.json              written once, when the run is complete
     model.safetensors        best weights by validation; model.json says how to build the model
     events/rank-<r>.jsonl    phase times and events of each rank
@@ -12,8 +12,9 @@
     errors/rank-<r>.json     the error a rank ended with
     terms/ checkpoints/ tensorboard/
 
-Rank 0 writes here, and the worker agent (status.json, terms/, its own events). Rank 0 holds an exclusive lock on ``.lock``
-while it lives (the kernel drops it with its owner, so there is no stale one). The per-rank files belong to their ranks.
+Rank 0 and the worker agent write here; of the files above, the agent writes terms/ (terms.py) and status.json (status.py).
+Rank 0 holds an exclusive lock on ``.lock``. The kernel drops it when rank 0 dies, so there are no stale locks. The per-rank
+files belong to their ranks.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ FREE_SETTINGS: tuple[str, ...] = (
     "features.in_ram",
 )
 
-RESULTS = ("metrics.jsonl", "model.safetensors", "model.json", "losses.csv")  # what a run leaves besides its settings
+RESULTS = ("metrics.jsonl", "model.safetensors", "model.json", "losses.csv")  # the files of a run besides its settings
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
@@ -82,7 +83,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> lis
 
 
 class RunDir:
-    """A run directory this process has claimed."""
+    """A run directory that this process has claimed."""
 
     def __init__(self, path: Path, lock: int | None):
         self.path = path
@@ -90,10 +91,10 @@ class RunDir:
 
     @classmethod
     def claim(cls, config: Config, anew: bool = False) -> RunDir:
-        """Take the folder for this run, or say why not. Nothing in it is changed when this raises.
+        """Take the folder for this run, or raise and leave the files of the run in it as they are.
 
         Args:
-            anew: this start goes on from nothing (``resume=never``): what is there is kept under other names.
+            anew: this start begins at step 0 (``resume=never``): the files of the run before are kept under other names.
 
         Raises:
             RunDirError: unwritable, in use by a living job, or holding a finished or a different run.
@@ -119,7 +120,7 @@ class RunDir:
 
     @staticmethod
     def check_earlier_run(path: Path, config: Config) -> None:
-        """Whether this run may go on in ``path``; says nothing of a job that may be living there. Changes nothing.
+        """Raise if this run may not resume in ``path``. Changes nothing, and does not look for a living job there.
 
         Raises:
             RunDirError: it holds a finished run, or one with other settings that has done a step.

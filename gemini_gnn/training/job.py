@@ -165,7 +165,7 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
         if run_dir is not None:
             run_dir.status("stopped", step=state.step)
             say(
-                f"stopped after step {state.step} of {job.total_steps}; the same command goes on from the last snapshot"
+                f"stopped after step {state.step} of {job.total_steps}; the same command resumes from the last snapshot"
             )
         return STOPPED
 

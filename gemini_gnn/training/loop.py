@@ -1,13 +1,13 @@
 """The training loop of one rank.
 
-Who owns what: the training thread owns model, engine, the world and evaluation groups; the prefetcher's thread owns the
+Ownership: the training thread owns model, engine, the world and evaluation groups; the prefetcher's thread owns the
 sampler, the feature store and the halo group. Every rank makes the same sequence of collectives: the number of
 batches, the decision to stop and the decision to capture are pure functions or agreed values, never private ones. The
-agreement is one small all-reduce per step between backward and gradient reduction (:func:`agree`); a rank that dies
-makes it raise on the others.
+agreement is one small all-reduce per step between backward and gradient reduction (:func:`agree`). If a rank dies, it
+raises on the others.
 
-What may be interrupted: a step that has not reached its end leaves no trace but lines in event logs; losses.csv is
-appended after the step and trimmed on resume.
+Interruptions: a step that has not reached its end leaves no trace but lines in event logs; losses.csv is appended after
+the step and trimmed on resume.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from gemini_gnn.training.state import RunState, evaluation_due, record_evaluatio
 
 
 class Snapshots(Protocol):
-    """What the loop asks of snapshots; ``snapshot.attach`` and the NFS baseline answer."""
+    """The calls of the loop to snapshots; ``snapshot.attach`` and the NFS baseline implement them."""
 
     restored: Any  # None: training begins at step 0
 

@@ -112,7 +112,7 @@ def test_the_stop_command_keeps_and_can_later_drop(job):
     run.training(1)
     command = [sys.executable, "launch/stop.py", f"run_dir={run.run_dir}"]
     kept = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
-    assert kept.returncode == 0 and "goes on from the snapshot" in kept.stdout
+    assert kept.returncode == 0 and "resumes from the snapshot" in kept.stdout
     run.end(launch)
     wait_for(lambda: not run.processes(), "the end of all processes", 10.0)
     again = subprocess.run([*command, "keep=true"], capture_output=True, text=True, timeout=PATIENCE_S)

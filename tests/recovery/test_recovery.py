@@ -90,7 +90,7 @@ def test_an_error_for_users_has_no_traceback(job):
 def test_a_start_that_fails_before_its_first_snapshot_leaves_nothing_and_promises_nothing(job):
     run = job()
     code, _, err = run.end(run.launch(1, "fail_before_the_first_snapshot"))
-    assert code == 2 and "goes on" not in err
+    assert code == 2 and "resumes" not in err
     run.assert_nothing_left()
 
 
