@@ -1,4 +1,4 @@
-"""What every benchmark needs: who measured, contenders in turns, one JSON per benchmark."""
+"""Shared by all benchmarks: the machine and versions, contenders in turns, one JSON per benchmark."""
 
 from __future__ import annotations
 

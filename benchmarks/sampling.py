@@ -6,7 +6,7 @@ Graphs: a skewed one of 1 M nodes and 20 M edges with at least 5 in-edges per no
 so that fanouts bind and hubs are met often), and ego-twitter where $GEMINI_GNN_DATA has it. Batches of 1024 random seeds,
 fanouts 15, 10, 5. All contenders get the same seeds, take turns, and report the median over the batches.
 
-What is compared. `blocks` is NeighborSampler, what training uses: a stack of bipartite blocks with their transposes and all
+Contenders. `blocks` is NeighborSampler, which training uses: a stack of bipartite blocks with their transposes and all
 degrees, every known node drawn anew at each hop. `PyGSampler` draws each node once and returns one subgraph, exactly what
 NeighborLoader's sampler does; `NodeLoader + PyGSampler` and `NeighborLoader` add what PyG's loaders do around it. The
 NetworkX sampler is the one anybody writes first: a set of known nodes, `random.sample` over `graph.predecessors`.

@@ -1,11 +1,11 @@
-"""What a snapshot costs, and what it saves.
+"""The cost of a snapshot, and the time it saves.
 
     python benchmarks/snapshot.py                     # all parts, full sizes
     python benchmarks/snapshot.py --quick             # small sizes, a minute
     python benchmarks/snapshot.py --part stall
 
 stall       One rank, Adam, 10 MB, 100 MB and 1 GB of state; between two steps the training thread computes for `--hide` times
-            the memcpy time (at least 20 ms), as a forward and backward pass would. What it loses per snapshot, beside
+            the memcpy time (at least 20 ms), as a forward and backward pass would. Its loss per snapshot, beside
               memcpy            the same bytes copied by the training thread: what a blocking snapshot costs
               async_save        torch.distributed.checkpoint.async_save to a folder in RAM: until the call returns
               save_checkpoint   DeepSpeed's, to disk
@@ -109,7 +109,7 @@ def compute(seconds: float, a: torch.Tensor) -> None:
 
 
 def fence_s(snapshots) -> float:
-    """Pass the fence; the seconds for which it held the GPU longer than the host (whose are in ``snapshots.stats``)."""
+    """Pass the fence. Returns the seconds it held the GPU longer than the host; ``snapshots.stats`` has the host's."""
     if not ON_GPU:
         snapshots.before_step()
         return 0.0

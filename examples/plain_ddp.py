@@ -18,7 +18,7 @@ import gemini_gnn.snapshot
 
 
 class Progress:
-    """What the loop itself must remember. JSON values, arrays and tensors."""
+    """The state of the loop itself: JSON values, arrays and tensors."""
 
     def __init__(self):
         self.losses = []

@@ -33,7 +33,7 @@ class LanguageModel(torch.nn.Module):
 
 
 class Progress:
-    """What the loop itself must remember. JSON values, arrays and tensors."""
+    """The state of the loop itself: JSON values, arrays and tensors."""
 
     def __init__(self):
         self.step, self.losses = 0, []

@@ -182,7 +182,7 @@ def settings_to_config(settings: Mapping[str, Any]) -> Config:
 
 
 def _merge(into: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    """Put nested ``settings`` over those of ``into``, whose dicts are never those of ``settings``."""
+    """Put nested ``settings`` over those of ``into``. The two never share a dict."""
     for name, value in settings.items():
         if not isinstance(value, Mapping):
             into[name] = value

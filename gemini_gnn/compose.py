@@ -77,11 +77,11 @@ def compose(arguments: Sequence[str]) -> Config:
 
 
 def spelled(argument: str, known: Mapping[str, Any], offered: Mapping[str, Sequence[str]]) -> str:
-    """``KEY=VALUE`` as Hydra's grammar wants it, where what was meant is certain. Pure.
+    """``KEY=VALUE`` as Hydra's grammar wants it, if the meaning is certain. Pure.
 
     A value of a text setting is quoted (paths with blanks or ``=``, ``random:0.6,0.2,0.2``), a list gets its brackets, the
     option of a group its usual spelling (``dataset=ogbn-arxiv``), a key of the user's own dictionaries
-    (``model.kwargs.k=3``) Hydra's ``++``. What begins with ``+`` or ``~`` or mentions ``${`` is left as it is.
+    (``model.kwargs.k=3``) Hydra's ``++``. An argument with ``+`` or ``~`` in front or ``${`` in it is left as it is.
 
     Args:
         known: dotted name -> default of every setting. offered: group -> its options.

@@ -1,10 +1,17 @@
-"""Files that are whole and still there after a loss of power: first the contents, then the name, then the folder with it."""
+"""Files that are whole and still there after a loss of power: first the contents, then the name, then the folder with it.
+
+Imports nothing heavy: agents load it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import json
 import os
+import secrets
 from pathlib import Path
+from typing import Any
 
 
 def sync(path: Path) -> None:
@@ -13,9 +20,7 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if (
-            error.errno != errno.EINVAL or not path.is_dir()
-        ):  # some network file systems do so by themselves, and refuse
+        if error.errno != errno.EINVAL or not path.is_dir():  # some network file systems need no sync of a folder
             raise
     finally:
         os.close(descriptor)
@@ -28,10 +33,53 @@ def rename(temporary: Path, path: Path) -> None:
     sync(path.parent)
 
 
-def write_atomically(path: Path, content: str | bytes, mode: int = 0o666) -> None:
-    """Replace ``path`` by ``content``: a reader sees the old or the new file, never a part. ``mode`` is cut by the umask."""
+def write_atomically(path: Path, content: str | bytes, mode: int = 0o666, durable: bool = True) -> None:
+    """Replace ``path`` by ``content``: a reader sees the old or the new file, never a part.
+
+    Args:
+        mode: cut by the umask.
+        durable: wait until the file is on storage. News of a living job does without: a recovery may not wait for a disk.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
     with open(descriptor, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
-    rename(temporary, path)
+    if durable:
+        rename(temporary, path)
+    else:
+        os.replace(temporary, path)
+
+
+def create(path: Path, text: str) -> bool:
+    """Write a new file; False, and nothing is changed, where ``path`` exists. Of all that try at once, one succeeds."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        _write_new(temporary, text)
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            _write_new(path, text)  # a file system without links: a reader may see a part
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+    return True
+
+
+def _write_new(path: Path, text: str) -> None:
+    with open(path, "x") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; empty where there is no such file, or no whole one."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        record = json.loads(path.read_text())
+        if isinstance(record, dict):
+            return record
+    return {}

@@ -1,7 +1,7 @@
 """Run any training script under a worker agent: ``python -m gemini_gnn.run [options] script.py arguments...``.
 
-The process that is started here is only the shim; the script itself runs in a trainer that the agent forks, so that
-``gemini_gnn.snapshot.attach`` in it can keep snapshots that outlive it. Works under any launcher:
+This process is only the shim. The agent forks a trainer, and the script runs in it: so ``gemini_gnn.snapshot.attach`` can
+keep snapshots that outlive the script. Any launcher will do:
 
     python -m gemini_gnn.run train.py --lr 0.1
     deepspeed --module gemini_gnn.run train.py --lr 0.1
@@ -58,9 +58,9 @@ def run_script(payload: dict[str, Any], place: Place, listen_fd: int | None) -> 
 
 
 def preload_of(script: Path, asked: Sequence[str] = ()) -> list[str]:
-    """What the warm parent imports for a script: what it will need anyway, by a look at its text, and what is ``asked`` for.
+    """The modules that the warm parent imports for a script: those that its text shows it needs, and those ``asked`` for.
 
-    Only speed depends on it. DeepSpeed comes as our engine has it: nothing is compiled when process groups are made.
+    Only speed depends on it. DeepSpeed is imported as our engine does it: so nothing is compiled when process groups are made.
     """
     mentioned = "deepspeed" in script.read_text(errors="replace") or "deepspeed" in asked
     return [*ALWAYS, *(["gemini_gnn.training.engine"] if mentioned else []), *asked]

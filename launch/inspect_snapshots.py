@@ -1,4 +1,4 @@
-"""Show the snapshots in the host memory of this machine, and remove those whose job is dead.
+"""Show the snapshots in the host memory of this machine, and remove those of dead jobs.
 
     python launch/inspect_snapshots.py [--job JOB] [--arena /dev/shm] [--no-checksum] [--sweep]
 

@@ -24,6 +24,7 @@ from gemini_gnn.graph.datasets import fingerprint
 from gemini_gnn.graph.datasets.files import cache_folder
 from gemini_gnn.observe import curve
 from gemini_gnn.observe.run_directory import read_losses
+from gemini_gnn.observe.status import read_status
 
 ROOT = Path(__file__).resolve().parent.parent
 PURPOSE = """Train the default data set on one rank per GPU, or on two ranks without a GPU, and compare with baselines.
@@ -118,12 +119,12 @@ def kill_half_way(training: subprocess.Popen[bytes], run_dir: Path) -> tuple[lis
     while training.poll() is None:
         time.sleep(0.03)
         try:
-            status = json.loads((run_dir / "status.json").read_text())
+            status = read_status(run_dir)
             losses = read_losses(run_dir / "losses.csv")
         except (OSError, ValueError):
             continue
         total = status.get("total_steps")
-        if status["state"] != "running" or total is None or len(losses) < total / 2:
+        if status.get("state") != "running" or total is None or len(losses) < total / 2:
             continue
         pids = [trainer_of(run_dir, rank) for rank in range(status["world_size"])]
         for pid in pids:
@@ -139,7 +140,7 @@ def kill_half_way(training: subprocess.Popen[bytes], run_dir: Path) -> tuple[lis
 
 
 def proof(before: list[Row], after: list[Row], done: list[tuple[float, int]]) -> tuple[list[str], bool]:
-    """What shows that the run went on where it was killed, in words, and whether it does. Pure.
+    """The proof in words that the run resumed where it was killed, and whether it holds. Pure.
 
     Args:
         before: ``losses.csv`` at the kill; after: at the end of the run.

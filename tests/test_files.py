@@ -8,8 +8,8 @@ import torch
 
 from gemini_gnn import files
 from gemini_gnn.config import Config
+from gemini_gnn.observe import terms
 from gemini_gnn.observe.run_directory import RunDir
-from gemini_gnn.recovery import home
 from gemini_gnn.snapshot import deepspeed_checkpoints
 from gemini_gnn.training.report import save_weights
 
@@ -48,10 +48,10 @@ def test_a_folder_that_cannot_be_synced_is_no_error_but_a_file_is(monkeypatch, t
 
 
 def test_terms_checkpoints_weights_and_results_are_there_after_a_loss_of_power(done, tmp_path):
-    home.make_run_dir(tmp_path)
+    terms.make_run_dir(tmp_path)
     for make, folder in (
-        (lambda: home.claim_term(tmp_path, {}), tmp_path / "terms"),
-        (lambda: home.run_id(tmp_path), tmp_path / "terms"),
+        (lambda: terms.claim_term(tmp_path, {}), tmp_path / "terms"),
+        (lambda: terms.run_id(tmp_path), tmp_path / "terms"),
         (lambda: save_weights({"a": torch.zeros(2)}, tmp_path / "model.safetensors"), tmp_path),
     ):
         done.clear()

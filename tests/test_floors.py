@@ -87,6 +87,6 @@ def test_agents_and_slot_processes_load_no_torch():
     modules = ["recovery.worker.agent", "recovery.shim", "recovery.stop", "snapshot.store.inspect", "cluster.hosts"]
     code = "import sys, importlib\n"
     code += "".join(f"importlib.import_module('gemini_gnn.{module}')\n" for module in modules)
-    code += "print(sorted({'torch', 'numpy', 'deepspeed', 'hydra'} & set(sys.modules)))"
+    code += "print(sorted({'torch', 'numpy', 'deepspeed', 'hydra', 'omegaconf'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"

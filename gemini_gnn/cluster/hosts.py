@@ -49,7 +49,7 @@ MUST_AGREE = ("python", "torch", "deepspeed", "project")
 
 @dataclass(frozen=True)
 class Answer:
-    """What one host said: ``facts`` as printed by ``QUESTIONS``, or ``problem``, and what to try by hand."""
+    """The answer of one host: ``facts`` as printed by ``QUESTIONS``, or a ``problem`` and a command to try by hand."""
 
     host: str
     slots: int
@@ -168,7 +168,7 @@ def ask(hosts: Sequence[tuple[str, int]], folder: Path, deadline_s: float = 20.0
 
 
 def disagreements(answers: Sequence[Answer]) -> list[str]:
-    """What machines that all answered must have in common, and have not. Pure."""
+    """The facts that must be the same on all machines and are not. All machines have answered. Pure."""
     found = []
     for name in MUST_AGREE:
         values: dict[str, list[str]] = {}

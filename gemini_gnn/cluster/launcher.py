@@ -1,10 +1,10 @@
-"""DeepSpeed's launcher: how it is started, how it lets a slot finish its words, how it comes back after a failure.
+"""DeepSpeed's launcher: how it is started, how a slot prints its error before the others end, how it returns after a failure.
 
-A launcher that was started without all this still comes back: when the job has failed, :func:`free_launcher` ends its ssh
-clients for machines on which the job no longer runs. What it may end: an ssh of this user on this machine, started by
-pdsh, whose remote command is word for word the one that started this process, when a fresh ssh finds no machine there
-or a machine that does not run it. Where ssh cannot ask (pdsh forwards no keys) nothing is ended, and the launcher waits
-for Ctrl-C. Nothing is done on machines that did not launch.
+When the job has failed, the launcher may wait for machines that no longer run it. :func:`free_launcher` ends its ssh clients
+for those machines. It ends an ssh only if all of this holds: pdsh started it on this machine for this user; its remote
+command is word for word the one that started this process; and a fresh ssh finds no machine there, or one that does not run
+that command. If ssh cannot ask (pdsh forwards no keys), nothing is ended and the launcher waits for Ctrl-C. On machines that
+did not launch, nothing is done.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from typing import Any, NamedTuple
 from gemini_gnn.cluster.place import Place
 from gemini_gnn.errors import GeminiError
 
-# The command `deepspeed`, which is a script whose #! line ends at the first blank in the path of the environment.
+# Not the command `deepspeed`: the #! line of that script ends at the first blank in the path of the environment.
 DEEPSPEED = [sys.executable, "-P", "-m", "deepspeed.launcher.runner"]
-LAUNCH = "deepspeed.launcher.launch"  # what the launcher starts on every machine, and the parent of its slot processes
-SETTLE_S = 5.0  # for machines that are well to end their part
-LAST_WORDS_S = 10.0  # for the slot that speaks to import, and to fail too
+LAUNCH = "deepspeed.launcher.launch"  # the launcher starts it on every machine; the parent of the slot processes
+SETTLE_S = 5.0  # until healthy machines have ended their part
+LAST_WORDS_S = 10.0  # until the slot that speaks has imported and failed too
 POLL_S = 0.1
 
 
 @contextlib.contextmanager
 def first_speaks(place: Place) -> Iterator[None]:
-    """Around what fails in every slot of a machine alike: the first one's error goes on, the others exit with 2, silently."""
+    """For errors that every slot of a machine meets alike: the first slot raises it, the others exit with 2, silently."""
     try:
         yield
     except GeminiError:
@@ -49,10 +49,10 @@ def first_speaks(place: Place) -> Iterator[None]:
 
 
 def let_the_first_speak(told_to_end: Callable[[], bool]) -> None:
-    """Stay for a while in a slot that has nothing to say.
+    """Wait in a slot that prints nothing, until the slot that prints the error has ended.
 
-    Its end would have the launcher terminate the one that speaks, perhaps while that is still importing. The end of the
-    one that speaks has the launcher terminate this one.
+    When one slot ends, the launcher terminates all. If this slot ended first, the other might still be importing and print
+    nothing. When the other ends, the launcher terminates this one.
     """
     deadline = time.monotonic() + LAST_WORDS_S
     while not told_to_end() and time.monotonic() < deadline:
@@ -67,7 +67,7 @@ class Process(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """An ssh client that waits for another machine's part of a launch. ``ask`` is how that machine is asked anew."""
+    """An ssh client that waits for another machine's part of a launch. ``ask`` is a command that asks that machine anew."""
 
     pid: int
     host: str
@@ -75,7 +75,7 @@ class Waiting(NamedTuple):
 
 
 def launch_words(argv: Sequence[str]) -> list[str]:
-    """What the command line of a launch has in common on all its machines, quotes apart; nothing for another program."""
+    """The words that a launch's command line has on all its machines, without quotes; empty for another program."""
     if LAUNCH not in argv:
         return []
     words = " ".join(argv[argv.index(LAUNCH) :]).translate({ord(c): None for c in "\"\\'"}).split()
@@ -119,15 +119,15 @@ def runs_there(said: str, words: Sequence[str]) -> bool:
 
 
 def answers_no_more(code: int, said: str) -> bool:
-    """Whether an ssh with exit ``code`` that ``said`` this found no machine at all. One that only refuses is up. Pure."""
+    """Whether ssh, with this exit ``code`` and output, found no machine at all. A machine that refuses is up. Pure."""
     return code == 255 and any(why in said for why in ("timed out", "No route to host", "Host is down", "unreachable"))
 
 
 def free_launcher(place: Place) -> list[str]:
-    """End the launcher's ssh to machines that no longer run this job; their names. Called when the job has failed.
+    """End the launcher's ssh to machines that no longer run this job; returns their names. Called when the job has failed.
 
-    By one process per machine, the first slot's, which finds something only where the launcher runs. Takes up to
-    20 s, during which SIGTERM is ignored: DeepSpeed sends it to all slots when one of them has ended.
+    The first slot of each machine does this; it finds an ssh only on the launcher's machine. It takes up to 20 s and ignores
+    SIGTERM meanwhile: DeepSpeed sends that to all slots when one of them has ended.
     """
     if place.launcher != "deepspeed" or place.machines == 1 or place.local_rank != 0:
         return []
@@ -149,7 +149,7 @@ def free_launcher(place: Place) -> list[str]:
         try:
             done = subprocess.run(waiting.ask, capture_output=True, text=True, errors="replace", timeout=10)
         except subprocess.TimeoutExpired:
-            return False  # it is there, and slow
+            return False  # the machine is up, and slow
         if done.returncode == 0:
             return not runs_there(done.stdout, words[waiting.pid])
         return answers_no_more(done.returncode, done.stderr)

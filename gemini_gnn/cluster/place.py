@@ -1,4 +1,4 @@
-"""Who is in the job and how they reach each other: from DeepSpeed's launcher, SLURM's srun, torchrun, or nobody.
+"""The ranks of the job and how they reach each other: from DeepSpeed's launcher, SLURM's srun, torchrun, or no launcher.
 
 Whatever started the processes, the code afterwards sees one :class:`Place`. The decisions are pure functions of an
 environment or a list of interfaces; only :func:`interface_to` and :func:`check_master` ask the
@@ -44,7 +44,7 @@ class Place:
         return self.world_size // self.local_world_size
 
 
-# --- who is in the job ------------------------------------------------------------------------------------------------
+# --- the ranks of the job ---------------------------------------------------------------------------------------------
 
 
 def discover(environ: Mapping[str, str], machine: str | None = None) -> Place:
@@ -78,8 +78,8 @@ def threads(environ: Mapping[str, str], cores: int, sharing: int) -> int:
     """Computing threads of a rank: what the user asked for, else its share of the cores. Pure.
 
     ``OMP_NUM_THREADS`` (of a list for nested levels, ``4,2``, the first) comes before ``SLURM_CPUS_PER_TASK``, which counts
-    only for a task of ``srun``: under other launchers it describes the allocation that all ranks share. What is no
-    positive number is no wish.
+    only for a task of ``srun``: under other launchers it describes the allocation that all ranks share. A value that is
+    no positive number is ignored.
 
     Args:
         cores: that this process may run on. sharing: ranks that run on the same ones.
@@ -135,8 +135,8 @@ def _from_slurm(environ: Mapping[str, str], machine: str) -> Place:
     nodes = expand_nodes(environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_NODELIST", "")))
     if len(nodes) != len(tasks):
         raise ClusterError(f"SLURM_STEP_NODELIST names {len(nodes)} machines, SLURM_STEP_TASKS_PER_NODE {len(tasks)}")
-    # Nobody hands out ports under srun. One per job step, below the range the kernel gives to clients; a clash is
-    # reported by who binds it, and MASTER_PORT in front of srun settles it.
+    # srun gives out no ports. Take one per job step, below the range the kernel gives to clients. If it is in use, rank 0
+    # fails to bind it and says so; MASTER_PORT in front of srun sets another.
     step = _number(environ, "SLURM_JOB_ID") * 31 + _number(environ, "SLURM_STEP_ID", default=0)
     return Place(
         rank=_number(environ, "SLURM_PROCID"),
@@ -296,9 +296,9 @@ def _resolve(name: str) -> list[str]:
 
 
 def check_master(place: Place, resolve: Callable[[str], list[str]] = _resolve) -> None:
-    """Refuse a job of several machines whose meeting point is, seen from here, this machine's loopback.
+    """Refuse a job of several machines if this machine resolves the meeting point to its own loopback.
 
-    Debian writes ``127.0.1.1 <hostname>`` into /etc/hosts: a name then means something else on its own machine than
+    Debian writes ``127.0.1.1 <hostname>`` into /etc/hosts: then a name means one address on its own machine and another
     on the others, and the job would hang until its start timeout.
 
     Raises:

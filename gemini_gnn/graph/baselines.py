@@ -1,4 +1,4 @@
-"""What features alone and structure alone are worth: the two numbers a graph neural network has to beat.
+"""The accuracy of features alone and of structure alone: the two numbers a graph neural network has to beat.
 
 Both choose their one setting on the validation split and report accuracy on the test split, as training does. No torch,
 no randomness.

@@ -1,13 +1,13 @@
 """Rows and answers from the ranks that own them: ids one way, data the other, by ``all_to_all_single``.
 
-Who owns what. A :class:`HaloExchange` has a process group of its own: nobody else issues collectives on it, and one
-thread at a time uses it (checked). Gradients move on another group, from another thread. With gloo that is enough: the
-exchange may run in a background thread. With NCCL it is not: two communicators used from two threads deadlock unless
-every rank issues all its collectives in one order, so there the training thread calls the exchange at one fixed point
-of the step and the background only samples; ``prefetch(make, ..., finish=)`` says which part runs where. NCCL was
-never run here with more than one rank: that path is unproven.
+Ownership. A :class:`HaloExchange` has a process group of its own: no other code issues collectives on it, and one thread
+at a time uses it (checked). Gradients move on another group, from another thread. With gloo that is enough: the exchange
+may run in a background thread. With NCCL it is not: two communicators used from two threads deadlock unless every rank
+issues all its collectives in one order. So with NCCL the training thread calls the exchange at one fixed point of the step,
+and the background thread only samples; ``prefetch(prepare, ..., complete=)`` says which part runs where. NCCL was never
+run here with more than one rank: that path is unproven.
 
-Protocol of one call, the same on every rank, also on one that has nothing to ask:
+Protocol of one call, the same on every rank, also on a rank that asks for nothing:
 
 1. *header*: all_gather of (status, operation, bytes per entry, checksum of the bounds, ids asked of each rank). Now
    every rank knows the whole count matrix, and the number of rounds is a function of it: never a private decision.
@@ -15,12 +15,12 @@ Protocol of one call, the same on every rank, also on one that has nothing to as
 3. *rows* back in the same way. :meth:`HaloExchange.ask` computes its answers first and says in a second header how long
    they are.
 
-What can go wrong, where. A rank that fails while preparing its part (bad ids, an exception in the answer callback)
-still takes part in the next header, with status "failed": the others raise ExchangeError naming it, at once. A rank
-that fails between header and data, dies or hangs, leaves the others inside a collective: gloo reports a closed
-connection within a second, a silent peer is noticed after ``timeout_s``. Either becomes an ExchangeError chained to the
-library's error, and the exchange is *broken*: what is on its wires is unknown, so every later call raises at once and
-the job must form new groups. Nothing here retries. A message is never lost without a peer being lost.
+Failures. If a rank fails while it prepares its part (bad ids, an exception in the answer callback), it still takes part in
+the next header, with status "failed"; the others raise ExchangeError at once and name it. If a rank fails between header
+and data, dies or hangs, the others are inside a collective: gloo reports a closed connection within a second, and a silent
+peer after ``timeout_s``. Both become an ExchangeError chained to the library's error, and the exchange is *broken*: the
+data on its wires is unknown, so every later call raises at once and the job must form new groups. Nothing here retries. A
+message is never lost unless a peer is lost.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _FIELDS = 4  # of a header, before the counts: failed, operation, entry bytes, c
 
 @dataclass
 class Traffic:
-    """What an exchange has moved since :meth:`HaloExchange.take_traffic`.
+    """The data an exchange has moved since :meth:`HaloExchange.take_traffic`.
 
     Attributes:
         sent_bytes, received_bytes: int64 ``[world]`` per peer, ids and lengths included; 0 at this rank.
@@ -362,7 +362,7 @@ class HaloExchange:
 
     @contextmanager
     def _or_tell(self, operation: int) -> Iterator[None]:
-        """Whoever fails in here still takes part in the header the others wait in, and says so there."""
+        """If this rank fails in the block, it still takes part in the header that the others wait in, and says so there."""
         try:
             yield
         except Exception:

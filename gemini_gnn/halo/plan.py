@@ -1,4 +1,4 @@
-"""Who is asked for what, and in which rounds. Pure: no torch, no communication, no clock."""
+"""Which rows are asked of which rank, and in which rounds. Pure: no torch, no communication, no clock."""
 
 from __future__ import annotations
 

@@ -1,18 +1,17 @@
-"""The errors of a job's ranks: which of them began it, and which only followed.
+"""The errors of a job's ranks: which error came first, and which are consequences.
 
-When one rank fails the others lose their connection to it, and fail with errors that only say so. Each rank writes
-``errors/rank-<r>.json`` and marks such *consequences*; they wait a moment for the cause and are silent when another
-rank has named it. Where none has, the lowest rank that can still speak names the silent ones: their machines have lost
-power or network, or they were killed. Times are of different clocks, so an error that is no consequence counts before
-one that is, whatever its time.
+When one rank fails, the others lose their connection to it and fail too; their errors only say so. Each rank writes
+``errors/rank-<r>.json`` and marks such *consequences*. A rank with a consequence waits a moment for the cause, and prints
+nothing if another rank has named it. If none has, the lowest rank that can still write names the silent ones: their
+machines have lost power or network, or they were killed. Machines have different clocks, so an error that is no
+consequence counts before one that is, whatever its time.
 
-A record says of which membership it is (:func:`begin`): one that an earlier start left explains nothing today.
+A record names its membership (:func:`begin`): a record that an earlier start left does not explain an error of this one.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import sys
@@ -26,11 +25,12 @@ from typing import Protocol, TypeVar
 import msgspec
 
 from gemini_gnn.errors import GeminiError, PeerLost
+from gemini_gnn.files import write_atomically
 from gemini_gnn.observe.logs import machine_of
 
-SETTLE_S = 3.0  # how long a consequence waits for its cause to be written down
+SETTLE_S = 3.0  # how long a rank with a consequence waits for the record of the cause
 
-# What torch, gloo and NCCL say when it is the other side, or the way to it, that is gone. Ours say PeerLost.
+# The texts of torch, gloo and NCCL when the other side, or the way to it, is gone. Our own errors are PeerLost.
 _PEER_LOST = re.compile(
     r"connection (was )?(closed|reset|refused|aborted)|connectfullmesh|timed? ?out|broken pipe|socket error"
     r"|nccl communicator was aborted|remote process exit|failed to (connect|recv|send)|no route to host",
@@ -52,7 +52,7 @@ E = TypeVar("E", bound=Dated)
 
 
 def first(errors: Iterable[E]) -> E | None:
-    """The error that began it: the earliest that is no consequence, else the earliest."""
+    """The first error: the earliest that is no consequence, else the earliest."""
     return min(errors, key=lambda error: (error.consequence, error.time_s), default=None)
 
 
@@ -69,10 +69,10 @@ def is_consequence(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Record:
-    """How a rank failed, as ``errors/rank-<rank>.json`` has it.
+    """How a rank failed: the contents of ``errors/rank-<rank>.json``.
 
     Attributes:
-        membership: what all ranks of one start call it; see :func:`begin`.
+        membership: the same on all ranks of one start; see :func:`begin`.
         time_s: by its machine's clock, in seconds since the epoch.
         type, message, traceback: of the exception.
         consequence: it only says that another rank, or the way to it, is gone.
@@ -119,14 +119,12 @@ def _record(rank: int, error: BaseException) -> Record:
 
 def record_error(run_dir: Path, rank: int, error: BaseException) -> None:
     """Write ``errors/rank-<rank>.json``."""
-    folder = run_dir / "errors"
-    temporary = folder / f".rank-{rank}.{os.getpid()}"
+    path = run_dir / "errors" / f"rank-{rank}.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(asdict(_record(rank, error)), indent=1))
-        os.replace(temporary, folder / f"rank-{rank}.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(asdict(_record(rank, error)), indent=1), durable=False)
     except OSError as problem:  # the run directory may be what failed; the error itself still goes to stderr
-        print(f"warning: cannot write {folder / f'rank-{rank}.json'}: {problem.strerror}", file=sys.stderr)
+        print(f"warning: cannot write {path}: {problem.strerror}", file=sys.stderr)
 
 
 def forget_errors(run_dir: Path) -> None:
@@ -147,13 +145,13 @@ def read_errors(run_dir: Path, membership: str | None = None) -> list[Record]:
 
 
 def first_error(run_dir: Path) -> str | None:
-    """``rank 2 on h2: ValueError: ...`` of the error that began it, or None when no rank wrote one."""
+    """``rank 2 on h2: ValueError: ...`` of the first error, or None if no rank wrote one."""
     record = first(read_errors(run_dir))
     return None if record is None else f"rank {record.rank} on {record.machine}: {record.type}: {record.message}"
 
 
 def verdict(records: list[Record], rank: int, world_size: int, machines: dict[int, str]) -> str | None:
-    """The words of rank ``rank``, which has failed, on the terminal; None: another rank has them. Pure.
+    """The error message of rank ``rank``, which has failed; None if another rank prints one. Pure.
 
     Args:
         records: of all ranks so far, that of ``rank`` among them.
@@ -193,9 +191,9 @@ def verdict(records: list[Record], rank: int, world_size: int, machines: dict[in
 def understood(
     run_dir: Path, rank: int, world_size: int, error: BaseException, settle_s: float = SETTLE_S
 ) -> tuple[str | None, int]:
-    """Record ``error``; the words of rank ``rank`` (None when another rank has them), and the exit code of the job's first error.
+    """Record ``error``. Returns this rank's message (None if another rank prints one), and the exit code of the first error.
 
-    Where it only says that others are gone, this waits up to ``settle_s`` for one of them to have written down the cause.
+    If ``error`` is a consequence, this waits up to ``settle_s`` for the record of the cause.
     """
     record_error(run_dir, rank, error)
     deadline = time.monotonic() + settle_s

@@ -31,7 +31,7 @@ def header(rank: int, machine: str, pid: int, when: str) -> str:
 
 
 def without_headers(output: bytes) -> bytes:
-    """The words of the program: for a person who watches one rank, the lines between starts are noise."""
+    """The output of the program alone: a person who watches one rank needs no lines between starts."""
     return re.sub(rb"(?m)^--- rank \d+ on \S+, pid \d+, [^\n]* ---\n", b"", output)
 
 

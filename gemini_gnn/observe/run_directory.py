@@ -1,10 +1,10 @@
-"""The run directory: what happened in a run can be read there without the terminal.
+"""The run directory: the record of a run, readable without the terminal.
 
     config.yaml              resolved settings
     status.json              state (starting | running | done | failed | stopped), step; replaced atomically
     losses.csv               step, epoch, loss: each step once, also after a resume
     metrics.jsonl            one line per evaluation
-    losses.1.csv ...         what a run had left that was started over (resume=never): RESULTS and config.yaml, numbered
+    losses.1.csv ...         RESULTS and config.yaml of earlier runs, numbered; resume=never started this one over
     result.json              written once, when the run is complete
     model.safetensors        best weights by validation; model.json says how to build the model
     events/rank-<r>.jsonl    phase times and events of each rank
@@ -12,14 +12,14 @@
     errors/rank-<r>.json     the error a rank ended with
     terms/ checkpoints/ tensorboard/
 
-Rank 0 writes here, and the worker agent (status.json, terms/, its own events). Rank 0 holds an exclusive lock on ``.lock``
-while it lives (the kernel drops it with its owner, so there is no stale one). The per-rank files belong to their ranks.
+Rank 0 and the worker agent write here; of the files above, the agent writes terms/ (terms.py) and status.json (status.py).
+Rank 0 holds an exclusive lock on ``.lock``. The kernel drops it when rank 0 dies, so there are no stale locks. The per-rank
+files belong to their ranks.
 """
 
 from __future__ import annotations
 
 import csv
-import fcntl
 import itertools
 import json
 import os
@@ -27,11 +27,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from gemini_gnn.config import Config, from_mapping, to_mapping
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.files import rename, write_atomically
+from gemini_gnn.observe.status import write_status
+from gemini_gnn.observe.terms import lock_run_dir, not_writable
 
 # Settings that may change between two starts of one run: none of them changes the losses of its steps. snapshot.mode may
 # not change: one mode does not find what another has kept.
@@ -62,7 +64,7 @@ FREE_SETTINGS: tuple[str, ...] = (
     "features.in_ram",
 )
 
-RESULTS = ("metrics.jsonl", "model.safetensors", "model.json", "losses.csv")  # what a run leaves besides its settings
+RESULTS = ("metrics.jsonl", "model.safetensors", "model.json", "losses.csv")  # the files of a run besides its settings
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
@@ -81,18 +83,18 @@ def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> lis
 
 
 class RunDir:
-    """A run directory this process has claimed."""
+    """A run directory that this process has claimed."""
 
-    def __init__(self, path: Path, lock: TextIO):
+    def __init__(self, path: Path, lock: int | None):
         self.path = path
         self._lock = lock
 
     @classmethod
     def claim(cls, config: Config, anew: bool = False) -> RunDir:
-        """Take the folder for this run, or say why not. Nothing in it is changed when this raises.
+        """Take the folder for this run, or raise and leave the files of the run in it as they are.
 
         Args:
-            anew: this start goes on from nothing (``resume=never``): what is there is kept under other names.
+            anew: this start begins at step 0 (``resume=never``): the files of the run before are kept under other names.
 
         Raises:
             RunDirError: unwritable, in use by a living job, or holding a finished or a different run.
@@ -100,23 +102,15 @@ class RunDir:
         path = Path(config.run_dir).absolute()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock = open(path / ".lock", "a+")
         except OSError as error:
-            raise RunDirError(f"run_dir {path} is not writable ({error.strerror}); give another run_dir=...") from None
-        try:
-            cls._lock_or_say_who(lock, path)
-        except RunDirError:
-            lock.close()
-            raise
+            raise not_writable(path, error) from None
+        owner = f"pid {os.getpid()} on {os.uname().nodename} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        run = cls(path, lock_run_dir(path, ".lock", owner, patience_s=0.0))
         try:
             cls.check_earlier_run(path, config)
         except RunDirError:
-            lock.close()
+            run.release()
             raise
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()} on {os.uname().nodename} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        lock.flush()
-        run = cls(path, lock)
         if anew:
             keep_earlier(path, (*RESULTS, "config.yaml"))
         write_atomically(path / "config.yaml", _to_yaml(config))
@@ -125,20 +119,8 @@ class RunDir:
         return run
 
     @staticmethod
-    def _lock_or_say_who(lock: TextIO, path: Path, kind: int = fcntl.LOCK_EX) -> None:
-        try:
-            fcntl.flock(lock, kind | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            owner = lock.read().strip() or "another process"
-            raise RunDirError(
-                f"run_dir {path} is in use by {owner}; stop it with `python launch/stop.py run_dir={path}` "
-                "or give another run_dir=..."
-            ) from None
-
-    @staticmethod
     def check_earlier_run(path: Path, config: Config) -> None:
-        """Whether this run may go on in ``path``; says nothing of a job that may be living there. Changes nothing.
+        """Raise if this run may not resume in ``path``. Changes nothing, and does not look for a living job there.
 
         Raises:
             RunDirError: it holds a finished run, or one with other settings that has done a step.
@@ -157,15 +139,16 @@ class RunDir:
                 )
 
     def status(self, state: str, **fields: Any) -> None:
-        record = {"state": state, "time": time.time(), "pid": os.getpid(), "machine": os.uname().nodename, **fields}
-        write_atomically(self.path / "status.json", json.dumps(record, indent=1))
+        write_status(self.path, state, **fields)
 
     def finish(self, result: dict[str, Any]) -> None:
         write_atomically(self.path / "result.json", json.dumps(result, indent=1))
         self.status("done")
 
     def release(self) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def changed_settings(path: Path, config: Config) -> list[str]:

@@ -1,13 +1,13 @@
 """The messages between slot process, worker agent, warm parent and trainer, and the sockets they travel on.
 
-On the wire a message is one line of JSON: its class in snake case under ``kind``, then its fields; those to an agent, whose
-sender may be of another installation, have ``protocol`` too. Descriptors may ride along. A message that does not fit its
-class, or a class that the reader does not expect there, closes the connection; ``Channel.complaint`` says why, and nobody
-else is harmed.
+On the wire a message is one line of JSON: its class in snake case under ``kind``, then its fields. Messages to an agent
+have ``protocol`` too, because their sender may be of another installation. Descriptors may ride along. A message that does
+not fit its class closes the connection, and so does a class that the reader does not expect. ``Channel.complaint`` says
+why. Other connections go on.
 
-A message that was sent but not read when its reader dies is lost with the reader; nobody waits for an answer without
-watching for the end of the stream, so a lost message is always seen as a lost peer. A sender never waits for a reader
-that does not read (a shim on a stopped terminal): after ``timeout_s`` the peer counts as lost.
+If a reader dies, messages that it has not read are lost. A process that waits for an answer also watches for the end of
+the stream, so it sees a lost message as a lost peer. If a peer does not read (a shim on a stopped terminal), a sender
+waits at most ``timeout_s``; then the peer counts as lost.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ from gemini_gnn.cluster.place import Place
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_DESCRIPTORS = 253  # the kernel's limit for one message
-PROTOCOL = (
-    2  # of what an agent is told, which may be of an older installation than the sender: count up with every change
-)
+PROTOCOL = 2  # of messages to an agent, which may be of an older installation: count up with every change
 
 
 # --- slot process (or stop.py) -> agent -------------------------------------------------------------------------------
@@ -41,18 +39,18 @@ PROTOCOL = (
 
 @dataclass(frozen=True)
 class Register:
-    """A slot process wants a trainer to run in its place, and waits for the outcome.
+    """A slot process asks for a trainer of its rank, and waits for the outcome.
 
     Attributes:
-        place: where that trainer stands in the job.
-        target: "package.module:function" that it calls.
-        payload: JSON that the function gets.
+        place: of the trainer in the job.
+        target: "package.module:function" that the trainer calls.
+        payload: JSON for the function.
         preload: modules that trainers are forked with.
         resume: "auto" | "never" | "must".
-        max_restarts: at most so many within an hour.
-        deaths: agents of this launch that died before.
-        environment, folder, path, command: of the slot process; the trainer's too.
-        cores: it may run on; the trainer too.
+        max_restarts: of all trainers within an hour, at most.
+        deaths: number of this launch's agents that have died.
+        environment, folder, path, command: of the slot process; the trainer gets the same.
+        cores: of the slot process; the trainer runs on the same.
         launch: the same for all slot processes of one launch on one machine.
         pid: of the slot process.
     """
@@ -78,7 +76,7 @@ class Stop:
     """End the job in order.
 
     Attributes:
-        reason: in words. code: exit code of the job.
+        reason: for people. code: exit code of the job.
         keep: leave the snapshots in host memory.
         force: do not wait for the trainers to finish their step.
     """
@@ -94,7 +92,11 @@ class Stop:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The slot's trainer will run. ``log``: its log, new from ``offset`` on. ``term``: the agent's."""
+    """The agent will run the slot's trainer.
+
+    Attributes:
+        term: of the agent. log: of the trainer; what this launch writes begins at ``offset``.
+    """
 
     term: int
     log: str
@@ -103,7 +105,7 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Refused:
-    """It will not. ``text``: why, for people; ``code``: exit code."""
+    """The agent will not run the slot's trainer; ``text`` says why, for people. ``code``: exit code for the slot."""
 
     code: int
     text: str
@@ -111,7 +113,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Ending:
-    """The job of an earlier start is just ending: ask again."""
+    """The job of an earlier start is ending: the slot should ask again."""
 
 
 @dataclass(frozen=True)
@@ -126,9 +128,9 @@ class Ended:
     """The agent's last message: how the job ended on this machine.
 
     Attributes:
-        outcome: "done" | "stopped" | "failed" | "lost". code: exit code. reason: in a line.
-        rank: whose error ended it; None for no error, -1 for the agent's own. text: of that error.
-        kept_files: snapshot files left in host memory. dropped_bytes: of those that were removed.
+        outcome: "done" | "stopped" | "failed" | "lost". code: exit code. reason: one line.
+        rank: of the trainer with the first error; -1: the agent's own error; None: no error. text: of that error.
+        kept_files: number of snapshot files left in host memory. dropped_bytes: size of the removed ones.
     """
 
     outcome: str
@@ -145,7 +147,7 @@ class Ended:
 
 @dataclass(frozen=True)
 class Preload:
-    """Import ``modules`` with ``path`` as ``sys.path``; answered by Ready or Unfit."""
+    """Import ``modules`` with ``path`` as ``sys.path``. The warm parent answers Ready or Unfit."""
 
     modules: list[str]
     path: list[str]
@@ -153,7 +155,7 @@ class Preload:
 
 @dataclass(frozen=True)
 class Fork:
-    """Fork a trainer for each of ``descriptors``, its socket to the agent."""
+    """Fork a trainer for each of ``descriptors``; the descriptor is the trainer's socket to the agent."""
 
     descriptors: list[int]
 
@@ -184,15 +186,15 @@ class Forked:
 
 @dataclass(frozen=True)
 class Task:
-    """The trainer a fresh fork is to become.
+    """The work of a fresh trainer, sent once it has said Forked.
 
     Attributes:
         place, target, payload, environment, folder, path, command, cores: see :class:`Register`.
-        log: file that its output goes to.
-        job: id of the job. arena: folder of its snapshots.
-        term, generation: of the membership it belongs to. resume: "auto" | "never" | "must".
-        sharing: ranks that run on the same cores.
-        descriptors: the listening socket of the store that it is to serve, or none.
+        log: file for its output.
+        job: id of the job. arena: folder of the job's snapshots.
+        term, generation: of the trainer's membership. resume: "auto" | "never" | "must".
+        sharing: number of ranks that run on the same cores.
+        descriptors: the listening socket of the store, if this trainer serves it.
     """
 
     place: Place
@@ -222,7 +224,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Listens:
-    """The trainer looks for requests to stop."""
+    """The trainer reads requests to stop from now on."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ class StopAsked:
 
 @dataclass(frozen=True)
 class Failed:
-    """A trainer's last words; see ``decisions.Failure``, which has the same fields and its rank."""
+    """A trainer's last words: the fields of ``decisions.Failure`` without the rank."""
 
     code: int
     time_s: float
@@ -245,7 +247,7 @@ Message = (
     Register | Stop | Accepted | Refused | Ending | Say | Ended
     | Preload | Fork | Ready | Unfit | Forked | Task | Started | Listens | StopAsked | Failed
 )  # fmt: skip
-TO_AGENT = (Register, Stop)  # from slot processes and stop.py, of any installation of this user's
+TO_AGENT = (Register, Stop)  # from slot processes and stop.py, of any installation
 TO_SLOT = (Accepted, Refused, Ending, Say, Ended)
 FROM_WARM = (Ready, Unfit)
 TO_WARM = (Preload, Fork)
@@ -267,7 +269,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(line: bytes, expects: Sequence[type], descriptors: list[int]) -> Message:
-    """The message in ``line``; takes as many ``descriptors`` as came with it.
+    """The message in ``line``; takes its descriptors from the front of ``descriptors``.
 
     Raises:
         ValueError: it is none of ``expects``.
@@ -296,17 +298,17 @@ def decode(line: bytes, expects: Sequence[type], descriptors: list[int]) -> Mess
 
 
 class OtherProtocol(ValueError):
-    """The peer is of another version; its text is that version's number."""
+    """The peer speaks another protocol; the text is its number."""
 
 
 class Channel:
-    """One end of a stream socket. ``closed`` becomes true when the peer is gone, does not read, or spoke nonsense.
+    """One end of a stream socket. ``closed`` becomes true when the peer is gone, does not read, or sent a bad message.
 
-    The socket itself stays open until :meth:`close`: a selector may know it, and its number must not be given to another.
+    The socket itself stays open until :meth:`close`: a selector may hold its number, which must not be used again before.
 
     Attributes:
         expects: classes of the messages that may come.
-        complaint: the nonsense it spoke; None for a peer that is there, or just gone.
+        complaint: what was wrong with the bad message; None if there was none.
     """
 
     def __init__(self, sock: socket.socket, expects: Sequence[type]):
@@ -339,11 +341,11 @@ class Channel:
                     return False
                 select.select([], [self.sock], [], left)
             except OSError:
-                return False  # gone; what it said before is still to be received, and then the end of the stream
+                return False  # gone: receive() still reads its last messages, and then the end of the stream
         return True
 
     def receive(self) -> list[Message]:
-        """Every complete message that is here; never waits."""
+        """All complete messages that have come; never waits."""
         while not self.closed:
             try:
                 room = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
@@ -371,12 +373,12 @@ class Channel:
                 messages.append(decode(bytes(line), self.expects, self._descriptors))
             except ValueError as error:
                 self.complaint = error
-                self.closed = not isinstance(error, OtherProtocol)  # that one can still be told
+                self.closed = not isinstance(error, OtherProtocol)  # such a peer still gets an answer
                 break
         return messages
 
     def wait(self, timeout_s: float) -> list[Message]:
-        """As :meth:`receive`, after something came or ``timeout_s`` have passed."""
+        """Wait until something comes or ``timeout_s`` have passed; then :meth:`receive`."""
         select.select([self.sock], [], [], timeout_s)
         return self.receive()
 
@@ -395,9 +397,9 @@ def pair(ours: Sequence[type]) -> tuple[Channel, socket.socket]:
 
 
 def listen(path: Path) -> socket.socket:
-    """A listening socket at ``path``, mode 0600, in a folder that only this user may enter; what was there is replaced.
+    """A listening socket at ``path``, mode 0600, in a folder that only this user may enter. Replaces an older file there.
 
-    Bound in place: a name of its own, renamed later, would stay behind when this process is killed in between.
+    It is bound under its final name: a temporary one would stay behind if this process were killed before the rename.
     """
     path.unlink(missing_ok=True)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

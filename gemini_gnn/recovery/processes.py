@@ -1,4 +1,4 @@
-"""What Linux offers for processes that must not outlive each other, and for knowing that they are gone."""
+"""Linux calls that make processes die with each other, and that prove they are gone."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def _prctl(option: int, value: int | bytes) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """The kernel sends SIGKILL when the thread that forked this process ends. Exits if that has happened already."""
+    """Ask the kernel for SIGKILL when the thread that forked this process ends. Exits if it has ended already."""
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
 def close_descriptors(keep: set[int]) -> None:
-    """Close all but ``keep``: inherited descriptors hold locks, sockets and other processes' ends of pipes."""
+    """Close all others: inherited descriptors hold locks, sockets and other processes' ends of pipes."""
     for name in os.listdir("/proc/self/fd"):
         if int(name) not in keep:
             try:
@@ -39,19 +39,19 @@ def close_descriptors(keep: set[int]) -> None:
 
 
 def adopt_orphans() -> None:
-    """Orphans below this process become its children, not init's, so that it can reap them."""
+    """Ask the kernel to make orphans below this process its children, not init's: it can reap them."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def name_this(name: str) -> None:
-    """What ``ps -o comm`` and ``top`` show for this process."""
+    """Set the name of this process in ``ps -o comm`` and ``top``."""
     _prctl(PR_SET_NAME, name.encode())
 
 
 def fall_to(agent: int, patience_s: float = 5.0) -> None:
-    """Wait until the parent has exited and ``agent``, the subreaper above it, is the parent; die with that one.
+    """Wait until the parent has exited and ``agent``, the subreaper above, is the parent; then die with the agent.
 
-    Exits if the agent has died, or the parent does not exit in time.
+    Exits if the agent has died, or if the parent does not exit in time.
     """
     deadline = time.monotonic() + patience_s
     while os.getppid() != agent:
@@ -62,9 +62,9 @@ def fall_to(agent: int, patience_s: float = 5.0) -> None:
 
 
 def reap_children() -> list[tuple[int, int]]:
-    """(pid, code) of every child that has ended, reaped now with its process group killed; code is negative for a signal.
+    """Reap every child that has ended, and kill its process group; (pid, code) of each. A signal's code is negative.
 
-    The group is killed while the zombie still holds the number: it can be nobody else's.
+    The group is killed before the zombie is reaped: until then no other process can get its number.
     """
     ended: list[tuple[int, int]] = []
     while True:
@@ -81,7 +81,7 @@ def reap_children() -> list[tuple[int, int]]:
 
 
 def reap_child(pid: int, patience_s: float) -> int | None:
-    """The code of the child ``pid``, reaped; None if it has not ended after ``patience_s``."""
+    """Reap the child ``pid``; returns its code, or None if it has not ended after ``patience_s``."""
     deadline = time.monotonic() + patience_s
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -93,7 +93,7 @@ def reap_child(pid: int, patience_s: float) -> int | None:
 
 
 def kill_and_reap_children(patience_s: float) -> bool:
-    """SIGKILL all children, and the orphans that become ours thereby; whether all of them are reaped in time."""
+    """Kill all children, and the orphans that then become ours. Returns whether all of them were reaped in time."""
     deadline = time.monotonic() + patience_s
     while True:
         reap_children()
@@ -104,12 +104,12 @@ def kill_and_reap_children(patience_s: float) -> bool:
             return False
         for pid in left:
             with contextlib.suppress(PermissionError):  # a program of another user that a trainer started
-                os.kill(pid, signal.SIGKILL)  # our child, not reaped: the number is its own
+                os.kill(pid, signal.SIGKILL)  # our child, not reaped: no other process has this number
         time.sleep(0.001)
 
 
 def children() -> list[int]:
-    """Pids of the children of this process, also those that are dead and not reaped."""
+    """Pids of the children of this process, dead ones that are not reaped included."""
     own = os.getpid()
     try:
         return list(map(int, Path(f"/proc/{own}/task/{own}/children").read_text().split()))
@@ -126,19 +126,20 @@ def _parent(process: Path) -> str:
 
 
 def mark(arena: Path) -> tuple[str, str]:
-    """Environment variable that warm parent, trainers and all that these start inherit: how leftovers are known."""
+    """The environment variable by which leftovers are found: warm parent, trainers and their children inherit it."""
     return "GEMINI_GNN_ARENA", os.path.realpath(arena)
 
 
 def kill_marked(arena: Path, patience_s: float) -> tuple[int, bool]:
-    """SIGKILL to everything a dead agent's warm parent and trainers left, whatever group or session it is in.
+    """Kill all processes that a dead agent's warm parent and trainers left, in any process group or session.
 
-    PDEATHSIG reaches the processes this package forks, not what a trainer started (data loader workers, daemons). A
-    recorded pid or session could be somebody else's by now; the environment a process began with cannot. What overwrote
-    its own (setproctitle) is not found. The caller holds the arena's lock, so no living agent's processes are hit.
+    PDEATHSIG kills the processes this package forks, but not those a trainer started (data loader workers, daemons). They
+    are known by the environment they began with: a recorded pid or session may belong to another process by now. A process
+    that overwrote its environment (setproctitle) is not found. The caller holds the arena's lock, so no living agent's
+    processes are killed.
 
     Returns:
-        How many were killed, and whether none lives any more.
+        The number of killed processes, and whether none of them lives any more.
     """
     name, value = mark(arena)
     entry, killed = f"{name}={value}".encode(), set[int]()
@@ -148,16 +149,16 @@ def kill_marked(arena: Path, patience_s: float) -> tuple[int, bool]:
         killed |= found
         if not found or time.monotonic() > deadline:
             return len(killed), not found
-        time.sleep(0.01)  # then again: one of them may have forked just before
+        time.sleep(0.01)  # then look again: one of them may have forked before it died
 
 
 def _kill_if(process: Path, entry: bytes) -> bool:
-    """SIGKILL to a process of this user that began with ``entry`` in its environment, and lives."""
+    """Kill the process if it lives, is this user's, and began with ``entry`` in its environment. Returns whether it did."""
     pid = int(process.name)
     try:
         if pid == os.getpid() or process.stat().st_uid != os.getuid():
             return False
-        handle = os.pidfd_open(pid)  # before its environment is read: no number is reused in between
+        handle = os.pidfd_open(pid)  # before we read its environment: its number is not reused in between
     except OSError:
         return False  # gone
     try:
@@ -165,7 +166,7 @@ def _kill_if(process: Path, entry: bytes) -> bool:
             return False
         signal.pidfd_send_signal(handle, signal.SIGKILL)
     except OSError:
-        return False  # gone, or (a program with more rights than ours) not to be touched
+        return False  # gone, or a program with more rights than ours
     finally:
         os.close(handle)
     return True

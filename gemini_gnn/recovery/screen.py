@@ -1,7 +1,7 @@
-"""The terminal of a job: rank 0's output as it comes, and news of the job.
+"""Shows a job on the terminal: rank 0's output as it comes, and news of the job.
 
-Showing never stops the work. A terminal or pipe that is gone, or a log that cannot be read any more (EIO, ESTALE), ends only
-the showing; the logs have everything.
+Showing never stops the job. If the terminal or pipe is gone, or the log cannot be read (EIO, ESTALE), only the showing
+ends; the logs hold everything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Screen:
     Attributes:
         speaks: news of the job is shown here, on stderr.
         streams: what rank 0 prints is shown here, on stdout.
-        terminal: stdout is a terminal, where a progress bar may stand in the current line.
+        terminal: stdout is a terminal; a progress bar may stand in its current line.
     """
 
     def __init__(self, speaks: bool, streams: bool, terminal: bool):
@@ -30,7 +30,7 @@ class Screen:
         self._log: int | None = None
 
     def follow(self, log: Path, offset: int) -> None:
-        """From ``offset`` on; a second call (another agent) goes on where the first was."""
+        """Show ``log`` from ``offset`` on. A second call, for another agent, changes nothing: the same log goes on."""
         if self.streams and self._log is None:
             try:
                 self._log = os.open(log, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -58,7 +58,7 @@ class Screen:
             self._within_line = False
 
     def ended(self, message: messages.Ended) -> int:
-        """Say how the job ended; its exit code."""
+        """Say how the job ended; returns its exit code."""
         self.copy()
         if message.outcome != "done":
             self.say(_last_words(message, shown=self.streams and message.rank == 0))
@@ -67,7 +67,7 @@ class Screen:
     def _cannot_read(self, error: OSError) -> None:
         self.streams, self._log = False, None
         self.say(
-            f"the log of rank 0 cannot be read any more ({error.strerror}): its output is not shown here; the job goes on"
+            f"cannot read the log of rank 0 ({error.strerror}): its output is no longer shown here; the job goes on"
         )
 
     def _write(self, number: int, data: bytes) -> None:
@@ -75,7 +75,7 @@ class Screen:
             while data:
                 try:
                     data = data[os.write(number, data) :]
-                except BlockingIOError:  # somebody who shares the terminal or pipe has made it so
+                except BlockingIOError:  # another process with the same terminal or pipe has made it non-blocking
                     select.select([], [number], [], POLL_S)
         except OSError:  # the terminal or pipe is gone
             self.streams = self.speaks = False
@@ -83,11 +83,11 @@ class Screen:
 
 
 def _last_words(message: messages.Ended, shown: bool) -> str:
-    """Why the job ended, and what to do. ``shown``: the error has been seen already."""
+    """Why the job ended, and what to do next. ``shown``: the screen has the error already."""
     rank = f"rank {message.rank}: " if message.rank not in (None, -1) else ""
     text = f"{rank}{(message.text or message.reason).rstrip()}"
     words = f"{message.outcome}: {'the error above' if shown else text}"
     if message.kept_files:
-        mended = " once the cause is mended" if message.outcome == "failed" else ""
-        words += f"\nhost memory is kept: the same command goes on from the newest snapshot in it{mended}"
+        mended = ", once the cause is mended," if message.outcome == "failed" else ""
+        words += f"\nthe snapshots stay in host memory:{mended} the same command resumes from the newest one"
     return words

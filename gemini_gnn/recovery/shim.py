@@ -1,16 +1,16 @@
-"""The slot process: says "rank r wants to run here" to this machine's worker agent and waits for the outcome. No torch.
+"""The slot process: asks this machine's worker agent to run one rank, and waits for the outcome. No torch.
 
-It finds the agent by its socket. Where nobody listens it takes the arena's lock and starts one, detached: forked twice
-and in a session of its own, so that it is nobody's child when a launcher kills its slot processes and their children. The
-lock's descriptor passes from the shim to the agent, so there is no moment at which two could be started. When the agent dies
-without an outcome (its socket closes), all shims come here again; the new agent goes on from the snapshots in host memory.
+The shim finds the agent by its socket. If no agent listens, the shim takes the arena's lock and starts one. The agent is
+detached: forked twice and in a session of its own. So a launcher that kills its slot processes and their children does not
+kill it. The shim passes the lock's descriptor to the agent, so two agents are never started. If the agent dies without an
+outcome, its socket closes and every shim looks for an agent again; the new one resumes from the snapshots in host memory.
 
-What signals mean. SIGINT (Ctrl-C): end in order; the trainers finish their step, the snapshots stay; a second one does not
-wait for the step. SIGTERM: this machine leaves, in order, the same for a job on one machine. SIGHUP (the terminal is gone)
-like SIGTERM, unless it was ignored from the start (nohup). SIGKILL of a shim: the agent sees its socket close and ends
-the job in order. None of them reaches the trainers. A launcher that dies by itself ends nothing while its shims live.
+Signals. SIGINT (Ctrl-C) ends the job in order: the trainers finish their step, the snapshots stay. A second SIGINT does not
+wait for the step. SIGTERM means that this machine leaves; on one machine the job ends in order too. SIGHUP (the terminal is
+gone) is the same as SIGTERM, unless it was ignored from the start (nohup). SIGKILL of a shim closes its socket: the agent
+sees that and ends the job in order. None of them reaches the trainers. If only the launcher dies, the job runs on.
 
-Only the slot of local rank 0 tells why a launch was refused. Another that is refused before it waits for it (``launcher``).
+If the agent refuses a launch, the shim of local rank 0 says why; a refused shim of another rank waits for that first.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from typing import Any
 from gemini_gnn.cluster.launcher import let_the_first_speak
 from gemini_gnn.cluster.place import Place
 from gemini_gnn.errors import RecoveryError, RunDirError
+from gemini_gnn.observe import terms
 from gemini_gnn.recovery import home, messages
 from gemini_gnn.recovery.screen import POLL_S, Screen
 
-AGENT_START_S = 60.0  # for an agent to listen, on a busy machine with a slow file system
-ANSWER_S = 60.0  # for an agent of an earlier start to be gone, and ours to answer
-MAX_DEATHS = 4  # of agents within DEATHS_S that had accepted this shim, before something else must be wrong
+AGENT_START_S = 60.0  # until an agent listens, on a busy machine with a slow file system
+ANSWER_S = 60.0  # until the agent of an earlier start is gone and ours answers
+MAX_DEATHS = 4  # so many agents that accepted this shim may not die within DEATHS_S: something else is wrong
 DEATHS_S = 3600.0
 MAX_RESTARTS = 3  # of all trainers, within an hour
 AGENT = "gemini_gnn.recovery.worker.agent"
@@ -51,13 +52,13 @@ def run(
     arena_root: str | os.PathLike[str] = "/dev/shm",
     max_restarts: int = MAX_RESTARTS,
 ) -> int:
-    """Run ``target`` as the trainer of ``place`` under this machine's worker agent; the exit code of the job.
+    """Run ``target`` as the trainer of ``place`` under this machine's worker agent; returns the exit code of the job.
 
-    Every slot process of a launch calls this. The shim of local rank 0 prints what happens to the job on stderr, that of
-    rank 0 also what its trainer prints, on stdout.
+    Every slot process of a launch calls this. The shim of local rank 0 prints news of the job on stderr. The shim of rank 0
+    prints its trainer's output on stdout too.
 
     Args:
-        run_dir: identifies the job, together with nothing else.
+        run_dir: identifies the job; nothing else does.
         target: "package.module:function", called in the trainer as ``function(payload, place, listen_fd) -> int``.
         payload: JSON.
         preload: modules the trainers are forked with, besides the target's; importing them must start no thread and
@@ -74,7 +75,7 @@ def run(
     _occupy_standard_descriptors()
     run_dir = Path(os.path.realpath(run_dir))
     arena = home.arena_of(run_dir, os.path.realpath(arena_root))
-    home.make_run_dir(run_dir)
+    terms.make_run_dir(run_dir)
     request = messages.Register(
         place=place,
         target=target,
@@ -118,9 +119,9 @@ def run(
                     resume = "auto" if request.resume == "never" else request.resume
                     request = replace(request, deaths=len(deaths), resume=resume)
                     screen.say(
-                        "the worker agent died; starting another, which goes on from the snapshots in host memory"
+                        "the worker agent died; starting another, which resumes from the snapshots in host memory"
                     )
-                case _:  # it is ending an earlier start, or just dying: gone in a moment
+                case _:  # the agent ends an earlier start or is dying: it will be gone in a moment
                     if time.monotonic() > until_s:
                         raise RecoveryError(
                             f"the worker agent of an earlier start does not end, or a new one cannot begin; {_see(run_dir)}"
@@ -129,7 +130,7 @@ def run(
 
 
 def _occupy_standard_descriptors() -> None:
-    """Where a daemon has started us with 0, 1 or 2 closed, the lock or the agent's socket would get that number."""
+    """Open 0, 1 and 2 if a daemon closed them: else the lock or the agent's socket would get such a number."""
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         continue
     os.close(descriptor)
@@ -141,9 +142,9 @@ def died_too_often(deaths: list[float]) -> bool:
 
 
 def launch_token(place: Place, environ: Mapping[str, str]) -> str:
-    """The same for the slot processes of one launch on this machine, another for the next: who started them and when.
+    """A name for this launch: the same in all its slot processes on this machine, another one in the next launch.
 
-    By hand, ranks of one job must be started from one shell.
+    It is made of the parent's pid and start time, so ranks that are started by hand must be started from one shell.
     """
     if "SLURM_STEP_ID" in environ:
         step = f"slurm-{environ.get('SLURM_JOB_ID')}.{environ['SLURM_STEP_ID']}"
@@ -160,10 +161,10 @@ def launch_token(place: Place, environ: Mapping[str, str]) -> str:
 
 
 def reach_agent(arena: Path, run_dir: Path) -> messages.Channel:
-    """A channel to the job's agent on this machine, which is started if there is none.
+    """A channel to the job's agent on this machine; starts one if there is none.
 
     Raises:
-        RunDirError, RecoveryError: the run directory or the arena refuses; none listens within ``AGENT_START_S``.
+        RunDirError, RecoveryError: the run directory or the arena refuses; no agent listens within ``AGENT_START_S``.
     """
     deadline, started = time.monotonic() + AGENT_START_S, 0
     while time.monotonic() < deadline and started < MAX_DEATHS:
@@ -187,14 +188,14 @@ def agent_log(run_dir: Path) -> Path:
 
 
 def _see(run_dir: Path) -> str:
-    """Where to look, and the end of what stands there."""
+    """For an error message: where to look, and the end of the agent's log."""
     log = agent_log(run_dir)
     tail = log.read_text(errors="replace")[-2000:] if log.exists() else ""
     return f"see {run_dir}/events, and the end of {log}:\n{tail}"
 
 
 def _start_agent(arena: Path, run_dir: Path, lock: int) -> None:
-    """Start the agent with the lock's descriptor; returns when it is nobody's child."""
+    """Start the agent and pass it the lock's descriptor; returns when the agent is a child of init."""
     command = [sys.executable, "-P", "-m", AGENT, "--run-dir", os.fspath(run_dir)]
     command += ["--arena", os.fspath(arena), "--lock", str(lock)]
     package = Path(__file__).resolve().parents[2]
@@ -219,7 +220,7 @@ def _start_agent(arena: Path, run_dir: Path, lock: int) -> None:
                 for source, number in ((nowhere, 0), (output, 1), (output, 2)):
                     os.dup2(source, number)
                 os.set_inheritable(lock, True)
-                # A pipe of the launcher that stays open here would keep who reads its end waiting.
+                # A launcher waits for the end of its pipes: none may stay open here.
                 os.closerange(3, lock)
                 os.closerange(lock + 1, os.sysconf("SC_OPEN_MAX"))
                 os.execve(sys.executable, command, environment)
@@ -235,7 +236,7 @@ def _start_agent(arena: Path, run_dir: Path, lock: int) -> None:
 
 @dataclass(frozen=True)
 class Gone:
-    """The agent is gone without an outcome. Before it ``accepted`` us that means little: a dying one may take connections."""
+    """The agent is gone without an outcome. If it had not ``accepted`` us, it may have been dying when we connected."""
 
     accepted: bool
 
@@ -244,7 +245,7 @@ Answer = messages.Ended | messages.Refused | messages.Ending | Gone
 
 
 def _serve(agent: messages.Channel, request: messages.Register, screen: Screen, stop: StopRequest) -> Answer:
-    """Register and wait: the agent's last message, or that it is gone without one."""
+    """Register and wait. Returns the agent's last message, or Gone."""
     accepted = False
     agent.send(request, timeout_s=10.0)
     stop.deliver_to(agent)
@@ -269,7 +270,7 @@ def _serve(agent: messages.Channel, request: messages.Register, screen: Screen, 
 
 
 class StopRequest:
-    """Signals of this process, turned into requests to the agent; kept while there is none to tell."""
+    """Turns signals to this process into requests to the agent, and keeps them while there is no agent."""
 
     def __init__(self) -> None:
         self._agent: messages.Channel | None = None
@@ -288,7 +289,7 @@ class StopRequest:
         if number == signal.SIGINT:
             self._interrupts += 1
             if self._interrupts > 2:
-                os._exit(128 + number)  # the agent does not answer; it will see this process gone
+                os._exit(128 + number)  # the agent does not answer; it will see that this process is gone
         elif self._message is not None:
             return  # DeepSpeed's launcher sends SIGTERM after the terminal's SIGINT: the first reason stays
         reasons: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGHUP: "the terminal is gone"}
@@ -298,7 +299,7 @@ class StopRequest:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Handlers while the job runs; the ones before come back afterwards."""
+        """Handle the signals while the job runs; restore the earlier handlers afterwards."""
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         for number, handler in before.items():
             if number != signal.SIGHUP or handler is not signal.SIG_IGN:

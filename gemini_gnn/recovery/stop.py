@@ -1,4 +1,4 @@
-"""End a job on this machine in order, from outside of it."""
+"""Ask a job on this machine to end in order, from another process."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from gemini_gnn.errors import RecoveryError
+from gemini_gnn.observe import terms
 from gemini_gnn.recovery import home, messages, processes
 from gemini_gnn.recovery.worker.decisions import Limits
 
 
 def stop(run_dir: Path, *, keep: bool = True, arena_root: str | os.PathLike[str] | None = None) -> str:
-    """Ask the job's worker agent to end, wait until it has, and say what happened.
+    """Ask the job's worker agent to end, and wait until it has. Returns a report for people.
 
     Args:
-        keep: leave the snapshots in host memory: the same command goes on from them. Else they are removed, also of a job
-            that no longer runs.
-        arena_root: where the job's arena is; default what its newest term says, else /dev/shm.
+        keep: leave the snapshots in host memory, so that the same command resumes from them. Otherwise remove them, also
+            those of a job that no longer runs.
+        arena_root: folder of the arenas; default the one in the job's newest term, else /dev/shm.
 
     Raises:
-        RecoveryError: the job does not end in time; its agent is of another version.
+        RecoveryError: the job does not end in time, or its agent is of another version.
     """
     run_dir = Path(os.path.realpath(run_dir))
-    newest = home.newest_term(run_dir)
+    newest = terms.newest_term(run_dir)
     arena = home.arena_of(run_dir, arena_root or newest.get("arena_root", "/dev/shm"))
     elsewhere = "" if keep else _elsewhere(newest)
     limits = Limits()
@@ -37,7 +38,7 @@ def stop(run_dir: Path, *, keep: bool = True, arena_root: str | os.PathLike[str]
             asked = messages.peer(agent.sock)[0]
             outcome = _ask(agent, keep, deadline)
             agent.close()
-            if outcome is not None and (keep or not outcome.kept_files):  # else it was ending already, and kept them
+            if outcome is not None and (keep or not outcome.kept_files):  # else it was ending already and kept them
                 return _said(run_dir, outcome) + elsewhere
         elif not arena.exists():
             return _nothing_runs(run_dir) + elsewhere
@@ -46,18 +47,18 @@ def stop(run_dir: Path, *, keep: bool = True, arena_root: str | os.PathLike[str]
                 return _nothing_runs(run_dir) + _clear(arena, keep) + elsewhere
             finally:
                 os.close(lock)
-        time.sleep(0.05)  # it is just starting, or ended before it read our request
-    who = "a process that holds its lock" if asked is None else f"process {asked} (its trainers die with it)"
-    raise RecoveryError(f"the job of {run_dir} was asked to end and has not; see {run_dir}/events, or kill {who}")
+        time.sleep(0.05)  # the agent is just starting, or ended before it read our request
+    holder = "the process that holds its lock" if asked is None else f"process {asked} (its trainers die with it)"
+    raise RecoveryError(f"the job of {run_dir} was asked to end and has not; see {run_dir}/events, or kill {holder}")
 
 
 def drop_finished(run_dir: Path, arena_root: str | os.PathLike[str]) -> None:
-    """Remove the snapshots of a complete run that are still in host memory: all of it was killed while it cleaned up."""
+    """Remove the snapshots of a complete run from host memory: its agent was killed before it could."""
     arena = home.arena_of(run_dir, os.path.realpath(arena_root))
     if not (run_dir / "result.json").exists() or not arena.exists():
         return
     lock = home.take_lock(arena)
-    if lock is not None:  # else an agent lives, which does so itself
+    if lock is not None:  # else an agent lives and does so itself
         try:
             _clear(arena, keep=False)
         finally:
@@ -65,7 +66,11 @@ def drop_finished(run_dir: Path, arena_root: str | os.PathLike[str]) -> None:
 
 
 def _ask(agent: messages.Channel, keep: bool, deadline: float) -> messages.Ended | None:
-    """The outcome the agent tells; None if it is gone without, or the deadline has passed. Raises RecoveryError: refused."""
+    """The outcome that the agent reports; None if it dies without one, or the deadline passes.
+
+    Raises:
+        RecoveryError: it refuses.
+    """
     agent.send(messages.Stop("launch/stop.py", 128 + signal.SIGTERM, keep=keep), timeout_s=5.0)
     while not agent.closed and time.monotonic() < deadline:
         for message in agent.wait(0.1):
@@ -81,7 +86,7 @@ def _nothing_runs(run_dir: Path) -> str:
 
 
 def _clear(arena: Path, keep: bool) -> str:
-    """End and remove what a dead job left; what that was. The caller holds the arena's lock."""
+    """Kill the processes a dead job left and clear its arena; returns a report. The caller holds the arena's lock."""
     killed, gone = processes.kill_marked(arena, Limits().reap_s)
     words = ""
     if killed:
@@ -90,7 +95,7 @@ def _clear(arena: Path, keep: bool) -> str:
         )
     files, size_bytes = (0, 0) if keep else home.remove_snapshots(arena)
     if keep and home.snapshot_files(arena):
-        words += "; its snapshots stay in host memory: the same command goes on from them (keep=false removes them)"
+        words += "; its snapshots stay in host memory: the same command resumes from them (keep=false removes them)"
     if files:
         words += f"; removed its snapshots from host memory ({size_bytes / 1e6:.1f} MB)"
     home.leave_arena(arena)
@@ -98,7 +103,7 @@ def _clear(arena: Path, keep: bool) -> str:
 
 
 def _elsewhere(term: dict[str, Any]) -> str:
-    """What this machine cannot do for the others of the job; empty for a job on one machine."""
+    """Advice to run this command on the job's other machines too; empty for a job on one machine."""
     if term.get("world_size", 1) <= term.get("local_world_size", 1):
         return ""
     return "\nthe other machines of this job keep their snapshots in host memory: run this command on each of them too"
@@ -112,5 +117,5 @@ def _said(run_dir: Path, outcome: messages.Ended) -> str:
             "what is not in a checkpoint is lost"
         )
     elif outcome.kept_files:
-        words += "; the same command goes on from the snapshot in host memory"
+        words += "; the same command resumes from the snapshot in host memory"
     return words

@@ -1,4 +1,4 @@
-"""What a sampler hands to a model: a stack of bipartite blocks. Pure data."""
+"""A stack of bipartite blocks: a sampler makes it for a model. Pure data."""
 
 from __future__ import annotations
 

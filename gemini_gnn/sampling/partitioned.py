@@ -2,8 +2,8 @@
 
 Protocol of a batch, the same on every rank: one ``ask`` per hop ("draw in-edges of these nodes", each node asked of the
 rank that owns it, which draws with the kernels and random streams of ReplicatedInEdges, hence the same edges), and
-one last ``ask`` for the in-degrees of the batch's nodes. A rank without seeds takes part with empty questions. What a
-failing rank or a lost message does is the exchange's business: it raises on every rank.
+one last ``ask`` for the in-degrees of the batch's nodes. A rank without seeds takes part with empty questions. If a rank
+fails or a message is lost, the exchange raises on every rank.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Begun:
+class PreparedBatch:
     """A batch in host memory of which only the remote rows are missing; ``sample_s`` and ``prepare_s`` went into it."""
 
     key: Key
@@ -130,8 +130,8 @@ class BatchSource:
         """Seeds of the step over all ranks and micro-batches: what its loss is the mean over."""
         return sum(self.plan.global_count(key.epoch, key.index) for key in self.step_keys(step))
 
-    def begin(self, key: Key) -> Begun:
-        """What needs no other rank when every rank maps all in-edges: blocks, and the own rows of the features."""
+    def prepare(self, key: Key) -> PreparedBatch:
+        """Sample the blocks, and read the own rows of the features. Collective only where in-edges are partitioned."""
         began = time.perf_counter()
         batch = self.sampler.sample(self.plan.seeds(key.epoch, key.index, self.rank), key.epoch, key.index)
         sampled = time.perf_counter()
@@ -140,34 +140,34 @@ class BatchSource:
         blocks = [to_tensors(block) for block in batch.blocks]
         if self.device.type == "cuda":
             y, blocks = y.pin_memory(), [pinned(block) for block in blocks]
-        return Begun(key, rows, y, blocks, batch.num_edges, sampled - began, time.perf_counter() - sampled)
+        return PreparedBatch(key, rows, y, blocks, batch.num_edges, sampled - began, time.perf_counter() - sampled)
 
-    def end(self, begun: Begun) -> MicroBatch:
-        """The remote rows, and all of it on the device. Collective."""
+    def complete(self, prepared: PreparedBatch) -> MicroBatch:
+        """Fetch the remote rows, and move all of it to the device. Collective."""
         began = time.perf_counter()
-        x = self.store.complete(begun.rows).to(self.device, non_blocking=True)
-        y = begun.y.to(self.device, non_blocking=True)
-        blocks = [moved(block, self.device) for block in begun.blocks]
-        fetch_s = begun.prepare_s + time.perf_counter() - began
+        x = self.store.complete(prepared.rows).to(self.device, non_blocking=True)
+        y = prepared.y.to(self.device, non_blocking=True)
+        blocks = [moved(block, self.device) for block in prepared.blocks]
+        fetch_s = prepared.prepare_s + time.perf_counter() - began
         traffic = self.exchange.take_traffic()
         self.remote_bytes += int(traffic.received_bytes.sum())
         return MicroBatch(
-            key=begun.key,
+            key=prepared.key,
             x=x,
             y=y,
             blocks=blocks,
-            edges=begun.edges,
-            sample_s=begun.sample_s,
+            edges=prepared.edges,
+            sample_s=prepared.sample_s,
             fetch_s=fetch_s,
             transfer_s=traffic.seconds - traffic.meet_s,
             meet_s=traffic.meet_s,
         )
 
     def make(self, key: Key) -> MicroBatch:
-        return self.end(self.begin(key))
+        return self.complete(self.prepare(key))
 
     def stages(self, backend: str) -> tuple[Callable[[Key], Any], Callable[[Any], MicroBatch] | None]:
-        """What the prefetcher runs in its thread and what the training thread runs when it takes a batch.
+        """``prepare`` for the prefetcher's thread, ``complete`` for the training thread when it takes a batch.
 
         With gloo everything happens ahead. With NCCL the training thread issues every collective, at one point of the
         step: two communicators used from two threads deadlock unless all ranks issue in one order.
@@ -176,7 +176,7 @@ class BatchSource:
             return self.make, None
         if self._partitioned:
             return (lambda key: key), self.make
-        return self.begin, self.end
+        return self.prepare, self.complete
 
 
 def make_exchange(graph: PartitionedGraph, config: Config, groups: Groups, group: Any) -> HaloExchange:

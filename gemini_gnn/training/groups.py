@@ -1,11 +1,10 @@
 """The process groups of a generation.
 
-Who owns what: the training thread uses ``world`` (gradients, status) and ``evaluation``; the background thread of the
-prefetcher uses ``halo`` alone. Collectives of one group are issued by one thread: one order on all ranks.
-Every wait has the timeout of the settings; a rank that dies makes gloo raise on the others, a rank that goes silent
-makes them raise after ``timeout_s``. NCCL says nothing of a dead neighbor on the same machine: there the worker agent kills the
-others; one on another machine is noticed by ``control``, which is always gloo, or by torch's watchdog, which
-kills this process after ``timeout_s``.
+Ownership: the training thread uses ``world`` (gradients, status) and ``evaluation``; the background thread of the
+prefetcher uses ``halo`` alone. One thread issues the collectives of one group: one order on all ranks. Every wait has the
+timeout of the settings. If a rank dies, gloo raises on the others; if it goes silent, they raise after ``timeout_s``. NCCL
+does not report a dead neighbor. On the same machine the worker agent kills the others. On another machine ``control``, which
+is always gloo, notices it, or torch's watchdog, which kills this process after ``timeout_s``.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ def join(place: Place, config: DistributedConfig, listen_fd: int | None = None, 
     Raises:
         ClusterError: not all ranks came together in ``start_timeout_s``, or the port is taken.
     """
-    # DeepSpeed wants to read them, whoever the launcher was.
+    # DeepSpeed reads them, and not every launcher sets them.
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank))
     number, gpu = own_gpu(place.local_rank)
     if place.world_size > 1:
@@ -171,7 +170,7 @@ _CUDA_DEFAULTS = {
 
 
 def _prepare_cuda(device: torch.device) -> None:
-    """What must stand before the first tensor on a GPU and the first communicator."""
+    """Set the device and CUDA's variables: before the first tensor on a GPU and the first communicator."""
     torch.cuda.set_device(device)
     for name, value in _CUDA_DEFAULTS.items():
         os.environ.setdefault(name, value)

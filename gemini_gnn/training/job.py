@@ -32,7 +32,7 @@ from gemini_gnn.recovery.worker.decisions import STOPPED
 from gemini_gnn.snapshot import context as snapshot_context
 from gemini_gnn.training import engine
 from gemini_gnn.training import groups as process_groups
-from gemini_gnn.training.loop import NoSnapshots, Run, prepare, train
+from gemini_gnn.training.loop import NoSnapshots, Run, build_run, train
 from gemini_gnn.training.report import Report, model_card
 
 
@@ -119,7 +119,7 @@ def _with_groups(config: Config, place: Place, groups: process_groups.Groups, ru
             run_dir.status("starting", world_size=place.world_size)
         graph = partitioned_graph(config, groups)
         events.emit("graph_open")
-        job = prepare(config, graph, groups, report, events, terminal=os.environ.get("GEMINI_GNN_TTY") == "1")
+        job = build_run(config, graph, groups, report, events, terminal=os.environ.get("GEMINI_GNN_TTY") == "1")
         events.emit("engine_built")
         return _train(job, run_dir)
     finally:
@@ -167,7 +167,7 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
         if run_dir is not None:
             run_dir.status("stopped", step=state.step)
             say(
-                f"stopped after step {state.step} of {job.total_steps}; the same command goes on from the last snapshot"
+                f"stopped after step {state.step} of {job.total_steps}; the same command resumes from the last snapshot"
             )
         return STOPPED
 

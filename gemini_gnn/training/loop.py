@@ -1,13 +1,13 @@
 """The training loop of one rank.
 
-Who owns what: the training thread owns model, engine, the world and evaluation groups; the prefetcher's thread owns the
+Ownership: the training thread owns model, engine, the world and evaluation groups; the prefetcher's thread owns the
 sampler, the feature store and the halo group. Every rank makes the same sequence of collectives: the number of
 batches, the decision to stop and the decision to capture are pure functions or agreed values, never private ones. The
-agreement is one small all-reduce per step between backward and gradient reduction (:func:`agree`); a rank that dies
-makes it raise on the others.
+agreement is one small all-reduce per step between backward and gradient reduction (:func:`agree`). If a rank dies, it
+raises on the others.
 
-What may be interrupted: a step that has not reached its end leaves no trace but lines in event logs; losses.csv is
-appended after the step and trimmed on resume.
+Interruptions: a step that has not reached its end leaves no trace but lines in event logs; losses.csv is appended after
+the step and trimmed on resume.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from gemini_gnn.training.state import RunState, evaluation_due, record_evaluatio
 
 
 class SnapshotHooks(Protocol):
-    """What the loop asks of snapshots; ``snapshot.attach`` and the NFS baseline answer."""
+    """The calls of the loop to snapshots; ``snapshot.attach`` and the NFS baseline implement them."""
 
     restored: Any  # None: training begins at step 0
 
@@ -162,7 +162,7 @@ def summed_loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Run:
-    """Everything one rank trains with; made by :func:`prepare`, used by :func:`train`."""
+    """Everything one rank trains with; made by :func:`build_run`, used by :func:`train`."""
 
     config: Config
     groups: Groups
@@ -184,7 +184,7 @@ class Run:
         return self.config.training.epochs * self.source.steps_per_epoch
 
 
-def prepare(
+def build_run(
     config: Config, graph: PartitionedGraph, groups: Groups, report: Report, events: EventLog, terminal: bool
 ) -> Run:
     """Build source, model, engine and evaluation for this rank. Collective."""
@@ -221,10 +221,12 @@ def train(run: Run) -> RunState:
     clock = deepspeed_engine.CollectiveClock(run.groups.device)
     depth = config.sampling.prefetch
     keys = itertools.chain.from_iterable(map(source.step_keys, range(state.step, run.total_steps)))
-    make, finish = source.stages(run.groups.backend)
-    # Leaving the block early, all ranks after the same step, the prefetcher first makes the batches it may already have
+    prepare, complete = source.stages(run.groups.backend)
+    # Leaving the block early, all ranks after the same step, the prefetcher first prepares the batches it may already have
     # begun: an exchange that only some ranks take part in would hang them.
-    with prefetch(make, keys, depth, finish=finish, close_timeout_s=config.distributed.timeout_s + 30) as batches:
+    with prefetch(
+        prepare, keys, depth, complete=complete, close_timeout_s=config.distributed.timeout_s + 30
+    ) as batches:
         # A resume within an epoch sees only a part of it, which is not the time of an epoch.
         epoch_begin = time.perf_counter() if state.step % source.steps_per_epoch == 0 else None
         while True:

@@ -1,23 +1,23 @@
 """Make batches ahead of the loop that consumes them.
 
-Who owns what. One background thread calls ``make`` for one key after the other and puts the results into a queue; the
-consumer takes them in that order and runs ``finish`` on each in its own thread. The stages say what may communicate
-where: with gloo the exchange belongs into ``make``; with NCCL it belongs into ``finish``, because two communicators used
-from two threads deadlock unless every rank issues all its collectives in one order. Results do not depend on
+Owners. One background thread calls ``prepare`` for one key after the other and puts the results into a queue; the
+consumer takes them in that order and runs ``complete`` on each in its own thread. The stages say where communication
+is allowed: with gloo the exchange belongs into ``prepare``. With NCCL it belongs into ``complete``: two communicators
+used from two threads deadlock unless every rank issues all its collectives in one order. Results do not depend on
 ``depth``: each item is made from its key alone, in the order of the keys.
 
-How far ahead. The thread starts item i only when item i - depth has been delivered: ``depth`` items are made or in the
-making besides the one the consumer works on. So the number of items begun is a function of the number consumed, and
-that matters where ``make`` is collective: a consumer that breaks out early (on all ranks after the same item) leaves
-behind the same number of collectives on every rank, because :meth:`Prefetcher.close` lets the thread finish what it was
-allowed to begin. After an exception in the consumer it does not: that rank is lost to the others anyway, the thread
+How far ahead. The thread starts item i only when item i - depth has been delivered: ``depth`` items are prepared or
+under way besides the one the consumer works on. So the number of items begun is a function of the number consumed.
+That matters where ``prepare`` is collective. A consumer that breaks out early, on all ranks after the same item, leaves
+behind the same number of collectives on every rank: :meth:`Prefetcher.close` lets the thread finish the items it was
+allowed to begin. After an exception in the consumer it does not: that rank is lost to the others anyway, so the thread
 stops after the item it is at.
 
-What may be interrupted. Nothing can interrupt ``make`` itself (gloo cannot be aborted), so it must have time limits of its
+Interruptions. Nothing can interrupt ``prepare`` itself (gloo cannot be aborted), so it must have time limits of its
 own, as an exchange has. ``close`` waits for it at most ``close_timeout_s``, and only ``ABORT_S`` after an exception: the
 others notice a failed rank when its process ends, so the end must not wait for them. The thread is a daemon and does
-not hold it up. An exception in ``make``, or in the iterator of keys, is delivered in the place of its item, after all
-earlier items; one in an item that nobody took is raised by ``close``.
+not hold it up. An exception in ``prepare``, or in the iterator of keys, is delivered in the place of its item, after all
+earlier items; one in an item that was never taken is raised by ``close``.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ class Prefetcher(Generic[K, T]):
     """Iterator and context manager; made by :func:`prefetch`.
 
     Attributes:
-        waited_s: how long the consumer waited for the latest item, ``finish`` not included.
+        waited_s: how long the consumer waited for the latest item, ``complete`` not included.
         total_waited_s: sum of it over all items.
     """
 
     def __init__(
         self,
-        make: Callable[[K], Any],
+        prepare: Callable[[K], Any],
         keys: Iterable[K],
         depth: int,
-        finish: Callable[[Any], T] | None,
+        complete: Callable[[Any], T] | None,
         close_timeout_s: float,
     ) -> None:
         self.waited_s = 0.0
         self.total_waited_s = 0.0
-        self._make, self._keys, self._finish = make, iter(keys), finish
+        self._prepare, self._keys, self._complete = prepare, iter(keys), complete
         self._close_timeout_s = close_timeout_s
         self._ready: collections.deque[tuple[str, Any]] = (
             collections.deque()
@@ -75,7 +75,7 @@ class Prefetcher(Generic[K, T]):
         if self._ended or self._closing:
             raise StopIteration
         began = time.perf_counter()
-        kind, value = self._next_made() if self._thread else self._make_one()
+        kind, value = self._next_prepared() if self._thread else self._prepare_one()
         self.waited_s = time.perf_counter() - began
         self.total_waited_s += self.waited_s
         if kind != "item":
@@ -83,7 +83,7 @@ class Prefetcher(Generic[K, T]):
             if kind == "end":
                 raise StopIteration
             raise value  # with the traceback it got where it happened
-        return self._finish(value) if self._finish else value
+        return self._complete(value) if self._complete else value
 
     def __enter__(self) -> Prefetcher[K, T]:
         return self
@@ -98,13 +98,13 @@ class Prefetcher(Generic[K, T]):
             error.add_note(f"and in the background: {late}")
 
     def close(self, abort: bool = False) -> None:
-        """Stop the thread and drop what it has made. May be called twice.
+        """Stop the thread and drop what it has prepared. May be called twice.
 
         Args:
-            abort: stop after the item the thread is at. Otherwise it first makes the items it was allowed to begin.
+            abort: stop after the item the thread is at. Otherwise it first prepares the items it was allowed to begin.
 
         Raises:
-            PeerLost: the thread is still in ``make`` after the time limit; or what an item failed with that was made
+            PeerLost: the thread is still in ``prepare`` after the time limit; or what an item failed with that was made
                 ahead and never taken.
         """
         with self._changed:
@@ -126,17 +126,17 @@ class Prefetcher(Generic[K, T]):
 
     # -- the consumer's side -------------------------------------------------------------------------------------------
 
-    def _next_made(self) -> tuple[str, Any]:
+    def _next_prepared(self) -> tuple[str, Any]:
         with self._changed:
-            # No limit of its own: the thread always ends with an item, an error or the end, and `make` has limits.
+            # No limit of its own: the thread always ends with an item, an error or the end, and `prepare` has limits.
             while not self._changed.wait_for(lambda: self._ready, timeout=60.0):
                 assert self._thread is not None
                 if not self._thread.is_alive():
                     raise RuntimeError("the thread that prepares batches is gone without a word")
-            made = self._ready.popleft()
+            prepared = self._ready.popleft()
             self._allowed += 1
             self._changed.notify_all()
-            return made
+            return prepared
 
     # -- the thread's side ---------------------------------------------------------------------------------------------
 
@@ -148,46 +148,46 @@ class Prefetcher(Generic[K, T]):
                 if self._abort or (self._closing and self._allowed == 0):
                     return
                 self._allowed -= 1
-            made = self._make_one()
+            prepared = self._prepare_one()
             with self._changed:
-                self._ready.append(made)
+                self._ready.append(prepared)
                 self._changed.notify_all()
-            more = made[0] == "item"
-            del made  # or the thread would hold one more batch in memory while it waits
+            more = prepared[0] == "item"
+            del prepared  # or the thread would hold one more batch in memory while it waits
 
-    def _make_one(self) -> tuple[str, Any]:
+    def _prepare_one(self) -> tuple[str, Any]:
         try:
             try:
                 key = next(self._keys)
             except StopIteration:
                 return "end", None
-            return "item", self._make(key)
+            return "item", self._prepare(key)
         except BaseException as error:  # delivered to the consumer, where it is raised
             return "error", error
 
 
 def prefetch(
-    make: Callable[[K], Any],
+    prepare: Callable[[K], Any],
     keys: Iterable[K],
     depth: int,
     *,
-    finish: Callable[[Any], T] | None = None,
+    complete: Callable[[Any], T] | None = None,
     close_timeout_s: float = 150.0,
 ) -> Prefetcher[K, T]:
-    """``finish(make(key))`` for each of ``keys``, in order, with up to ``depth`` of them made ahead in a background thread.
+    """``complete(prepare(key))`` for each of ``keys``, in order; a background thread prepares up to ``depth`` of them ahead.
 
-    Use it in a ``with`` block: ``with prefetch(make, keys, 3) as batches: for batch in batches: ...``.
+    Use it in a ``with`` block: ``with prefetch(prepare, keys, 3) as batches: for batch in batches: ...``.
 
     Args:
-        make: runs in the background thread; may communicate on a gloo group of its own.
-        keys: what to make; the thread advances it, at most ``depth`` keys ahead of the items delivered.
-        depth: 0 makes each item in the consumer's thread when it is asked for.
-        finish: runs in the consumer's thread when the item is taken; where NCCL communication belongs. None: nothing.
-        close_timeout_s: how long :meth:`Prefetcher.close` waits for the thread; choose it above the limits within ``make``.
+        prepare: runs in the background thread; may communicate on a gloo group of its own.
+        keys: of the items; the thread advances it, at most ``depth`` keys ahead of the items delivered.
+        depth: 0 prepares each item in the consumer's thread when it is asked for.
+        complete: runs in the consumer's thread when the item is taken; where NCCL communication belongs. None: nothing.
+        close_timeout_s: how long :meth:`Prefetcher.close` waits for the thread; choose it above the limits in ``prepare``.
 
     Raises:
-        What ``make``, ``keys`` or ``finish`` raise, when the item they failed at is taken.
+        Exception: of ``prepare``, ``keys`` or ``complete``, when the item they failed at is taken.
     """
     if depth < 0:
         raise ValueError(f"depth: expected 0 or more items; got {depth}")
-    return Prefetcher(make, keys, depth, finish, close_timeout_s)
+    return Prefetcher(prepare, keys, depth, complete, close_timeout_s)

@@ -12,8 +12,8 @@ import safetensors.torch  # noqa: F401
 import torch
 import torch.utils.tensorboard
 
+import gemini_gnn.snapshot.session
 import gemini_gnn.training.job  # noqa: F401
-from gemini_gnn import snapshot  # noqa: F401
 from gemini_gnn.config import ModelConfig
 from gemini_gnn.halo.rows import copy_rows
 from gemini_gnn.models.build import build_model

@@ -1,4 +1,4 @@
-"""What a run tells: losses.csv, metrics.jsonl, TensorBoard, W&B, the best model and result.json. Rank 0 writes."""
+"""The results of a run: losses.csv, metrics.jsonl, TensorBoard, W&B, the best model and result.json. Rank 0 writes."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
     """Write weights as safetensors, whole or not at all."""
     from safetensors.torch import save
 
-    # Not save_file, whose file is its owner's only: this one may be read by whoever may read the run directory.
+    # Not save_file: it makes files of mode 0600, but all readers of the run directory may read this one.
     write_atomically(path, save({name: tensor.contiguous() for name, tensor in weights.items()}))
 
 
@@ -193,7 +193,7 @@ def versions() -> dict[str, str]:
 
 
 def model_card(config: Config, in_features: int, num_classes: int, multi_label: bool) -> dict[str, Any]:
-    """What :func:`gemini_gnn.load` needs beside the weights."""
+    """The values that :func:`gemini_gnn.load` needs beside the weights."""
     return {
         "model": asdict(config.model),
         "in_features": in_features,

@@ -8,7 +8,7 @@ from gemini_gnn.config import OptimizerConfig
 
 
 def lr_factor(step: int, config: OptimizerConfig, total_steps: int) -> float:
-    """What ``optimizer.lr`` is multiplied with at optimizer step ``step`` (0-based) of ``total_steps``.
+    """The factor of ``optimizer.lr`` at optimizer step ``step`` (0-based) of ``total_steps``.
 
     Linear warm-up over ``warmup_steps``, then constant, linear to 0, half a cosine to 0 (Loshchilov & Hutter 2017,
     without restarts), or ``step_gamma`` every ``step_every`` steps.

@@ -104,9 +104,9 @@ def gathers(rank, world, bounds):
             # thread while the background prepares.
             in_background = (lambda key, store=store: store.gather(ids_of(key)), None)
             in_this_thread = (lambda key, store=store: store.prepare(ids_of(key)), store.complete)
-            for make, finish in (in_background, in_this_thread):
+            for prepare, complete in (in_background, in_this_thread):
                 for depth in (0, 3):
-                    with prefetch(make, range(8), depth, finish=finish) as batches:
+                    with prefetch(prepare, range(8), depth, complete=complete) as batches:
                         for key, rows in enumerate(batches):
                             gradient = torch.full((1000,), float(rank + key))
                             dist.all_reduce(gradient)

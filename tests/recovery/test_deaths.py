@@ -10,6 +10,8 @@ import time
 
 import psutil
 
+from gemini_gnn.observe import terms
+from gemini_gnn.observe.status import read_status
 from gemini_gnn.recovery import home, messages
 from gemini_gnn.recovery.stop import stop
 from tests.recovery.jobs import PATIENCE_S, job, wait_for, with_no_error
@@ -176,14 +178,14 @@ def test_an_agent_that_dies_while_it_cleans_up_does_not_begin_the_work_again(job
     run.training(2)
     agent = run.pid_of("agent")
     deadline = time.monotonic() + PATIENCE_S
-    while home.read_status(run.run_dir).get("state") != "done":
+    while read_status(run.run_dir).get("state") != "done":
         assert time.monotonic() < deadline
         time.sleep(0.0005)
     os.kill(agent, signal.SIGKILL)
     assert run.end(launch)[0] == 0
     assert len(run.notes("training")) == 2
     assert (
-        home.newest_term(run.run_dir)["term"] == 1
+        terms.newest_term(run.run_dir)["term"] == 1
     )  # else the second slot, after the first, would find no finished work
     run.assert_nothing_left()
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gemini_gnn.observe import terms
 from gemini_gnn.recovery import home, messages
 from gemini_gnn.recovery.stop import drop_finished, stop
 from tests.recovery.jobs import PATIENCE_S, job, wait_for
@@ -28,7 +29,7 @@ def test_ctrl_c_ends_in_order_and_the_same_command_goes_on(job):
     os.killpg(launch.pid, signal.SIGINT)
     code, _, err = run.end(launch)
     assert code == 130
-    assert "Ctrl-C: ending after this step" in err and "the same command goes on" in err
+    assert "Ctrl-C: ending after this step" in err and "the same command resumes" in err
     assert len(run.notes("stopping")) == 2
     assert [path.name for path in home.snapshot_files(run.arena)] == ["shard-0-slot-0", "shard-1-slot-0"]
     assert run.arena.stat().st_mode & 0o777 == 0o700
@@ -56,7 +57,7 @@ def test_sigterm_of_the_launcher_ends_in_order(job, number):
 def test_a_stop_that_comes_together_with_the_registration(job):
     """Ctrl-C while the agent is not looking: both messages are read at once, and nothing is begun."""
     run = job()
-    home.make_run_dir(run.run_dir)
+    terms.make_run_dir(run.run_dir)
     lock = home.take_lock(run.arena)  # an agent that accepts nobody yet
     listener = messages.listen(run.arena / home.AGENT_SOCKET)
     launch = run.launch(1, "train")
@@ -111,7 +112,7 @@ def test_the_stop_command_keeps_and_can_later_drop(job):
     run.training(1)
     command = [sys.executable, "launch/stop.py", f"run_dir={run.run_dir}"]
     kept = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
-    assert kept.returncode == 0 and "goes on from the snapshot" in kept.stdout
+    assert kept.returncode == 0 and "resumes from the snapshot" in kept.stdout
     run.end(launch)
     wait_for(lambda: not run.processes(), "the end of all processes", 10.0)
     again = subprocess.run([*command, "keep=true"], capture_output=True, text=True, timeout=PATIENCE_S)
@@ -136,8 +137,8 @@ def test_a_trainer_that_does_not_listen_is_not_waited_for(job):
 
 @pytest.mark.parametrize("local_world_size", [2, 4])
 def test_stop_says_what_stays_on_other_machines(tmp_path, local_world_size):
-    home.make_run_dir(tmp_path)
-    home.claim_term(tmp_path, {"world_size": 4, "local_world_size": local_world_size})
+    terms.make_run_dir(tmp_path)
+    terms.claim_term(tmp_path, {"world_size": 4, "local_world_size": local_world_size})
     assert ("run this command on each" in stop(tmp_path, keep=False)) == (local_world_size < 4)
     assert "run this command on each" not in stop(tmp_path)
 
@@ -218,7 +219,7 @@ def test_stop_drops_what_an_end_that_was_under_way_has_kept(tmp_path, short_path
 
 def test_a_complete_run_that_was_killed_while_it_cleaned_up_is_cleaned_by_the_same_command(tmp_path, short_path):
     run_dir = tmp_path / "run"
-    home.make_run_dir(run_dir)
+    terms.make_run_dir(run_dir)
     arena = home.arena_of(run_dir, short_path)
     home.make_arena(arena)
     for name in ("rank-00000.0", home.AGENT_LOCK, home.AGENT_SOCKET, home.RUN_ID):

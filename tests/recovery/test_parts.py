@@ -1,4 +1,4 @@
-"""Locks, terms, sockets and words: the parts of recovery by themselves."""
+"""Arena, locks, sockets and words: the parts of recovery by themselves."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ import sys
 import threading
 import time
 import typing
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-import psutil
 import pytest
 
 from gemini_gnn.cluster.place import Place
 from gemini_gnn.errors import RecoveryError, RunDirError
+from gemini_gnn.observe import terms
 from gemini_gnn.recovery import home, messages, shim
 from gemini_gnn.recovery.screen import Screen
 from gemini_gnn.recovery.worker import children, decisions
@@ -57,36 +56,11 @@ def test_a_long_path_is_refused(tmp_path):
         home.make_arena(tmp_path / ("x" * 120))
 
 
-def test_terms_are_claimed_once(tmp_path):
-    home.make_run_dir(tmp_path)
-    (tmp_path / "terms" / "notes.json").write_text("{}")
-    assert [home.claim_term(tmp_path, {}) for _ in range(3)] == [1, 2, 3]
-    assert home.newest_term(tmp_path)["term"] == 3
-    (tmp_path / "terms" / "4.json").touch()  # its agent was killed before it could write
-    assert home.newest_term(tmp_path)["term"] == 3 and home.claim_term(tmp_path, {}) == 5
-
-
-def test_a_run_directory_has_one_id(short_path):
-    home.make_run_dir(short_path)
-    run = home.run_id(short_path)
-    assert home.run_id(short_path) == run
-    assert [path.name for path in (short_path / "terms").iterdir()] == ["id"]
+def test_an_arena_belongs_to_one_run(short_path):
     home.make_arena(short_path / "arena")
-    assert not home.belongs_to(short_path / "arena", run)
-    home.assign(short_path / "arena", run)
-    assert home.belongs_to(short_path / "arena", run) and not home.belongs_to(short_path / "arena", run[::-1])
-    (short_path / "terms" / "id").write_text("12")
-    with pytest.raises(RunDirError, match="incomplete"):
-        home.run_id(short_path, patience_s=0.0)
-
-
-@pytest.mark.parametrize("links", [True, False])
-def test_ids_made_at_the_same_moment_are_one(tmp_path, monkeypatch, links):
-    if not links:
-        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
-    home.make_run_dir(tmp_path)
-    with ThreadPoolExecutor(8) as pool:
-        assert len(set(pool.map(lambda _: home.run_id(tmp_path), range(8)))) == 1
+    assert not home.belongs_to(short_path / "arena", "one")
+    home.assign(short_path / "arena", "one")
+    assert home.belongs_to(short_path / "arena", "one") and not home.belongs_to(short_path / "arena", "another")
 
 
 def test_one_of_several_machines_does_not_forget_by_itself(short_path):
@@ -138,7 +112,7 @@ def test_living_trainers_are_seen_until_the_kernel_is_done_with_them(tmp_path):
 @pytest.fixture
 def below(tmp_path):
     """The children of an agent that this process plays, with trainers 0 and 1 asked for; ``ends``: what a trainer would hold."""
-    home.make_run_dir(tmp_path)
+    terms.make_run_dir(tmp_path)
     warm, theirs = messages.pair(messages.FROM_WARM)
     to_warm = messages.Channel(theirs, messages.TO_WARM)
     with selectors.DefaultSelector() as selector:
@@ -308,8 +282,8 @@ def test_a_log_that_cannot_be_read_ends_the_showing_and_nothing_else(tmp_path, m
         screen.copy()
     assert screen.ended(messages.Ended("failed", 3, "the reason", rank=0, text="its error")) == 3
     out, err = capfd.readouterr()
-    assert out == "shown\n" and "cannot be read any more" in err and "failed: rank 0: its error" in err
-    assert err.count("cannot be read") == 1
+    assert out == "shown\n" and "its output is no longer shown here" in err and "failed: rank 0: its error" in err
+    assert err.count("cannot read") == 1
 
 
 def test_agents_may_die_four_times_but_not_within_an_hour():
@@ -342,7 +316,7 @@ def test_output_to_a_pipe_that_does_not_block_is_complete():
 
 def test_a_full_disk_does_not_end_the_agent(tmp_path):
     """Events and the agent's own log are most often on the same disk."""
-    home.make_run_dir(tmp_path)
+    terms.make_run_dir(tmp_path)
     (tmp_path / "events" / "agent-m.jsonl").symlink_to("/dev/full")
     program = "import sys; from pathlib import Path; from gemini_gnn.recovery.worker.journal import Journal\n"
     program += f"journal = Journal(Path({os.fspath(tmp_path)!r}), 'm'); journal.log('one'); journal.log('two')\n"
@@ -353,7 +327,7 @@ def test_a_full_disk_does_not_end_the_agent(tmp_path):
 
 
 def test_the_first_error_is_whole_in_its_log_also_when_the_job_goes_on(tmp_path):
-    home.make_run_dir(tmp_path)
+    terms.make_run_dir(tmp_path)
     journal = Journal(tmp_path, "m")
     errors = [Failure(0, 1, 1.0, "gone", "trace of 0", consequence=True), Failure(1, 1, 2.0, "bad", "trace of 1")]
     for first in (None, errors[1]):
@@ -364,26 +338,15 @@ def test_the_first_error_is_whole_in_its_log_also_when_the_job_goes_on(tmp_path)
         journal.log_of(1).unlink()
 
 
-def test_a_run_directory_has_one_agent_and_a_dead_one_does_not_keep_it(tmp_path):
-    home.make_run_dir(tmp_path)
-    lock = home.take_run_dir(tmp_path, "the worker agent on h1, pid 7")
-    before = psutil.Process().num_fds()
-    with pytest.raises(RunDirError, match="in use by the worker agent on h1, pid 7"):
-        home.take_run_dir(tmp_path, "another", patience_s=0.0)
-    assert psutil.Process().num_fds() == before
-    os.close(lock)
-    os.close(home.take_run_dir(tmp_path, "the next", patience_s=0.0))
-
-
 def test_an_agents_log_that_cannot_be_written_is_said(short_path):
-    home.make_run_dir(short_path)
+    terms.make_run_dir(short_path)
     shim.agent_log(short_path).mkdir()
     with pytest.raises(RunDirError, match="cannot write .*agent-.*give another run_dir"):
         shim.reach_agent(home.arena_of(short_path, short_path), short_path)
 
 
 def test_an_agent_that_cannot_be_started_is_said_and_the_lock_is_free_again(short_path, monkeypatch):
-    home.make_run_dir(short_path)
+    terms.make_run_dir(short_path)
     arena = home.arena_of(short_path, short_path)
 
     def fork() -> int:

@@ -9,7 +9,7 @@ import shutil
 import psutil
 import pytest
 
-from gemini_gnn.recovery import home
+from gemini_gnn.observe import terms
 from gemini_gnn.recovery.stop import stop
 from gemini_gnn.snapshot.store.locks import agent_lives
 from tests.recovery.jobs import PATIENCE_S, job, wait_for
@@ -90,7 +90,7 @@ def test_an_error_for_users_has_no_traceback(job):
 def test_a_start_that_fails_before_its_first_snapshot_leaves_nothing_and_promises_nothing(job):
     run = job()
     code, _, err = run.end(run.launch(1, "fail_before_the_first_snapshot"))
-    assert code == 2 and "goes on" not in err
+    assert code == 2 and "resumes" not in err
     run.assert_nothing_left()
 
 
@@ -148,7 +148,7 @@ def test_a_trainer_that_cannot_begin_says_why(job, tmp_path, monkeypatch):
 
 def test_a_start_that_is_refused_says_so_and_leaves_nothing(job):
     run = job()
-    home.make_run_dir(run.run_dir)
+    terms.make_run_dir(run.run_dir)
     (run.run_dir / "terms" / "lock").mkdir()
     code, _, err = run.end(run.launch(2, "report"))
     assert code == 2 and "cannot lock" in err and "Traceback" not in err
@@ -216,9 +216,9 @@ def test_a_removed_run_directory_is_a_new_run(job, another_machine_is_first):
     (run.arena / "old").touch()
     shutil.rmtree(run.run_dir)
     if another_machine_is_first:
-        home.make_run_dir(run.run_dir)
-        home.run_id(run.run_dir)
-        home.claim_term(run.run_dir, {})
+        terms.make_run_dir(run.run_dir)
+        terms.run_id(run.run_dir)
+        terms.claim_term(run.run_dir, {})
     launch = run.launch(1, "train")
     assert "old" not in run.training(1, term=1 + another_machine_is_first)[0]["found"]
     run.finish()

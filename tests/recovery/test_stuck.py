@@ -91,7 +91,7 @@ def test_a_trainer_that_cannot_be_reaped_ends_the_job_and_is_named(job):
     with held(stays):
         os.kill(run.notes("training", rank=1)[0]["pid"], signal.SIGKILL)
         code, _, err = run.end(launch)
-        assert code == 1 and "lost: the trainers of ranks 0 could not be reaped" in err and "goes on from" in err
+        assert code == 1 and "lost: the trainers of ranks 0 could not be reaped" in err and "resumes from" in err
         assert json.loads((run.run_dir / "status.json").read_text())["state"] == "failed"
     assert home.snapshot_files(run.arena)
 

@@ -20,6 +20,8 @@ def arena_folder() -> Iterator[Path]:
     try:
         yield path
     finally:
+        if path.is_symlink():
+            path.unlink()
         arena.remove(path)
 
 

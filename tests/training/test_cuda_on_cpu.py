@@ -217,8 +217,8 @@ def batches_in_two_stages(rank, world, folder):
         keys = plain.step_keys(0) + plain.step_keys(1) + plain.step_keys(2)
         expected = [plain.make(key) for key in keys]
         torch.distributed.all_to_all_single = noted
-        make, finish = staged.stages("nccl")
-        with prefetch(make, keys, 2, finish=finish) as batches:
+        prepare, complete = staged.stages("nccl")
+        with prefetch(prepare, keys, 2, complete=complete) as batches:
             for batch, other in zip(batches, expected, strict=True):
                 torch.distributed.all_reduce(torch.ones(1))  # the gradients, on another group from the same thread
                 assert torch.equal(batch.x, other.x) and torch.equal(batch.y, other.y) and batch.edges == other.edges

@@ -22,38 +22,38 @@ def eventually(condition, limit_s=10.0):
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3, 50])
-def test_items_come_in_order_and_finish_runs_in_the_consumer(depth):
-    makers, finishers = set(), set()
+def test_items_come_in_order_and_complete_runs_in_the_consumer(depth):
+    preparers, completers = set(), set()
 
-    def make(key):
-        makers.add(threading.current_thread().name)
+    def prepare(key):
+        preparers.add(threading.current_thread().name)
         return key * key
 
-    def finish(item):
-        finishers.add(threading.current_thread())
+    def complete(item):
+        completers.add(threading.current_thread())
         return -item
 
-    with prefetch(make, range(20), depth, finish=finish) as items:
+    with prefetch(prepare, range(20), depth, complete=complete) as items:
         assert list(items) == [-key * key for key in range(20)]
         assert list(items) == []
-    assert finishers == {threading.current_thread()}
-    assert makers == ({"prefetch"} if depth else {threading.current_thread().name})
+    assert completers == {threading.current_thread()}
+    assert preparers == ({"prefetch"} if depth else {threading.current_thread().name})
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
 def test_an_exception_comes_in_its_place_with_its_traceback(depth):
-    def make(key):
+    def prepare(key):
         if key == 2:
-            raise KeyError("a place in make")
+            raise KeyError("a place in prepare")
         return key
 
     got = []
-    with pytest.raises(KeyError) as caught, prefetch(make, range(5), depth) as items:
+    with pytest.raises(KeyError) as caught, prefetch(prepare, range(5), depth) as items:
         for item in items:
             got.append(item)
     assert got == [0, 1]
-    assert "a place in make" in "".join(traceback.format_exception(caught.value))
-    assert "in make" in "".join(traceback.format_tb(caught.value.__traceback__))
+    assert "a place in prepare" in "".join(traceback.format_exception(caught.value))
+    assert "in prepare" in "".join(traceback.format_tb(caught.value.__traceback__))
 
 
 def test_an_exception_in_the_keys_reaches_the_consumer():
@@ -77,16 +77,16 @@ def test_exactly_depth_items_are_begun_ahead(depth):
 
 
 def test_breaking_out_leaves_the_same_number_begun_whatever_the_speed():
-    """What a collective `make` needs: ranks that stop after the same item have begun the same number of items."""
+    """What a collective `prepare` needs: ranks that stop after the same item have begun the same number of items."""
     for slow in (0.0, 0.02):
         begun = []
 
-        def make(key, slow=slow, begun=begun):
+        def prepare(key, slow=slow, begun=begun):
             begun.append(key)
             threading.Event().wait(slow)
             return key
 
-        with prefetch(make, range(100), 3) as items:
+        with prefetch(prepare, range(100), 3) as items:
             for item in items:
                 if item == 4:
                     break
@@ -96,13 +96,13 @@ def test_breaking_out_leaves_the_same_number_begun_whatever_the_speed():
 def test_an_exception_in_the_consumer_stops_the_thread_at_once():
     begun, release = [], threading.Event()
 
-    def make(key):
+    def prepare(key):
         begun.append(key)
         if key == 1:
             release.wait(10)
         return key
 
-    with pytest.raises(RuntimeError, match="out of luck"), prefetch(make, range(100), 5) as items:
+    with pytest.raises(RuntimeError, match="out of luck"), prefetch(prepare, range(100), 5) as items:
         assert next(items) == 0
         eventually(lambda: begun == [0, 1])
         threading.Timer(0.05, release.set).start()
@@ -125,24 +125,24 @@ def test_a_thread_that_does_not_stop_is_an_error_with_a_deadline():
 
 
 def test_an_error_nobody_took_is_raised_by_close():
-    def make(key):
+    def prepare(key):
         if key == 2:
             raise OSError("made ahead")
         return key
 
-    with pytest.raises(OSError, match="made ahead"), prefetch(make, range(9), 2) as items:
+    with pytest.raises(OSError, match="made ahead"), prefetch(prepare, range(9), 2) as items:
         next(items)
 
 
 def test_waiting_is_measured_per_item():
     gate = threading.Event()
 
-    def make(key):
+    def prepare(key):
         if key == 1:
             gate.wait(10)
         return key
 
-    with prefetch(make, range(2), 1) as items:
+    with prefetch(prepare, range(2), 1) as items:
         next(items)
         first = items.waited_s
         threading.Timer(0.1, gate.set).start()

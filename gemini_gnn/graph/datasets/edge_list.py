@@ -45,7 +45,7 @@ class EdgeList(NamedTuple):
 
 
 class NodeTable(NamedTuple):
-    """What a file says of nodes: their ids as written (int64 or text ``[rows]``) and ``values [rows, ...]``."""
+    """The nodes in a file: their ids as written (int64 or text ``[rows]``) and ``values [rows, ...]``."""
 
     path: Path
     ids: np.ndarray

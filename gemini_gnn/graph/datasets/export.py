@@ -1,4 +1,4 @@
-"""What a graph is, in a few lines; and its edges as a file others can read."""
+"""A graph in a few lines of text; and its edges as a file for other programs."""
 
 from __future__ import annotations
 

@@ -141,8 +141,8 @@ def preferential_pairs(n: int, links: int, rng: np.random.Generator) -> tuple[np
     """Barabasi and Albert (1999): each new node links to ``links`` earlier ones in proportion to their degree.
 
     Batagelj and Brandes (2005): the list of all edge ends so far *is* the distribution by degree, so a link copies a
-    uniformly chosen earlier entry. Who copies a copy is resolved for all links at once by following the pointers until
-    they reach an entry that is a new node's own: each round halves what is left.
+    uniformly chosen earlier entry. Links that copy a copy are resolved at once, by following the pointers
+    until they reach an entry that is a new node's own: each round halves the rest.
     """
     edge = np.arange(n * links)
     pointer = (rng.random(len(edge)) * (2 * edge + 1)).astype(np.int64)  # entry 2e: the new node; 2e + 1: its target

@@ -4,9 +4,9 @@ PyG's and OGB's own loaders read the published files, and these contain pickles.
 its own, under a temporary root that holds links to the files (the data root may be read-only, and loaders write beside
 what they read); it leaves plain arrays. Everything after that reads only ``.npy``.
 
-Who owns what: ``<cache>/imported/<name>-<digest of the files>`` is complete from the moment it has that name and never
-changes, so readers need no lock. Importers take a lock per name; the one that comes second finds what the first made. A
-killed importer leaves a ``.<name>.*.tmp`` folder, which the next one removes. Downloads land in the temporary root and
+Ownership: ``<cache>/imported/<name>-<digest of the files>`` is complete from the moment it has that name and never changes,
+so readers need no lock. Importers take a lock per name; the second importer finds the folder of the first. A killed importer
+leaves a ``.<name>.*.tmp`` folder, and the next one removes it. Downloads land in the temporary root and
 are moved to ``<cache>/raw/<folder>`` when the loader has accepted them all.
 """
 

@@ -78,7 +78,7 @@ def partition_nodes(graph: Graph, method: str, parts: int, seed: int = 0, balanc
 
 
 def finish(adjacency: metis.Adjacency, assignment: np.ndarray, train_mask: np.ndarray, parts: int) -> np.ndarray:
-    """What METIS leaves undone: seeds even to +-1, no part empty."""
+    """Do what METIS leaves undone: make the seeds even to +-1, and fill empty parts."""
     return fill_empty(even_seeds(adjacency, assignment, train_mask, parts), train_mask, parts)
 
 

@@ -19,7 +19,7 @@ Glossary: *original id*, the position in the :class:`Graph`; *new id*, the posit
 so that part p owns the new ids ``bounds[p]..bounds[p + 1] - 1``; *halo*, nodes that a part's nodes have as in-neighbors
 and that another part owns.
 
-A folder is written beside its place under another name, made durable, and renamed: whoever finds it finds all of it.
+A folder is written beside its place under another name, made durable, and renamed: a reader finds all of it or nothing.
 No pickle: ``np.load(allow_pickle=False)`` and JSON.
 """
 
@@ -46,7 +46,7 @@ MASKS = ("train_mask", "val_mask", "test_mask")
 
 @dataclass(frozen=True)
 class Meta:
-    """What ``meta.json`` holds.
+    """The contents of ``meta.json``.
 
     Attributes:
         graph, fingerprint: name and fingerprint of the source graph. method, settings: how it was partitioned.

@@ -27,11 +27,11 @@ def open_or_make(
 ) -> PartitionedGraph:
     """The partitioned graph a run needs: found, or made here.
 
-    Who owns what: the folder is complete from the moment it has its name (see :mod:`array_folder`), so a reader needs no
-    lock. Makers take a ``flock`` on ``.<folder>.lock`` beside it, the second waits and then opens what the first
-    made; the kernel drops the lock of a maker that dies at any point, and the next one starts afresh, removing what the
-    dead one left. Where the file system knows no locks two jobs may do the work twice: the rename that comes second
-    fails, and that job opens the other's.
+    Ownership: the folder is complete from the moment it has its name (see :mod:`array_folder`), so a reader needs no
+    lock. A job that makes it takes a ``flock`` on ``.<folder>.lock`` beside it; a second job waits, and then opens the
+    folder of the first. If the first dies, the kernel drops its lock; the second removes its remains and starts afresh.
+    On a file system without locks two jobs may do the work twice: the second rename fails, and that job opens the folder
+    of the other.
 
     Args:
         config: its ``dataset`` and ``partition``. parts: number of parts.

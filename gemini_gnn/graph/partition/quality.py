@@ -1,4 +1,4 @@
-"""How good a partition is: numbers that say what a run will exchange and who will wait for whom. Pure."""
+"""The quality of a partition: numbers that predict what a run exchanges, and which ranks wait for others. Pure."""
 
 from __future__ import annotations
 

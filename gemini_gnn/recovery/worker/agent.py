@@ -1,19 +1,19 @@
 """The worker agent: one per machine and job, light, detached; owns the warm parent, the trainers and the arena folder.
 
-Who owns what. The agent holds the flock on ``agent.lock`` from before its exec (the shim that started it passes the
-descriptor on), so at most one lives per job and machine, and everything under the arena folder is its own. The agent of
-rank 0's machine also holds a lock in the run directory, so that no other machine, user or arena runs the same job. It is
-single-threaded: a loop over sockets, with the decisions in ``decisions.py`` and all that concerns warm parent and trainers,
-its children, in ``children.py``. It is nobody's child itself (re-parented to init).
+Ownership. The agent holds the flock on ``agent.lock`` from before its exec: the shim that starts it passes the descriptor.
+So at most one agent lives per job and machine, and it owns everything in the arena folder. The agent of rank 0's machine
+also holds a lock in the run directory: no other machine, user or arena can run the same job. The agent has one thread: a
+loop over sockets. ``decisions.py`` decides; ``children.py`` handles warm parent and trainers, which are the agent's
+children. The agent itself is a child of init.
 
-What may be interrupted where. The agent may be killed at any instruction: the kernel kills the warm parent and the
-trainers (PDEATHSIG), closes the shims' sockets, drops the lock; the shims start another agent, which waits until the kernel
-has finished with every trainer of the old one (``locks.living_trainer``) before it forks. Shims and trainers may vanish
-between any two messages: a closed socket is an event like the others. Which message may be lost: any to or from a process
-that died; that a signal came is never lost, because the descriptor it is seen through stands before its handler does.
+Interruptions. The agent may be killed at any instruction. The kernel then kills the warm parent and the trainers
+(PDEATHSIG), closes the shims' sockets and drops the lock. The shims start another agent. Before it forks, that agent waits
+until no trainer of the old one lives (``locks.living_trainer``). Shims and trainers may die between any two messages: a
+closed socket is an event like the others. Messages to or from a dead process may be lost. A signal is never lost: the
+agent sees it through a descriptor that exists before the handler does.
 
-Requests come from processes of the same user only: the folder is 0700, the socket 0600, and the kernel is asked for the
-peer's uid. A message that does not fit closes its connection and is logged; it harms nobody else.
+Only processes of the same user may send requests: the folder is 0700, the socket 0600, and the agent asks the kernel for
+the peer's uid. The agent logs a bad message and closes its connection; other connections go on.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from pathlib import Path
 
 from gemini_gnn.cluster.place import Place, check_place, launcher_variables
 from gemini_gnn.errors import GeminiError
+from gemini_gnn.observe import terms
+from gemini_gnn.observe.status import read_status
 from gemini_gnn.recovery import home, messages, processes
 from gemini_gnn.recovery.worker import decisions
 from gemini_gnn.recovery.worker.children import Children
@@ -36,8 +38,8 @@ from gemini_gnn.recovery.worker.decisions import Failure, Limits, Outcome
 from gemini_gnn.recovery.worker.journal import Journal
 from gemini_gnn.snapshot.store import locks
 
-NOBODY_S = 30.0  # an agent without a job ends after it
-REAP_ORPHANS_S = 5.0  # for killed children to be gone
+NOBODY_S = 30.0  # then an agent without a job ends
+REAP_ORPHANS_S = 5.0  # until killed children are gone
 
 
 @dataclass
@@ -49,7 +51,7 @@ class Shim:
 
 
 class Agent:
-    """The loop and its handles. What is decided from is ``state``; it is None until the first shim has spoken."""
+    """The loop and its handles. Decisions are made from ``state``, which is None until the first shim registers."""
 
     def __init__(self, run_dir: Path, arena: Path):
         self.run_dir, self.arena, self.job = run_dir, arena, home.job_id(run_dir)
@@ -58,11 +60,11 @@ class Agent:
         self.term = 0
         self.state: decisions.State | None = None
         self.outcome: Outcome | None = None
-        self.nobody = Outcome("stopped", 1, "nobody came")  # unless there is a job
+        self.nobody = Outcome("stopped", 1, "no slot process came")  # the outcome if there is never a job
         self.nobody_s = time.monotonic() + NOBODY_S
         self.run_dir_lock: int | None = None
         self.arena_gone = False
-        self.request: messages.Register | None = None  # of the first shim: what all of them share
+        self.request: messages.Register | None = None  # of the first shim; all share most of it
         self.shims: dict[int, Shim] = {}
         self.visitors: list[messages.Channel] = []  # connected, no registered shim (yet)
         self.journal = Journal(run_dir, self.machine)
@@ -80,13 +82,15 @@ class Agent:
     # --- the loop -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Serve until the job has ended on this machine, or nobody came."""
+        """Serve until the job has ended on this machine, or no shim has come."""
         while self.outcome is None:
             self.selector.select(self._patience_s())
             for number in self._signals():
                 if number == signal.SIGTERM:
                     self._see(decisions.StopAsked("SIGTERM: this machine leaves", 128 + signal.SIGTERM))
-            for event in self.children.read(time.monotonic()):  # before requests: who listens is asked, not killed
+            for event in self.children.read(
+                time.monotonic()
+            ):  # before requests to stop: a trainer that listens is asked
                 self._see(event)
             self._accept()
             self._read_visitors()
@@ -94,18 +98,18 @@ class Agent:
             self._see(decisions.Tick())
             self._look_at_arena()
             if self.state is None and not self.visitors and time.monotonic() > self.nobody_s:
-                break  # the shim that started us died before it could speak, or was refused
+                break  # the shim that started us died before it registered, or was refused
         self._end()
 
     def _look_at_arena(self) -> None:
-        """Somebody may have removed it under us: the job works on, but could not go on from it."""
+        """Say so once if the arena was removed: the job runs on, but its snapshots are lost."""
         if self.arena_gone or (self.arena / home.AGENT_SOCKET).exists():
             return
         self.arena_gone = True
         self._say(
-            f"{self.arena} has been removed while the job runs: its snapshots are lost, and nobody can reach this worker agent "
-            f"(process {os.getpid()}, to be ended by SIGTERM). systemd-logind does so at your last logout, unless RemoveIPC=no "
-            "or `loginctl enable-linger`"
+            f"{self.arena} has been removed while the job runs: its snapshots are lost. No request can reach this worker "
+            f"agent; to end it, send SIGTERM to process {os.getpid()}. systemd-logind removes it at your last logout, unless "
+            "RemoveIPC=no or `loginctl enable-linger`"
         )
 
     def _patience_s(self) -> float:
@@ -258,17 +262,17 @@ class Agent:
     # --- the beginning ------------------------------------------------------------------------------------------------
 
     def _begin(self, request: messages.Register) -> None:
-        """The first shim says what this job is.
+        """Begin the job that the first shim describes.
 
         Raises:
             RunDirError, RecoveryError: the run directory or the arena refuses; nothing has begun.
         """
         place, limits = request.place, replace(self.limits, max_restarts=request.max_restarts)
         self._take_run_dir(place)
-        # The agent before us may have died while it cleaned up after the work was done: a script must not begin again.
-        before, status = home.newest_term(self.run_dir), home.read_status(self.run_dir)
+        # If the agent before us died while it cleaned up, the work is done: a script must not begin again.
+        before, status = terms.newest_term(self.run_dir), read_status(self.run_dir)
         if request.deaths > 0 and status.get("state") == "done" and status.get("term") == before.get("term"):
-            # It must stay done for the next slot, which may come to an agent of its own: no term is claimed.
+            # Claim no term: the next slot may come to another agent, which must also see that the work is done.
             self.term = self.journal.term = before.get("term", 0)
             self._earlier_trainer(limits.reap_s)
             self.request = request
@@ -279,9 +283,9 @@ class Agent:
         stuck = self._earlier_trainer(limits.reap_s)
         if stuck is None:
             self._clear_arena(request)
-        # From here on there is a job: nothing above may fail any more.
+        # From here on there is a job. All that can refuse it is above.
         self.request = request
-        # Trainers of a launch whose agent died are no first generation: they may find its work complete.
+        # If an agent of this launch died, these trainers are not the first generation: the work may be complete.
         self.state = decisions.State(place.local_world_size, place.world_size, limits, generation=request.deaths)
         self.journal.status("starting")
         if stuck is not None:
@@ -294,26 +298,26 @@ class Agent:
         self.children.start_warm(request.preload, request.path)
 
     def _take_run_dir(self, place: Place) -> None:
-        """Lead the job, if rank 0 is on this machine: no other machine, user or arena may run it meanwhile."""
+        """If rank 0 is on this machine, lock the run directory: no other machine, user or arena may run the job."""
         leads = place.rank == place.local_rank
         if leads and self.run_dir_lock is None:
             owner = f"the worker agent on {self.machine}, pid {os.getpid()}, with its snapshots in {self.arena.parent}"
-            self.run_dir_lock = home.take_run_dir(self.run_dir, owner)
+            self.run_dir_lock = terms.take_run_dir(self.run_dir, owner)
         self.journal.speaks_for_job = leads
 
     def _claim_term(self, request: messages.Register) -> None:
         place = request.place
         claim = {"machine": self.machine, "pid": os.getpid(), "time": time.time(), "launch": request.launch}
         claim |= {"world_size": place.world_size, "local_world_size": place.local_world_size}
-        self.term = home.claim_term(self.run_dir, {**claim, "arena_root": os.fspath(self.arena.parent.parent)})
+        self.term = terms.claim_term(self.run_dir, {**claim, "arena_root": os.fspath(self.arena.parent.parent)})
         self.journal.term = self.term
         self.journal.log(
             "started", term=self.term, pid=os.getpid(), arena=os.fspath(self.arena), command=request.command
         )
 
     def _clear_arena(self, request: messages.Register) -> None:
-        """Remove snapshots that this job must not go on from. No trainer of an earlier term lives."""
-        run = home.run_id(self.run_dir)
+        """Remove snapshots that this job must not resume from. No trainer of an earlier term lives."""
+        run = terms.run_id(self.run_dir)
         several = request.place.local_world_size < request.place.world_size
         reason = home.why_forget(self.arena, run, request.resume, several)
         if reason and home.snapshot_files(self.arena):
@@ -322,7 +326,7 @@ class Agent:
         home.assign(self.arena, run)
 
     def _earlier_trainer(self, patience_s: float) -> int | None:
-        """Invariant 5 across the death of an agent: end what is left of the last term; the trainer that stays."""
+        """Kill the processes of the last term, which may not write any more. Returns the pid of a trainer that stays."""
         deadline = time.monotonic() + patience_s
         killed, gone = processes.kill_marked(self.arena, patience_s)
         if killed:
@@ -337,7 +341,7 @@ class Agent:
         places = {rank: request.place for rank, request in requests.items()}
         listening = []
         if self.state.local == self.state.world:
-            # With all ranks here the store's port is ours to choose: bound and listening before any client comes.
+            # All ranks are here, so the agent chooses the store's port: it listens before any client connects.
             store = socket.create_server(("127.0.0.1", 0), backlog=1024)
             port = store.getsockname()[1]
             places = {rank: replace(place, master_addr="127.0.0.1", master_port=port) for rank, place in places.items()}
@@ -350,8 +354,8 @@ class Agent:
     def _task(self, generation: int, place: Place, request: messages.Register) -> messages.Task:
         """The trainer of ``place``."""
         assert self.request is not None
-        # What `never` had to forget was removed when this term began; a restart must go on. One answer for all ranks: after
-        # the death of an agent only some of their shims may know of it.
+        # `never` removed the snapshots when this term began, so a restart resumes. The first shim's request counts for all
+        # ranks: after the death of an agent, only some shims may have changed theirs.
         resume = "auto" if generation > 1 and self.request.resume == "never" else self.request.resume
         return messages.Task(
             place=place,
@@ -374,13 +378,13 @@ class Agent:
     # --- the end ------------------------------------------------------------------------------------------------------
 
     def _end(self) -> None:
-        """Clean up first, then tell: when a command returns, nothing of the job is left but what it says."""
+        """Clean up, then report: when a command returns, nothing of the job is left but what the report names."""
         outcome = self.outcome or self.nobody
         if not self.children.end(REAP_ORPHANS_S):
             self.journal.log("children_left", reason="not reaped in time")
         self.listener.close()
         state = "failed" if outcome.kind == "lost" else outcome.kind
-        self.journal.status(state, reason=outcome.reason, exit_code=outcome.code)  # before what it says is removed
+        self.journal.status(state, reason=outcome.reason, exit_code=outcome.code)  # before the snapshots are removed
         dropped = (0, 0)
         if not outcome.keep:
             dropped = home.remove_snapshots(self.arena)
@@ -391,7 +395,7 @@ class Agent:
         self.journal.log(
             "ended", outcome=outcome.kind, code=outcome.code, reason=outcome.reason, dropped_bytes=dropped[1]
         )
-        home.leave_arena(self.arena)  # from here on the arena is somebody else's
+        home.leave_arena(self.arena)  # from here on another agent may own the arena
         message = messages.Ended(
             outcome=outcome.kind,
             code=outcome.code,

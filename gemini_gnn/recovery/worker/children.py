@@ -1,15 +1,15 @@
 """The processes below a worker agent: its warm parent and its trainers.
 
-Who owns what. All of them are the agent's children and reaped only here: a trainer is forked by the warm parent through a
-process in between and falls to the agent, which is a subreaper. What trainers leave behind comes to the agent the same way.
+Ownership. All of them are the agent's children, and only this module reaps them. The warm parent forks a trainer through a
+process in between; that process exits, so the trainer falls to the agent, which is a subreaper. Processes that trainers
+leave behind fall to the agent in the same way.
 
-What may be interrupted where. A trainer says its pid first and gets its task then. One that has not said it yet has done
-nothing, and will do nothing once its socket is closed: it counts as gone at that moment, whether the warm parent dies before
-the fork, hangs in it, or forks later. One that has said its pid is gone when it is reaped. A death of the warm parent
-harms no trainer. A warm parent that does not fork in time is killed and forgotten; should it be stuck in the kernel, the
-next one takes its place all the same.
+Interruptions. A trainer sends its pid first, and gets its task then. A trainer without a known pid has done nothing. Once
+its socket is closed it will do nothing either: it counts as gone from that moment, even if the warm parent forks it later.
+A trainer with a known pid is gone when it is reaped. The death of the warm parent harms no trainer. If the warm parent
+does not fork in time, the agent kills and forgets it, and starts another, even if the old one is stuck in the kernel.
 
-Nothing here waits but :meth:`Children.end`. Actions on what is gone do nothing: that it is gone is among the next events.
+Only :meth:`Children.end` waits. Actions on a dead process do nothing: the next events say that it is gone.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from gemini_gnn.recovery.worker import decisions
 from gemini_gnn.recovery.worker.decisions import Event, Failure
 from gemini_gnn.recovery.worker.journal import Journal
 
-FORK_S = 60.0  # for the warm parent to fork a trainer, and for that to say its pid
-REAP_WARM_S = 0.05  # to learn how a warm parent ended; one that cannot be reaped is forgotten
+FORK_S = 60.0  # until the warm parent has forked a trainer and that has sent its pid
+REAP_WARM_S = 0.05  # to learn how a warm parent ended; it is forgotten if it cannot be reaped in time
 
-# Pools are sized when a library is imported; a trainer sets its own number after the fork.
+# Libraries size their thread pools at import; a trainer sets its own number after the fork.
 PINNED = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
 )
-# torch.cuda.is_available() then asks NVML and does not initialise CUDA, which a fork would not survive.
+# So torch.cuda.is_available() asks NVML. It would initialise CUDA otherwise, and a fork does not survive that.
 PINNED["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 
 @dataclass
 class Warm:
-    """``pid`` is its own until it is reaped."""
+    """Until it is reaped, no other process can have its ``pid``."""
 
     pid: int
     channel: messages.Channel
@@ -50,7 +50,7 @@ class Warm:
 
 @dataclass
 class Trainer:
-    """``pid`` is None until it has said it; ``task`` is what it gets then."""
+    """``pid`` is None until the trainer has sent it; then it gets its ``task``."""
 
     channel: messages.Channel
     task: messages.Task
@@ -61,15 +61,15 @@ class Trainer:
 class Children:
     """
     Attributes:
-        warm: None where there is none, or it is to be forgotten.
-        trainers: by rank, those whose exit has not been reported.
+        warm: the warm parent; None if there is none or it was forgotten.
+        trainers: by rank, until their exit has been reported.
     """
 
     def __init__(self, arena: Path, job: str, journal: Journal, selector: selectors.BaseSelector):
         self.arena, self.job, self.journal, self.selector = arena, job, journal, selector
         self.warm: Warm | None = None
         self.trainers: dict[int, Trainer] = {}
-        self._given_up: list[int] = []  # ranks that ended before they said a pid; to be reported
+        self._given_up: list[int] = []  # ranks given up before a pid was known; to be reported
 
     # --- what to do ---------------------------------------------------------------------------------------------------
 
@@ -90,14 +90,14 @@ class Children:
         channel.send(messages.Preload(modules, path), timeout_s=5.0)
 
     def fork(self, tasks: Mapping[int, messages.Task]) -> None:
-        """Ask the warm parent for a trainer per rank. The descriptors in the tasks are ours from here on."""
+        """Ask the warm parent for a trainer per rank. This object closes the descriptors in the tasks."""
         theirs = []
         for rank, task in tasks.items():
             channel, end = messages.pair(messages.FROM_TRAINER)
             self.selector.register(channel, selectors.EVENT_READ)
             self.trainers[rank] = Trainer(channel, task, time.monotonic())
             theirs.append(end)
-        if self.warm is not None:  # else it died just now: the ends of the streams say so
+        if self.warm is not None:  # else it has just died: the ends of the streams say so
             self.warm.channel.send(messages.Fork([end.fileno() for end in theirs]), timeout_s=5.0)
         for end in theirs:
             end.close()
@@ -113,17 +113,17 @@ class Children:
             if pid is None:
                 self._give_up(rank)
             else:
-                with contextlib.suppress(PermissionError):  # it has become a program of another user
-                    os.kill(pid, signal.SIGKILL)  # our child, not reaped: the number is its own
+                with contextlib.suppress(PermissionError):  # it runs a program of another user now
+                    os.kill(pid, signal.SIGKILL)  # our child, not reaped: no other process has this number
 
     def end(self, patience_s: float) -> bool:
-        """SIGKILL to everything below; whether all of it is reaped after at most ``patience_s``."""
+        """Kill all processes below. Returns whether all of them were reaped within ``patience_s``."""
         return processes.kill_and_reap_children(patience_s)
 
     # --- what has happened --------------------------------------------------------------------------------------------
 
     def read(self, now: float) -> list[Event]:
-        """What has happened below since the last call; ``now`` on the monotonic clock. Never waits."""
+        """Events below the agent since the last call; ``now`` on the monotonic clock. Never waits."""
         events: list[Event] = []
         for rank in list(self.trainers):
             events += self._words(rank)
@@ -170,7 +170,7 @@ class Children:
         return events
 
     def _give_up(self, rank: int) -> None:
-        """It has not said its pid: with its socket closed it ends at its first instruction, whenever that comes."""
+        """Close the socket of a trainer without a known pid: it exits at its first instruction, even if it is forked later."""
         trainer = self.trainers.pop(rank)
         self._forget(trainer.channel)
         _close(trainer.task.descriptors)
@@ -188,22 +188,22 @@ class Children:
                 text = message.text
                 events.append(decisions.WarmRefused(Failure(-1, 1, now, text.strip().splitlines()[-1], text)))
         if warm.channel.closed and warm is self.warm and warm.channel.fileno() >= 0:
-            os.kill(warm.pid, signal.SIGKILL)  # most often it is dead already; not reaped, so the number is its own
+            os.kill(warm.pid, signal.SIGKILL)  # mostly dead already; not reaped, so no other process has this number
             code = processes.reap_child(warm.pid, REAP_WARM_S)
             events += self._lost(warm, "its connection closed" if code is None else decisions.exit_name(code))
         return events
 
     def _reaped(self, pid: int, code: int, now: float) -> list[Event]:
         if self.warm is not None and pid == self.warm.pid:
-            events = self._reports(self.warm, now)  # what it could still say
+            events = self._reports(self.warm, now)  # its last messages
             return events + self._lost(self.warm, decisions.exit_name(code))
-        events = [event for rank in list(self.trainers) for event in self._words(rank)]  # said before it died
+        events = [event for rank in list(self.trainers) for event in self._words(rank)]  # sent before it died
         for rank, trainer in list(self.trainers.items()):
             if trainer.pid == pid:
                 self._forget(self.trainers.pop(rank).channel)
                 self.journal.log("trainer_exited", rank=rank, pid=pid, code=code)
                 events.append(decisions.Exited(rank, code))
-        return events  # of none of them: what a trainer has left, or one that was given up
+        return events  # none for other pids: a process that a trainer left, or a trainer that was given up
 
     def _lost(self, warm: Warm, reason: str) -> list[Event]:
         self._forget(warm.channel)

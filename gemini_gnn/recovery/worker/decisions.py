@@ -1,20 +1,20 @@
-"""What a worker agent does next. Pure: no sockets, no processes, no clock; ``now`` is an argument, in seconds.
+"""Decides the next actions of a worker agent. Pure: no sockets, processes or clock; ``now`` is an argument, in seconds.
 
 The agent turns what it sees into events, :func:`decide` turns (state, event, now) into a new state and actions, and the
 agent carries those out. The phases of a job on one machine:
 
     GATHERING   waits for the shim of every local rank and for the warm parent
     RUNNING     the trainers of `generation` run
-    STOPPING    they were asked to stop, and are killed at the deadline
-    CLOSING     they are being killed; when all are reaped the next generation begins, or the job ends with `outcome`
-    ENDED       nothing lives any more
+    STOPPING    the trainers were asked to stop; the agent kills them at the deadline
+    CLOSING     the agent has killed the trainers; when all are reaped the next generation begins, or the job ends
+    ENDED       no process is left
 
-Why a trainer's exception waits before it is believed: when a trainer is killed, the others' collectives raise
-("Connection closed by peer") and may be seen to exit first. A death by a signal within `settle_s` is the cause, and a
-cause the job can go on from. An exception that only says that a peer is gone waits `cause_s`, for the peer's own. Of
-several the job's first error is the earliest that is no such consequence: on one machine they share a clock. Once told, such an
-error is the job's, though its trainer has up to `leave_s` to exit: a request to stop does not hide it, nor does a death
-by a signal more than `settle_s` after it.
+Why the agent does not believe a trainer's exception at once: if a trainer is killed, the others' collectives raise
+("Connection closed by peer"), and the others may exit first. A death by a signal within `settle_s` is the cause, and the job
+can resume after it. If an exception only says that a peer is gone, the agent waits `cause_s` for the peer's own exception.
+The job's first error is the earliest exception that is no such consequence: on one machine they share a clock. It ends the
+job, and its trainer has up to `leave_s` to exit. A later request to stop does not change that; nor does a death by a signal
+more than `settle_s` later.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 from gemini_gnn.observe.errors import first
 
 MAX_WARM_DEATHS = 3  # in a row, without becoming ready in between
-STOPPED = 75  # exit code of a trainer that left before its work was done because it was asked to (EX_TEMPFAIL)
+STOPPED = 75  # exit code of a trainer that stopped on request before its work was done (EX_TEMPFAIL)
 
 
 class Phase(StrEnum):
@@ -44,10 +44,10 @@ class Failure:
 
     Attributes:
         rank: global trainer index; -1 for the agent itself.
-        code: exit code the job ends with when this is its first error.
+        code: exit code of the job if this is its first error.
         time_s: on this machine's monotonic clock.
         summary: one line.
-        text: what to show the user: the message of an error meant for users, else the traceback.
+        text: for the user: the message of an error meant for users, otherwise the traceback.
         consequence: it only says that another rank, or the way to it, is gone.
     """
 
@@ -64,9 +64,9 @@ class Outcome:
     """How the job ended on this machine.
 
     Attributes:
-        kind: "done" | "stopped" | "failed" | "lost" (a trainer that cannot be reaped).
+        kind: "done" | "stopped" | "failed" | "lost" (a trainer cannot be reaped).
         code: exit code of the shims.
-        keep: leave the snapshots in host memory, so that the same command goes on from there.
+        keep: leave the snapshots in host memory, so that the same command resumes from them.
     """
 
     kind: str
@@ -81,14 +81,14 @@ class Limits:
     """Deadlines and limits, in seconds.
 
     Attributes:
-        gather_s: for every local shim to come after the first.
-        start_s: for the warm parent's imports.
-        stop_s: for trainers that were asked to stop; below the 30 s DeepSpeed's launcher gives its slot processes.
-        reap_s: for killed trainers to be gone; after it they are stuck in the kernel. A driver that takes back gigabytes of
-            page-locked memory needs seconds.
-        leave_s: for a trainer that has told its error to be gone: it joins its threads and runs its exit handlers.
+        gather_s: from the first local shim to the last.
+        start_s: of the warm parent's imports.
+        stop_s: from the request to stop to the exit; below the 30 s that DeepSpeed's launcher gives its slot processes.
+        reap_s: from SIGKILL to the exit; later a trainer counts as stuck in the kernel. A driver needs seconds to take
+            back gigabytes of page-locked memory.
+        leave_s: from a trainer's error to its exit: it joins its threads and runs its exit handlers.
         settle_s, cause_s: see the module docstring.
-        max_restarts: at most so many within `restart_window_s`.
+        max_restarts: of all trainers within `restart_window_s`, at most.
     """
 
     gather_s: float = 120.0
@@ -107,13 +107,13 @@ class State:
     """
     Attributes:
         local, world: number of ranks on this machine and in the job.
-        registered: ranks whose shims are here.
+        registered: ranks with a shim here.
         generation: of the newest trainers; 0 before the first of a launch. Each death of an agent counts as one.
-        alive: ranks whose trainer of `generation` is not reaped.
-        listening: ranks whose trainer said that it looks for requests to stop.
+        alive: ranks with a trainer of `generation` that is not reaped.
+        listening: ranks with a trainer that reads requests to stop.
         codes: exit code by rank of the reaped ones; negative for a signal.
         cause: why the generation is being closed, for people.
-        outcome: set once the job is to end; None while CLOSING means that the next generation begins.
+        outcome: set once the job is to end; if it is None while CLOSING, the next generation begins.
     """
 
     local: int
@@ -154,7 +154,7 @@ class WarmDied:
 
 @dataclass(frozen=True)
 class WarmRefused:
-    """It cannot import or must not fork; trying again would not help."""
+    """The warm parent cannot import or must not fork; another one could not either."""
 
     failure: Failure
 
@@ -166,14 +166,14 @@ class Listens:
 
 @dataclass(frozen=True)
 class Failed:
-    """A trainer's own record of its error; its exit follows."""
+    """A trainer has reported its error; its exit follows."""
 
     failure: Failure
 
 
 @dataclass(frozen=True)
 class Exited:
-    """Reaped: nothing of it runs any more. ``code`` is negative for a signal."""
+    """A trainer was reaped, and its process group killed. ``code`` is negative for a signal."""
 
     rank: int
     code: int
@@ -260,7 +260,7 @@ def decide(state: State, event: Event, now: float) -> Step:
 
 
 def told_error(failures: tuple[Failure, ...]) -> Failure | None:
-    """The first error that is no consequence of another's end."""
+    """The first error, if it is no consequence of another trainer's end."""
     failure = first(failures)
     return None if failure is None or failure.consequence else failure
 
@@ -279,7 +279,7 @@ def may_restart(state: State, now: float) -> str | None:
 
 
 def may_be_ending(state: State) -> bool:
-    """Whether the job ends, or an error waits to be believed: who comes now from another start should ask again."""
+    """Whether the job ends, or will end unless an error turns out to be a consequence. A new shim should ask again."""
     return state.outcome is not None or (state.phase is Phase.RUNNING and state.deadline is not None)
 
 
@@ -305,7 +305,7 @@ def _registered(state: State, rank: int, now: float) -> Step:
 
 
 def _begin(state: State) -> Step:
-    """Start the next generation if all it needs is here."""
+    """Start the next generation if all shims and the warm parent are here."""
     if state.phase is not Phase.GATHERING or not state.warm_ready or len(state.registered) < state.local:
         return state, []
     assert not state.alive, "a generation began before the last one was reaped"
@@ -325,7 +325,7 @@ def _begin(state: State) -> Step:
 
 
 def _failed(state: State, failure: Failure, now: float) -> Step:
-    """Its exit is to follow; a thread that it waits for may never end."""
+    """Wait for the exit, but not for ever: the trainer may hang in a thread that it joins."""
     state = replace(state, failures=(*state.failures, failure))
     if state.phase is Phase.RUNNING and state.deadline is None:
         state = replace(state, deadline=now + state.limits.leave_s)
@@ -354,7 +354,7 @@ def _exited(state: State, rank: int, code: int, now: float) -> Step:
 
 
 def _ended_by_itself(state: State, now: float) -> Step:
-    """Every trainer is reaped and none had to be killed, unless by a signal of somebody else while STOPPING."""
+    """Every trainer is reaped, and the agent killed none. In STOPPING, another process may have killed one."""
     asked = state.outcome
     if all(code == 0 for _, code in state.codes):
         return _finish(state, Outcome("done", 0, "done", keep=False))
@@ -366,7 +366,7 @@ def _ended_by_itself(state: State, now: float) -> Step:
 
 
 def _erred(state: State, now: float) -> Step:
-    """End with the first error, but not with one that only says that a peer is gone: such a death can be gone on from."""
+    """End with the first error. If it only says that a peer is gone, restart instead: the peer died without an error."""
     failure = first(state.failures)
     assert failure is not None
     if failure.consequence and may_restart(state, now) is None:
@@ -375,7 +375,7 @@ def _erred(state: State, now: float) -> Step:
 
 
 def _restart(state: State, cause: str, code: int, now: float) -> Step:
-    """Something died that the job can go on from: close this generation, and begin the next if allowed."""
+    """A trainer was killed: close this generation, and begin the next if allowed."""
     failure = told_error(state.failures)
     if failure is not None and now - failure.time_s > state.limits.settle_s:  # not caused by this death
         return _close(state, Outcome("failed", failure.code, failure.summary, failure=failure), now)
@@ -392,7 +392,7 @@ def _restart(state: State, cause: str, code: int, now: float) -> Step:
 
 
 def _close(state: State, outcome: Outcome | None, now: float) -> Step:
-    """Kill what lives, then end with ``outcome``, or begin the next generation if it is None."""
+    """Kill living trainers, then end with ``outcome``, or begin the next generation if it is None."""
     state = replace(state, phase=Phase.CLOSING, outcome=outcome, deadline=now + state.limits.reap_s)
     if state.alive:
         return state, [Kill(state.alive)]
@@ -412,9 +412,7 @@ def _finish(state: State, outcome: Outcome) -> Step:
 
 def _stop(state: State, asked: StopAsked, now: float) -> Step:
     outcome = Outcome("stopped", asked.code, asked.reason, keep=asked.keep)
-    if (
-        state.outcome is not None
-    ):  # it is ending already: the first reason stays, but a later request may drop snapshots
+    if state.outcome is not None:  # ending already: the first reason stays, but a later request may drop snapshots
         keep = state.outcome.keep and asked.keep
         state = replace(state, outcome=replace(state.outcome, keep=keep))
         if state.phase is Phase.STOPPING and asked.force:
@@ -426,12 +424,12 @@ def _stop(state: State, asked: StopAsked, now: float) -> Step:
     if state.phase is Phase.RUNNING and state.alive <= state.listening and state.deadline is None and not asked.force:
         state = replace(state, phase=Phase.STOPPING, outcome=outcome, deadline=now + state.limits.stop_s)
         return state, [Say(f"{asked.reason}: ending after this step"), AskToStop(state.alive)]
-    # A trainer that does not look for requests is lost nothing by a kill: its last step's snapshot is committed.
+    # Killing a trainer that reads no requests loses nothing: the snapshot of its last step is committed.
     return _close(state, outcome, now)
 
 
 def _warm_died(state: State, reason: str, now: float) -> Step:
-    """It harms no trainer: another one is needed before the next generation can begin."""
+    """Start another one: it is needed before the next generation, while the trainers run on."""
     state = replace(state, warm_ready=False, warm_deaths=state.warm_deaths + 1)
     if state.outcome is not None:
         return state, []
@@ -457,7 +455,7 @@ def _tick(state: State, now: float) -> Step:
             text = f"the imports of the warm parent took longer than {state.limits.start_s:.0f} s; see logs/agent-*.log"
         return _close(state, Outcome("failed", 1, text, failure=Failure(-1, 1, now, text, text)), now)
     if state.phase is Phase.RUNNING:
-        if not state.failures:  # one stopped by itself and the others go on: they will notice each other
+        if not state.failures:  # one trainer stopped by itself, the others run: they will notice
             return replace(state, deadline=None), []
         return _erred(state, now)
     if state.phase is Phase.STOPPING:

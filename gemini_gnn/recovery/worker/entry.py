@@ -1,13 +1,13 @@
 """The first and last moments of a trainer: from its fork to the user's function, and its end.
 
-A fresh fork says its pid to the agent and waits for its task; before that it does nothing but take the trainers' lock. So an
-agent that closes the connection has ended it for good, whether or not it has been forked yet.
+A fresh fork takes the trainers' lock, sends its pid to the agent, and waits for its task; it does nothing else before. If
+the agent closes the connection, the trainer exits at once, even if it is forked only later.
 
-A trainer owns nothing that outlives it: the kernel kills it with the agent (PDEATHSIG), the arena and the run directory
-belong to the agent. It may be killed at any instruction. Its last words (``Failed``) go to the agent over a socket that is
-its own; they are sent before its connections to other trainers close, and read by the agent before the exit is counted.
-SIGTERM, SIGINT and SIGHUP do not end it: a launcher or scheduler sends them to every process it finds, while the agent
-decides when the job ends, so that the trainers can agree on the last step.
+A trainer owns nothing that outlives it: the kernel kills it with the agent (PDEATHSIG), and the agent owns the arena and the
+run directory. It may be killed at any instruction. It sends its last words (``Failed``) to the agent over its own socket,
+before its connections to other trainers close; the agent reads them before it counts the exit. SIGTERM, SIGINT and SIGHUP
+do not end a trainer. A launcher or scheduler sends them to every process it finds, but the agent decides when the job ends,
+so that the trainers can agree on the last step.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from gemini_gnn.snapshot.store import locks
 
 __all__ = ["STOPPED", "stop_requested"]
 
-TASK_S = 60.0  # for the agent to say what to do
-OOM_SCORE_ADJ = 300  # out of memory: a trainer goes before the agent and before what others run here
+TASK_S = 60.0  # until the agent has sent a task
+OOM_SCORE_ADJ = 300  # if memory is short, the kernel kills a trainer before the agent and other programs
 
 _agent: messages.Channel | None = None
 _listening = False
@@ -47,9 +47,9 @@ _stop = False
 def stop_requested() -> bool:
     """Whether the agent has asked this trainer to end in order; cheap enough for every step.
 
-    Whoever calls it promises to go on calling it: trainers of which one never asked are killed without waiting. Ranks
-    may see the request at different steps, so they must agree on the last one (a reduced flag) before they act on it;
-    then they return :data:`STOPPED`, or 0 if that was the end of the work anyway. False without an agent.
+    A caller promises to go on calling it. If one trainer has never called it, the agent kills all without waiting. Ranks
+    may see the request at different steps, so they must agree on the last one (a reduced flag) before they act on it.
+    Then they return :data:`STOPPED`, or 0 if that was the end of the work anyway. False without an agent.
     """
     global _listening, _stop
     if _agent is None or _stop:
@@ -61,14 +61,14 @@ def stop_requested() -> bool:
 
 
 def run(descriptor: int, added: dict[str, str], arena: Path) -> NoReturn:
-    """The life of a fresh fork: the function of its task, and exit with what that returns.
+    """The life of a fresh fork: get a task, call its function, exit with the code that it returns.
 
     Args:
-        descriptor: its socket to the agent, whose child it is.
-        added: what the warm parent's imports put into the environment.
+        descriptor: its socket to the agent, which is its parent.
+        added: variables that the warm parent's imports put into the environment.
     """
-    os.setsid()  # a process group of its own: what it starts can be killed with it
-    locks.hold_trainers_lock(arena)  # before anything can be written: see living_trainer
+    os.setsid()  # a process group of its own: the agent kills it with the processes it starts
+    locks.hold_trainers_lock(arena)  # before it writes anything: see living_trainer
     agent = messages.Channel(socket.socket(fileno=descriptor), messages.TO_TRAINER)
     agent.send(messages.Forked(os.getpid()), timeout_s=5.0)
     task = _await_task(agent)
@@ -89,7 +89,7 @@ def run(descriptor: int, added: dict[str, str], arena: Path) -> NoReturn:
         code, text = (error.exit_code, str(error)) if isinstance(error, GeminiError) else (1, traceback.format_exc())
         summary = f"{type(error).__name__}: {error}"
         failure = messages.Failed(code, time.monotonic(), summary[:2000], text[-20_000:], is_consequence(error))
-    # The agent writes it into the log when it knows whose error was the first; the others' only name theirs.
+    # The agent writes it into the log once it knows the first error; other trainers' logs get one line.
     if failure is not None and not agent.send(failure, timeout_s=5.0):
         print(failure.text, file=sys.stderr, flush=True)
     _leave(code)
@@ -108,20 +108,24 @@ def _become(task: messages.Task, agent: messages.Channel, added: dict[str, str])
     """Turn a fresh fork into the trainer of ``task``."""
     global _agent
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: None)  # a handler, not SIG_IGN: programs it starts get the default back
+        signal.signal(
+            number, lambda *_: None
+        )  # a handler, not SIG_IGN: programs that the trainer starts have the default again
         signal.siginterrupt(number, False)
     logs.redirect(Path(task.log))
     _agent = agent
     place = task.place
     begin = logs.header(place.rank, place.machine, os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
-    print(begin, end="", flush=True)  # other ranks read there which machine this one is on
+    print(begin, end="", flush=True)  # other ranks read this rank's machine there
     processes.name_this(f"gnn-rank-{place.rank}")
     try:
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE_ADJ))
     except OSError as error:  # some containers forbid it; then the kernel chooses as it likes
         print(f"warning: cannot set oom_score_adj: {error.strerror}", file=sys.stderr)
     try:
-        os.sched_setaffinity(0, task.cores)  # the agent and we have those of the slot process that started it
+        os.sched_setaffinity(
+            0, task.cores
+        )  # the agent, and so this fork, has those of the slot process that started the agent
     except OSError as error:
         print(f"warning: cannot run on the cores {task.cores} of the slot process: {error.strerror}", file=sys.stderr)
     os.environ.clear()
@@ -164,7 +168,7 @@ def _leave(code: int) -> NoReturn:
 
 
 def _exit_code(ending: SystemExit) -> tuple[int, messages.Failed | None]:
-    """What a shell would see of ``sys.exit(x)``."""
+    """The exit code that a shell would see of ``sys.exit(x)``."""
     if ending.code is None or ending.code == 0:
         return 0, None
     code, text = 1, str(ending.code)
@@ -184,7 +188,7 @@ def _resolve(target: str) -> Any:
 
 
 def _reseed() -> None:
-    """The random state of a process that has just been started, not the parent's.
+    """Give this fork the random state of a new process, not that of its parent.
 
     Python's and NumPy's generators come from the operating system; torch's is the same constant in every new process, which
     scripts that never seed rely on.
@@ -198,7 +202,7 @@ def _reseed() -> None:
 
 
 def _threads(sharing: int) -> None:
-    """The parent had one thread, for the fork's sake; a trainer gets what a new process would, or its share.
+    """Set torch's number of threads. The parent had one, to be able to fork; a trainer has those of a new process, or its share.
 
     ``sharing``: ranks that run on the same cores.
     """

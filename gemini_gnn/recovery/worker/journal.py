@@ -1,20 +1,18 @@
-"""What a worker agent leaves to be read: its events, the errors in the trainers' logs, ``status.json``. Files only.
+"""The records of a worker agent: its events, the errors in the trainers' logs, ``status.json``. Files only.
 
-A disk that is full or gone is no reason to end a job: what cannot be written is tried once in the agent's own log. One process
-writes ``status.json`` at a time: the agent of rank 0's machine while no trainer lives, rank 0's trainer while it does.
+A full or lost disk does not end a job: if an event cannot be written, the agent tries its own log once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from gemini_gnn.recovery import home
+from gemini_gnn.observe.status import read_status, write_status
 from gemini_gnn.recovery.worker.decisions import Failure, told_error
 
 
@@ -46,12 +44,12 @@ class Journal:
                 print(f"cannot write {self._events.name}: {error.strerror}: {record}", file=sys.stderr, flush=True)
 
     def write_errors(self, first: Failure | None) -> None:
-        """Each trainer's error into its log: the job's first one whole, one line of those that came of another's end.
+        """Write each trainer's error into its log: the job's first error whole, one line of the others.
 
-        ``first`` is None where the job goes on or ends without an error: then the first that is no consequence is whole.
+        If the job goes on or ends without an error, ``first`` is None: the first that is no consequence is written whole.
         """
         if first is not None and first.rank >= 0 and first not in self.errors:
-            self.errors.append(first)  # it ended without a record of its own
+            self.errors.append(first)  # the trainer ended without a message
         whole = first or told_error(tuple(self.errors))
         for failure in self.errors:
             text = failure.text if failure.text.startswith("Traceback") else f"error: {failure.text}"
@@ -60,20 +58,19 @@ class Journal:
             try:
                 with open(self.log_of(failure.rank), "a") as log:
                     log.write(text.rstrip("\n") + "\n")
-            except OSError as error:  # it is in the outcome too
+            except OSError as error:  # the outcome has it too
                 self.log("log_failed", rank=failure.rank, error=error.strerror)
         self.errors.clear()
 
     def status(self, state: str, **fields: Any) -> None:
         if not self.speaks_for_job:
             return
-        record = {"state": state, "time": time.time(), "pid": os.getpid(), "machine": self.machine, "term": self.term}
         try:
-            was_done = home.read_status(self.run_dir).get("state") == "done"
+            was_done = read_status(self.run_dir).get("state") == "done"
             if was_done and state == "done":
-                return  # the trainer said so itself, and more
+                return  # the trainer has written so, and more
             if was_done and (self.run_dir / "result.json").exists():
-                return  # complete, and refused to who starts it again
-            home.write_status(self.run_dir, {**record, **fields})
+                return  # complete: the start that was refused changes nothing
+            write_status(self.run_dir, state, machine=self.machine, term=self.term, **fields)
         except OSError as error:
             self.log("status_failed", error=error.strerror)

@@ -1,13 +1,12 @@
-"""The warm parent: has imported torch and its kin once, and forks trainers in milliseconds.
+"""The warm parent: imports torch and the like once, and forks trainers in milliseconds.
 
-A process of its own (``python -m gemini_gnn.recovery.worker.warm``), because its agent may hold sockets and locks that a fork
-must not copy. It imports and does nothing else: a parent that ran one multi-threaded torch operation, or opened a GPU,
-leaves children that hang for ever. So the agent starts it with numeric libraries pinned to one thread, and before
-every fork it is checked that there is exactly one thread here and no open GPU; else the fork is refused, with the
-import that started the threads.
+It is a process of its own (``python -m gemini_gnn.recovery.worker.warm``), because a fork must not copy the sockets and locks
+of the agent. It only imports: if it ran one multi-threaded torch operation, or opened a GPU, its forks would hang for ever.
+So the agent starts it with numeric libraries pinned to one thread. After each import and before every fork it checks that it
+has one thread and no open GPU. Otherwise it refuses, and names the import that started the threads.
 
 It dies with its agent (PDEATHSIG). Its trainers are not its children: a process in between forks them and exits, so
-that they fall to the agent, which reaps them. They live on when this process dies.
+they fall to the agent, which reaps them. If the warm parent dies, they live on.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def threads() -> int:
 
 
 def nvidia_files() -> dict[int, str]:
-    """Descriptors of NVIDIA's device files this process has open, with their paths."""
+    """The open descriptors of NVIDIA's device files, with their paths."""
     found = {}
     for name in os.listdir("/proc/self/fd"):
         try:
@@ -45,7 +44,7 @@ def nvidia_files() -> dict[int, str]:
 
 
 def preload(modules: list[str]) -> str | None:
-    """Import ``modules``; what went wrong, or None."""
+    """Import ``modules``. Returns why this failed, or None."""
     for name in modules:
         try:
             importlib.import_module(name)
@@ -54,7 +53,7 @@ def preload(modules: list[str]) -> str | None:
         if (complaint := unfit()) is not None:
             return f"after the import of {name} {complaint}"
     gc.collect()
-    gc.freeze()  # what is imported is never collected: its pages stay shared, and ZeRO-3's start is 8 times faster
+    gc.freeze()  # imported objects are never collected: their pages stay shared, and ZeRO-3 starts 8 times faster
     return None
 
 
@@ -62,7 +61,7 @@ def unfit() -> str | None:
     """Why this process must not fork, or None."""
     if threads() != 1:
         return f"the warm parent has {threads()} threads, and a fork copies one: expected 1; take it out of preload"
-    # Who only counts GPUs (NVML, torch.cuda.is_available) opens other files than CUDA does, and a fork survives that.
+    # Counting GPUs (NVML, torch.cuda.is_available) opens other files than CUDA does; a fork survives that.
     if "/dev/nvidia-uvm" in nvidia_files().values():
         return "the warm parent has initialised CUDA, which does not survive a fork; take it out of preload"
     return None
@@ -72,7 +71,7 @@ def serve(agent: messages.Channel, agent_pid: int) -> tuple[int, dict[str, str]]
     """Carry out the agent's requests.
 
     Returns:
-        Only in a trainer: its socket to the agent, and what the imports put into the environment.
+        Only in a trainer: its socket to the agent, and the variables that imports put into the environment.
     """
     added = dict[str, str]()
     while not agent.closed:
@@ -94,7 +93,7 @@ def serve(agent: messages.Channel, agent_pid: int) -> tuple[int, dict[str, str]]
 
 
 def _fork_all(descriptors: list[int], agent: messages.Channel, agent_pid: int) -> int | None:
-    """A trainer for each of ``descriptors``; in a trainer, its own. The process in between leaves them to the agent."""
+    """Fork a trainer for each of ``descriptors``, in a process in between. Returns in a trainer its own, otherwise None."""
     if (complaint := unfit()) is not None:
         agent.send(messages.Unfit(complaint), timeout_s=10.0)
         return None
@@ -109,7 +108,7 @@ def _fork_all(descriptors: list[int], agent: messages.Channel, agent_pid: int) -
         processes.die_with_parent(warm)
         for descriptor in descriptors:
             if os.fork() == 0:
-                # NVML goes on with the files it opened before the fork: closed, their numbers would be another's.
+                # NVML goes on with the files it opened before the fork. If they were closed, other files would get their numbers.
                 processes.close_descriptors({0, 1, 2, descriptor, *nvidia_files()})
                 processes.fall_to(agent_pid)
                 return descriptor

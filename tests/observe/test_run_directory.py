@@ -1,0 +1,151 @@
+"""The run directory of a training: its owner, its settings, its losses."""
+
+import pytest
+
+from gemini_gnn.config import Config, to_mapping
+from gemini_gnn.errors import RunDirError
+from gemini_gnn.observe.run_directory import (
+    LossLog,
+    RunDir,
+    differences,
+    read_config,
+    read_losses,
+    resume_of,
+    steps_done,
+)
+
+
+def test_losses_each_step_once_after_a_resume(tmp_path):
+    path = tmp_path / "losses.csv"
+    log = LossLog(path)
+    log.resume(0, [])
+    for step in range(1, 6):
+        log.append(step, 1, 1 / step)
+    log.close()
+    with open(path, "a") as file:
+        file.write("6,1,0.1")  # torn by a kill
+    log = LossLog(path)
+    log.resume(3, [[2, 1, 0.5], [3, 1, 1 / 3], [4, 1, 9.0]])
+    log.append(4, 1, 0.25)
+    log.close()
+    assert read_losses(path) == [(1, 1, 1.0), (2, 1, 0.5), (3, 1, 1 / 3), (4, 1, 0.25)]
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("", 0),
+        ("step,epoch,loss\n", 0),
+        ("step,epoch,loss\n1,1,0.5", 0),
+        ("step,epoch,loss\n1,1,0.5\n", 1),
+        ("step,epoch,loss\n1,1,0.5\n2,1,0.2", 1),
+        ("step,epoch,loss\n" + "".join(f"{s},1,0.25\n" for s in range(1, 2001)) + "20", 2000),
+    ],
+)
+def test_the_last_step_that_was_written_whole(tmp_path, text, steps):
+    assert steps_done(tmp_path) == 0
+    (tmp_path / "losses.csv").write_text(text)
+    assert steps_done(tmp_path) == steps == max((row[0] for row in read_losses(tmp_path / "losses.csv")), default=0)
+
+
+def test_lost_rows_come_back_from_the_snapshot(tmp_path):
+    log = LossLog(tmp_path / "losses.csv")
+    log.resume(2, [[1, 1, 0.5], [2, 1, 0.25]])
+    log.close()
+    assert [row[0] for row in read_losses(tmp_path / "losses.csv")] == [1, 2]
+
+
+def test_a_run_dir_belongs_to_one_run(tmp_path):
+    config = Config(run_dir=str(tmp_path / "run"))
+    run = RunDir.claim(config)
+    with pytest.raises(RunDirError, match="in use by pid"):
+        RunDir.claim(config)
+    run.release()
+    RunDir.claim(config).release()
+    other = Config(run_dir=config.run_dir, seed=5)
+    (tmp_path / "run" / "losses.csv").write_text("step,epoch,loss\n1,1,0.5\n")
+    with pytest.raises(RunDirError, match="seed: 0 -> 5"):
+        RunDir.claim(other)
+    again = RunDir.claim(config)
+    again.finish({"test_accuracy": 1.0})
+    again.release()
+    with pytest.raises(RunDirError, match="finished run"):
+        RunDir.claim(config)
+
+
+def test_settings_may_be_mended_until_the_first_step(tmp_path):
+    config, other = (Config(run_dir=str(tmp_path / "run"), seed=seed) for seed in (0, 5))
+    assert resume_of(config) == "auto"  # a new folder
+    RunDir.claim(config).release()
+    (tmp_path / "run" / "losses.csv").write_text("step,epoch,loss\n")
+    assert resume_of(config) == "auto" and resume_of(other) == "never"
+    with pytest.raises(RunDirError, match="seed: 0 -> 5"):
+        RunDir.claim(Config(run_dir=config.run_dir, seed=5, resume="must"))
+    RunDir.claim(other).release()
+    assert resume_of(other) == "auto" and read_config(tmp_path / "run").seed == 5
+
+
+def test_what_is_started_over_is_kept_beside(tmp_path):
+    config = Config(run_dir=str(tmp_path / "run"))
+    path = tmp_path / "run"
+
+    def begin(seed, row):
+        run = RunDir.claim(Config(run_dir=config.run_dir, seed=seed, resume="never"), anew=True)
+        run.release()
+        log = LossLog(path / "losses.csv")
+        log.resume(0, [])
+        if row:
+            log.append(1, 1, row)
+            (path / "model.safetensors").write_text(str(row))
+        log.close()
+
+    begin(0, None)
+    begin(0, 0.5)  # nothing was done before
+    begin(1, 0.25)
+    begin(2, 0.125)
+    kept = {name: read_losses(path / name)[0][2] for name in ("losses.1.csv", "losses.2.csv", "losses.csv")}
+    assert kept == {"losses.1.csv": 0.5, "losses.2.csv": 0.25, "losses.csv": 0.125}
+    assert [(path / f"model.{n}.safetensors").read_text() for n in (1, 2)] == ["0.5", "0.25"]
+    assert ["\nseed: 0\n" in (path / f"config.{n}.yaml").read_text() for n in (1, 2)] == [True, False]
+    assert read_config(path).seed == 2 and not list(path.glob("*.3.*"))
+
+
+def test_another_snapshot_mode_does_not_begin_a_run_again(tmp_path):
+    config, other = (Config(run_dir=str(tmp_path / "run")) for _ in range(2))
+    other.snapshot.mode = "nfs"
+    RunDir.claim(config).release()
+    RunDir.check_earlier_run(tmp_path / "run", other)
+    (tmp_path / "run" / "losses.csv").write_text("step,epoch,loss\n1,1,0.5\n")
+    with pytest.raises(RunDirError, match=r"snapshot\.mode: memory -> nfs.* resume=never"):
+        RunDir.claim(other)
+    other.resume = "never"
+    RunDir.claim(other, anew=True).release()
+
+
+def test_free_settings_do_not_make_another_run():
+    assert differences({"resume": "auto", "seed": 1}, {"resume": "must", "seed": 1}) == []
+    assert differences({"a": {"b": 1}}, {"a": {"b": 2}}) == ["a.b: 1 -> 2"]
+    old, new = to_mapping(Config()), to_mapping(Config())
+    for group, changed in (
+        ("evaluation", {"every": 3, "fanouts": [4, 4], "batch_size": 1000}),
+        ("logger", {"progress": False, "tensorboard": False, "wandb": True, "wandb_project": "mine"}),
+        ("sampling", {"topology": "partitioned", "prefetch": 0, "chunk_bytes": 4096}),
+        ("features", {"in_ram": False}),
+        ("partition", {"timeout_s": 1.0, "plot": True, "verify": False}),
+    ):
+        assert old[group].keys() >= changed.keys()
+        new[group] |= changed
+    assert differences(old, new) == []
+    for group, changed in (
+        ("sampling", "batch_size"),
+        ("training", "threads"),
+        ("training", "epochs"),
+        ("model", "init"),
+    ):
+        assert differences(old, old | {group: old[group] | {changed: "other"}}), "this one changes losses"
+
+
+def test_an_unwritable_run_dir_is_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirError, match="not writable"):
+        RunDir.claim(Config(run_dir=str(tmp_path / "file" / "run")))
