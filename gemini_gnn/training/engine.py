@@ -7,6 +7,7 @@ forks trainers from it.
 from __future__ import annotations
 
 import collections
+import contextlib
 import datetime
 import importlib
 import logging
@@ -50,7 +51,7 @@ deepspeed.ops.__dict__["__compatible_ops__"] = {}
 # DeepSpeed calls functions that torch has renamed, and torch says so at every call.
 warnings.filterwarnings("ignore", message=r".*is deprecated. Please use `torch\.distributed", category=FutureWarning)
 
-# deepspeed.initialize and the first optimizer import these, 1.5 s; imported here, a forked trainer has them already.
+# deepspeed.initialize, the first optimizer and step import these, 1.6 s; imported here, a forked trainer has them already.
 # The Muon optimizer, which nobody here uses, would be compiled: that alone loads all of torch._inductor, 0.7 s.
 _compile = torch.compile
 torch.compile = lambda model=None, **_: (lambda function: function) if model is None else model  # type: ignore[assignment]
@@ -61,8 +62,12 @@ try:
         "deepspeed.runtime.zero.stage3",
         "deepspeed.runtime.bf16_optimizer",
         "torch._dynamo",
+        "deepspeed.comm.mori",  # these two since 0.19.8: 50 modules of experts in parallel
+        "deepspeed.module_inject.auto_ep_layer",
+        "torch.profiler._cupti_monitor",
     ):
-        importlib.import_module(_name)
+        with contextlib.suppress(ModuleNotFoundError):  # of another version: then the trainers import what they need
+            importlib.import_module(_name)
 finally:
     torch.compile = _compile
     real_accelerator.ds_accelerator = None
