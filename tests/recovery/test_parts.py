@@ -143,6 +143,7 @@ def test_a_trainer_says_its_pid_and_gets_its_task(below):
 
 def test_a_trainer_that_has_not_said_its_pid_is_gone_when_it_is_killed_or_its_socket_closes(below):
     below.kill([0])
+    assert below.has_news
     assert below.read(time.monotonic()) == [decisions.Exited(0, -signal.SIGKILL)]
     below.ends[0].send(messages.Forked(17))
     assert below.ends[0].receive() == [] and below.ends[0].closed  # no task for it, however late it is forked

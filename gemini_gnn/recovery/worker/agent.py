@@ -113,6 +113,8 @@ class Agent:
         )
 
     def _patience_s(self) -> float:
+        if self.children.has_news:
+            return 0.0
         deadline = self.state.deadline if self.state else None
         return 1.0 if deadline is None else min(1.0, max(0.0, deadline - time.monotonic()))
 

@@ -71,6 +71,11 @@ class Children:
         self.trainers: dict[int, Trainer] = {}
         self._given_up: list[int] = []  # ranks given up before a pid was known; to be reported
 
+    @property
+    def has_news(self) -> bool:
+        """Whether :meth:`read` has events that no descriptor announces."""
+        return bool(self._given_up)
+
     # --- what to do ---------------------------------------------------------------------------------------------------
 
     def start_warm(self, modules: list[str], path: list[str]) -> None:
