@@ -152,8 +152,8 @@ def _from_slurm(environ: Mapping[str, str], machine: str) -> Place:
 
 def unequal(found: str) -> str:
     return (
-        f"expected the same number of ranks on every machine; got {found}. A machine keeps copies of its neighbors' "
-        "shards, one for one: give every host of the hostfile the same slots= (srun: --ntasks-per-node)"
+        f"expected the same number of ranks on every machine; got {found}. "
+        "Give every host of the hostfile the same slots= (srun: --ntasks-per-node)"
     )
 
 
