@@ -65,6 +65,6 @@ def test_terms_checkpoints_weights_and_results_are_there_after_a_loss_of_power(d
     tag = deepspeed_checkpoints.tag_of(5)
     (tmp_path / "checkpoints" / tag).mkdir()
     done.clear()
-    deepspeed_checkpoints._finish(tmp_path / "checkpoints", tag)
+    deepspeed_checkpoints._end(tmp_path / "checkpoints", tag)
     complete = tmp_path / "checkpoints" / tag / deepspeed_checkpoints.COMPLETE
     assert done[1:] == [("name", complete), *(("sync", folder) for folder in complete.parents[:3])]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from gemini_gnn.observe.run_directory import read_losses
+from tests.recovery.jobs import wait_for
 
 ROOT = Path(__file__).parents[2]
 TINY = ["dataset.nodes=600", "dataset.feature_dim=16", "model.hidden=16", "sampling.batch_size=16"]
@@ -145,6 +146,8 @@ def test_an_error_of_all_slots_is_said_once(tmp_path, command, said):
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_SIZE": "2"}
         with open(tmp_path / f"{rank}.txt", "w") as file:
             slots[rank] = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **place}, stdout=file, stderr=file)
+        if rank == 1:  # while it still loads the signal itself would end it
+            wait_for(lambda: catches(slots[1].pid, signal.SIGTERM), "the wait of the silent slot", 60.0)
     try:
         assert slots[0].wait(60) == 2
         assert slots[1].poll() is None, "the silent slot ended first"
@@ -157,6 +160,13 @@ def test_an_error_of_all_slots_is_said_once(tmp_path, command, said):
     text, silent = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
     assert text.count(said) == 1 and "Traceback" not in text
     assert silent == ""
+
+
+def catches(pid, number):
+    """Whether process ``pid`` has a handler for signal ``number``."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    mask = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
+    return bool(mask >> (number - 1) & 1)
 
 
 COMMANDS = [str(path) for path in sorted((ROOT / "launch").glob("*.py"))]

@@ -221,6 +221,9 @@ def two_ranks(rank, world, folder, generation, known):
     with open(known, "r+b") as file, mmap.mmap(file.fileno(), 8 * (world + 1)) as shared:
         least = min(struct.unpack_from("<q", shared, 8 * r)[0] for r in range(world))
         assert extra.value >= least, (extra.value, least)
+        # Steps that were rolled back count no more, or the other rank's next commit of such a step would seem to be of both.
+        # The rank that comes first has looked at the old numbers; no step is taken before both are here.
+        shared[8 * rank : 8 * rank + 8] = struct.pack("<q", extra.value)
         kill_after = time.monotonic() + random.Random(generation * world + rank).random() * 0.05
         while True:
             advance(*state[:3])
