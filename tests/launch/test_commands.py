@@ -142,13 +142,13 @@ def test_an_error_of_all_slots_is_said_once(tmp_path, command, said):
     (tmp_path / "result.json").write_text("{}")
     command = [sys.executable, *(word.format(finished=tmp_path) for word in command)]
     slots = {}
-    for rank in (1, 0):
-        place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_SIZE": "2"}
-        with open(tmp_path / f"{rank}.txt", "w") as file:
-            slots[rank] = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **place}, stdout=file, stderr=file)
-        if rank == 1:  # while it still loads the signal itself would end it
-            wait_for(lambda: catches(slots[1].pid, signal.SIGTERM), "the wait of the silent slot", 60.0)
     try:
+        for rank in (1, 0):
+            place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_SIZE": "2"}
+            with open(tmp_path / f"{rank}.txt", "w") as file:
+                slots[rank] = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **place}, stdout=file, stderr=file)
+            if rank == 1:  # while it still loads the signal itself would end it
+                wait_for(lambda: catches(slots[1].pid, signal.SIGTERM), "the wait of the silent slot", 60.0)
         assert slots[0].wait(60) == 2
         assert slots[1].poll() is None, "the silent slot ended first"
         slots[1].terminate()
