@@ -337,6 +337,9 @@ def test_the_first_error_is_whole_in_its_log_also_when_the_job_goes_on(tmp_path)
         assert journal.log_of(1).read_text() == "error: trace of 1\n" and journal.errors == []
         assert all("ended by" in journal.log_of(rank).read_text() for rank in (0, 2))
         journal.log_of(1).unlink()
+    journal.errors = [Failure(rank, 2, 1.0 + rank, "bad", "it is bad") for rank in range(2)]
+    journal.write_errors(journal.errors[0])
+    assert journal.log_of(1).read_text() == "[gemini_gnn] ended by the same error as another trainer\n"
 
 
 def test_an_agents_log_that_cannot_be_written_is_said(short_path):
