@@ -76,6 +76,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--arena", default="/dev/shm", help="RAM file system for the snapshots")
     parser.add_argument("--preload", action="append", metavar="MODULE", help="imported before trainers are forked")
     parser.add_argument("--max-restarts", type=int, default=3, help="within an hour, after a trainer was killed")
+    parser.add_argument(
+        "--hang-factor",
+        type=float,
+        default=0.0,
+        help="a trainer hangs when a step takes so many times as long as the longest lately, and 30 s; default 0: never, as an "
+        "evaluation between two steps may take any time",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher puts it in front
     parser.add_argument("script", type=Path)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -111,6 +118,7 @@ def main(arguments: list[str]) -> int:
         terminal=True,
         arena_root=options.arena,
         max_restarts=options.max_restarts,
+        hang_factor=options.hang_factor,
     )
     if code not in (0, STOPPED):
         launcher.free_launcher(place)

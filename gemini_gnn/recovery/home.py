@@ -18,13 +18,15 @@ from typing import Any
 
 from gemini_gnn.errors import RecoveryError, RunDirError, SnapshotError
 from gemini_gnn.files import sync
+from gemini_gnn.recovery import board
 from gemini_gnn.snapshot.store.arena import folder_of, list_folder, make_folder, slots
 from gemini_gnn.snapshot.store.format import SlotState
 from gemini_gnn.snapshot.store.locks import AGENT_LOCK, TRAINERS_LOCK, living_trainer, take_agent_lock
 
 AGENT_SOCKET = "agent.sock"
 RUN_ID, NEW_RUN_ID = "run-id", "run-id.new"  # of the run directory that the snapshots beside it belong to
-OWN_FILES = {AGENT_LOCK, AGENT_SOCKET, TRAINERS_LOCK, RUN_ID, NEW_RUN_ID}  # everything else in an arena is a snapshot's
+# Everything else in an arena is a snapshot's.
+OWN_FILES = {AGENT_LOCK, AGENT_SOCKET, TRAINERS_LOCK, RUN_ID, NEW_RUN_ID, board.FILE}
 MAX_SOCKET_PATH = 100  # of 108 bytes in sockaddr_un, with room for a temporary name
 
 
@@ -97,7 +99,7 @@ def holds_nothing(arena: Path) -> bool:
 
 def leave_arena(arena: Path) -> None:
     """Remove the agent's files and, where no snapshot is left, the folders. The caller holds the arena's lock."""
-    ours = [AGENT_SOCKET, TRAINERS_LOCK, AGENT_LOCK]
+    ours = [AGENT_SOCKET, board.FILE, TRAINERS_LOCK, AGENT_LOCK]
     if living_trainer(arena) is not None:  # stuck in the kernel: the next agent must still see it
         ours.remove(TRAINERS_LOCK)
     if not snapshot_files(arena):

@@ -31,9 +31,8 @@ from gemini_gnn.cluster.place import Place
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_DESCRIPTORS = 253  # the kernel's limit for one message
-PROTOCOL = (
-    2  # of what an agent is told, which may be of an older installation than the sender: count up with every change
-)
+# Of what an agent is told, which may be of an older installation than the sender: count up with every change.
+PROTOCOL = 3
 
 
 # --- slot process (or stop.py) -> agent -------------------------------------------------------------------------------
@@ -50,6 +49,7 @@ class Register:
         preload: modules that trainers are forked with.
         resume: "auto" | "never" | "must".
         max_restarts: at most so many within an hour.
+        hang_factor, hang_floor_s: when a trainer hangs, see ``worker.hangs.Limits``.
         deaths: agents of this launch that died before.
         environment, folder, path, command: of the slot process; the trainer's too.
         cores: it may run on; the trainer too.
@@ -63,6 +63,8 @@ class Register:
     preload: list[str]
     resume: str
     max_restarts: int
+    hang_factor: float
+    hang_floor_s: float
     deaths: int
     environment: dict[str, str]
     folder: str

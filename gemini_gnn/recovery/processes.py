@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gemini_gnn.errors import RecoveryError
 
+DUMP_STACKS = signal.SIGRTMIN + 5  # to a trainer; SIGUSR1 and SIGUSR2 are the scripts' and schedulers'
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
 
 _libc = ctypes.CDLL(None, use_errno=True)

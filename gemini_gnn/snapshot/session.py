@@ -68,6 +68,7 @@ def attach(
         generation=here.generation,
         every=every,
         timeout_s=timeout_s,
+        stepped=here.stepped,
     )
     try:
         _begin(ranks, snapshots, state, shards, extra_state, here, holdings, steps_done)

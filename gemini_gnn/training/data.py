@@ -21,6 +21,7 @@ from gemini_gnn.features.store import FeatureStore, Prepared
 from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.halo.exchange import HaloExchange
 from gemini_gnn.models.tensors import BlockTensors, moved, pinned, to_tensors
+from gemini_gnn.recovery import board
 from gemini_gnn.sampling.batches import BatchPlan
 from gemini_gnn.sampling.in_edges import InEdges, ReplicatedInEdges
 from gemini_gnn.sampling.partitioned import PartitionedInEdges
@@ -133,6 +134,7 @@ class BatchSource:
     def begin(self, key: Key) -> Begun:
         """What needs no other rank when every rank maps all in-edges: blocks, and the own rows of the features."""
         began = time.perf_counter()
+        board.doing(board.Phase.SAMPLING)
         batch = self.sampler.sample(self.plan.seeds(key.epoch, key.index, self.rank), key.epoch, key.index)
         sampled = time.perf_counter()
         rows = self.store.prepare(batch.input_nodes)
@@ -145,10 +147,12 @@ class BatchSource:
     def end(self, begun: Begun) -> MicroBatch:
         """The remote rows, and all of it on the device. Collective."""
         began = time.perf_counter()
+        board.doing(board.Phase.EXCHANGE)
         x = self.store.complete(begun.rows).to(self.device, non_blocking=True)
         y = begun.y.to(self.device, non_blocking=True)
         blocks = [moved(block, self.device) for block in begun.blocks]
         fetch_s = begun.prepare_s + time.perf_counter() - began
+        board.doing(board.Phase.SAMPLING)
         traffic = self.exchange.take_traffic()
         self.remote_bytes += int(traffic.received_bytes.sum())
         return MicroBatch(

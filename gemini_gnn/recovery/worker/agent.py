@@ -19,6 +19,7 @@ peer's uid. A message that does not fit closes its connection and is logged; it 
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import selectors
 import signal
@@ -29,8 +30,8 @@ from pathlib import Path
 
 from gemini_gnn.cluster.place import Place, check_place, launcher_variables
 from gemini_gnn.errors import GeminiError
-from gemini_gnn.recovery import home, messages, processes
-from gemini_gnn.recovery.worker import decisions
+from gemini_gnn.recovery import board, home, messages, processes
+from gemini_gnn.recovery.worker import decisions, hangs, out_of_memory
 from gemini_gnn.recovery.worker.children import Children
 from gemini_gnn.recovery.worker.decisions import Failure, Limits, Outcome
 from gemini_gnn.recovery.worker.journal import Journal
@@ -76,6 +77,10 @@ class Agent:
         self.selector.register(self.wakeup, selectors.EVENT_READ)
         self.limits = Limits()
         self.children = Children(arena, self.job, self.journal, self.selector)
+        self.killed = out_of_memory.Counter(out_of_memory.own_cgroup())
+        self.hang_limits = hangs.Limits()
+        self.board: mmap.mmap | None = None  # of this generation's trainers
+        self.watch: hangs.Watch | None = None
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -87,7 +92,8 @@ class Agent:
                 if number == signal.SIGTERM:
                     self._see(decisions.StopAsked("SIGTERM: this machine leaves", 128 + signal.SIGTERM))
             for event in self.children.read(time.monotonic()):  # before requests: who listens is asked, not killed
-                self._see(event)
+                self._see(self._explained(event))
+            self._look_at_board()
             self._accept()
             self._read_visitors()
             self._read_shims()
@@ -96,6 +102,28 @@ class Agent:
             if self.state is None and not self.visitors and time.monotonic() > self.nobody_s:
                 break  # the shim that started us died before it could speak, or was refused
         self._end()
+
+    def _explained(self, event: decisions.Event) -> decisions.Event:
+        """An exit by SIGKILL, with whether memory was short."""
+        if isinstance(event, decisions.Exited) and event.code == -signal.SIGKILL:
+            return replace(event, why=self.killed.why())
+        return event
+
+    def _look_at_board(self) -> None:
+        if self.board is None or self.state is None or self.state.phase is not decisions.Phase.RUNNING:
+            return
+        boards = {rank: board.read(self.board, self._page(rank)) for rank in self.state.alive}
+        self.watch, hang = hangs.look(self.watch, boards, time.monotonic(), self.hang_limits)
+        if hang is not None and self.state.deadline is None:
+            seen = {rank: vars(one) if one else None for rank, one in boards.items()}
+            self.journal.log("hang", rank=hang.rank, text=hang.words, boards=seen)
+            self._see(decisions.Hung(hang.rank, hang.words))
+
+    def _page(self, rank: int) -> int:
+        """The local rank."""
+        shim = self.shims.get(rank)
+        assert self.state is not None
+        return shim.request.place.local_rank if shim else sorted(self.state.registered).index(rank)
 
     def _look_at_arena(self) -> None:
         """Somebody may have removed it under us: the job works on, but could not go on from it."""
@@ -110,7 +138,8 @@ class Agent:
 
     def _patience_s(self) -> float:
         deadline = self.state.deadline if self.state else None
-        return 1.0 if deadline is None else min(1.0, max(0.0, deadline - time.monotonic()))
+        patience_s = self.hang_limits.tick_s if self.board is not None else 1.0
+        return patience_s if deadline is None else min(patience_s, max(0.0, deadline - time.monotonic()))
 
     def _signals(self) -> bytes:
         try:
@@ -142,6 +171,8 @@ class Agent:
                 self._fork(generation, sorted(ranks))
             case decisions.AskToStop(ranks):
                 self.children.ask_to_stop(ranks)
+            case decisions.DumpStacks(ranks):
+                self.children.dump_stacks(ranks)
             case decisions.Kill(ranks):
                 self.children.kill(ranks)
             case decisions.Say(text):
@@ -281,6 +312,7 @@ class Agent:
             self._clear_arena(request)
         # From here on there is a job: nothing above may fail any more.
         self.request = request
+        self.hang_limits = hangs.Limits(request.hang_factor, request.hang_floor_s)
         # Trainers of a launch whose agent died are no first generation: they may find its work complete.
         self.state = decisions.State(place.local_world_size, place.world_size, limits, generation=request.deaths)
         self.journal.status("starting")
@@ -345,7 +377,19 @@ class Agent:
         tasks = {rank: self._task(generation, places[rank], requests[rank]) for rank in ranks}
         if listening:
             tasks[0] = replace(tasks[0], descriptors=listening)
+        self._make_board()
         self.children.fork(tasks)
+
+    def _make_board(self) -> None:
+        """For the trainers of the generation that is to be forked. Without room for it they run all the same, unseen."""
+        assert self.state is not None
+        self.killed.why()  # who was killed before this generation is none of it
+        self.watch = None
+        try:
+            board.make(self.arena, self.state.local)
+        except OSError as error:
+            self.journal.log("board_failed", error=error.strerror)
+        self.board = board.open_board(self.arena)
 
     def _task(self, generation: int, place: Place, request: messages.Register) -> messages.Task:
         """The trainer of ``place``."""

@@ -107,6 +107,14 @@ class Children:
             if rank in self.trainers:
                 self.trainers[rank].channel.send(messages.StopAsked())
 
+    def dump_stacks(self, ranks: Iterable[int]) -> None:
+        """Have every thread's stack written into the logs; a trainer that is stopped goes on for it."""
+        for rank in set(ranks) & self.trainers.keys():
+            if (pid := self.trainers[rank].pid) is not None:
+                for number in (processes.DUMP_STACKS, signal.SIGCONT):
+                    with contextlib.suppress(PermissionError):  # it has become a program of another user
+                        os.kill(pid, number)  # our child, not reaped: the number is its own
+
     def kill(self, ranks: Iterable[int]) -> None:
         for rank in set(ranks) & self.trainers.keys():
             pid = self.trainers[rank].pid

@@ -68,11 +68,13 @@ class Snapshots:
         generation: int,
         every: int,
         timeout_s: float,
+        stepped: Callable[[int], None],
     ):
         self._state, self._shards, self._extra, self._ranks = state, shards, extra_state, ranks
         self._own = [s for s in shards if s.owned]
         self._rank, self._term, self._generation = rank, term, generation
         self._every, self._timeout_s = every, timeout_s
+        self._stepped = stepped
         self.restored: Identity | None = None
         self.steps = 0
         self.recoverable: Identity | None = None
@@ -133,6 +135,7 @@ class Snapshots:
                 to hold the same state differ (on all of them).
         """
         begin = time.perf_counter()
+        self._stepped(step)
         self._raise()
         if not self.wants(step):
             return
