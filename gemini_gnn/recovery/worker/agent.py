@@ -312,7 +312,9 @@ class Agent:
             self._clear_arena(request)
         # From here on there is a job: nothing above may fail any more.
         self.request = request
-        self.hang_limits = hangs.Limits(request.hang_factor, request.hang_floor_s)
+        # The rank that all others wait for may be on another machine, whose boards are not seen here.
+        sees_all = place.local_world_size == place.world_size
+        self.hang_limits = hangs.Limits(request.hang_factor if sees_all else 0.0, request.hang_floor_s)
         # Trainers of a launch whose agent died are no first generation: they may find its work complete.
         self.state = decisions.State(place.local_world_size, place.world_size, limits, generation=request.deaths)
         self.journal.status("starting")

@@ -359,10 +359,7 @@ def _hung(state: State, hung: Hung, now: float) -> Step:
     """Gone on from as from a kill, when the stacks are written; an exit that is awaited comes first."""
     if state.phase is not Phase.RUNNING or state.deadline is not None or hung.rank not in state.alive:
         return state, []
-    words = hung.words
-    if state.local != state.world:
-        words += ", where it may wait for a rank of another machine"
-    return replace(state, hung=words, deadline=now + state.limits.dump_s), [DumpStacks(state.alive)]
+    return replace(state, hung=hung.words, deadline=now + state.limits.dump_s), [DumpStacks(state.alive)]
 
 
 def _exited(state: State, exited: Exited, now: float) -> Step:

@@ -1,8 +1,9 @@
 """Which trainer hangs, if one does. Pure: from the boards at several looks, and the time of each, to a rank and words.
 
-Training is synchronous, so when one rank hangs all others soon wait for it, each in a phase that takes longer than usual. The
-one that is least far hangs, by (step, place in the step, phase); the others are its consequences. So only that one's time
-counts: a hang is more than ``factor`` times what its phase has taken at most lately, and never less than ``floor_s``.
+Training is synchronous, so when one rank hangs all others soon wait for it, each in a phase that takes longer than usual.
+The one that is least far hangs, by (step, place in the step, phase); the others are its consequences. So the boards of
+all ranks must be seen, and only that one's time counts: a hang is more than ``factor`` times what its phase has taken at
+most lately, and never less than ``floor_s``.
 
 Never a hang: start-up, partitioning, writing (a file system that does not answer does not answer a new trainer either), and a
 phase that was completed fewer than ``MIN_SEEN`` times in this generation, because a new process compiles kernels
@@ -56,7 +57,7 @@ def look(
     """
     Args:
         watch: of the last look; None at the first one of a generation.
-        boards: of every trainer that lives; None where nothing can be read: as long as that is so, nobody hangs.
+        boards: of every trainer of the job that lives; None where nothing can be read: as long as that is so, nobody hangs.
     """
     passed_s = min(now - watch.at_s, 2 * limits.tick_s) if watch else 0.0
     before, stood = watch.stood if watch else {}, dict[int, tuple[int, float]]()
@@ -78,9 +79,8 @@ def _hang(boards: Mapping[int, Board | None], stood_s: Mapping[int, float], limi
     if stood_s[rank] <= max(limits.floor_s, limits.factor * board.longest_s):
         return None
     took, usual = _seconds(stood_s[rank]), _seconds(board.longest_s)
-    return Hang(
-        rank, f"rank {rank} hangs in {board.phase.word} of step {board.step} for {took} (usually at most {usual})"
-    )
+    where = f"step {board.step}" if board.phase is Phase.STEP else f"{board.phase.word} of step {board.step}"
+    return Hang(rank, f"rank {rank} hangs in {where} for {took} (usually at most {usual})")
 
 
 def _seconds(seconds: float) -> str:
