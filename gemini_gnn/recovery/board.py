@@ -122,8 +122,8 @@ class Page:
     def __init__(self, board: mmap.mmap, page: int, generation: int):
         self._board, self._offset, self._generation = board, page * PAGE_BYTES, generation
         self._words = memoryview(board)[self._offset : self._offset + PAGE_BYTES].cast("Q")
-        self._marks, self._step, self._place = 0, 0, 0
-        self._phase, self._since_ns = -1, 0
+        self._marks, self._place, self._since_ns = 0, 0, 0
+        self._step = self._phase = -1
 
     def mark(self, phase: Phase, step: int | None = None) -> None:
         """From now on this trainer is in ``phase`` of ``step`` (None: of the same). Nothing new is no mark."""
@@ -157,7 +157,7 @@ def attach(arena: Path, page: int, generation: int) -> None:
     board = open_board(arena)
     if board is not None and len(board) >= (page + 1) * PAGE_BYTES:
         _page = Page(board, page, generation)
-        _page.mark(Phase.START_UP)
+        _page.mark(Phase.START_UP, 0)
 
 
 def mark(phase: Phase, step: int | None = None) -> None:

@@ -115,7 +115,7 @@ class Agent:
         boards = {rank: board.read(self.board, self._page(rank)) for rank in self.state.alive}
         self.watch, hang = hangs.look(self.watch, boards, time.monotonic(), self.hang_limits)
         if hang is not None and self.state.deadline is None:
-            seen = {rank: vars(one) if one else None for rank, one in boards.items()}
+            seen = {rank: one and {**vars(one), "phase": one.phase.word} for rank, one in boards.items()}
             self.journal.log("hang", rank=hang.rank, text=hang.words, boards=seen)
             self._see(decisions.Hung(hang.rank, hang.words))
 

@@ -34,7 +34,7 @@ class Limits:
     @property
     def tick_s(self) -> float:
         """How long the agent may wait between two looks."""
-        return min(1.0, self.floor_s / 4)
+        return min(1.0, self.floor_s / 4) if self.factor else 1.0
 
 
 @dataclass(frozen=True)
