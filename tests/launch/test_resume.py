@@ -242,9 +242,11 @@ def test_a_rank_that_hangs_is_restarted_and_loses_nothing(run_dir, tmp_path, mon
     same_run(run_dir, tmp_path / "undisturbed")
     events = next((run_dir / "events").glob("agent-*.jsonl")).read_text()
     hangs = [json.loads(line) for line in events.splitlines() if '"hang"' in line]
-    assert [hang["rank"] for hang in hangs] == [1], hangs
+    assert len(hangs) == 1 and 1 in hangs[0]["ranks"], hangs
     if how == "hang":
         assert "rank 1 hangs in sampling of step 31 for" in hangs[0]["text"]
+    else:  # maybe where both were in one collective
+        assert hangs[0]["text"].endswith("; stopped by a signal or a debugger: rank 1")
     for rank in range(2):
         log = (run_dir / "logs" / f"rank-{rank}.log").read_text()
         assert " in train\n" in log and "most recent call first" in log

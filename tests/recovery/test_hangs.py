@@ -21,7 +21,8 @@ def test_a_trainer_that_hangs_is_found_and_the_job_goes_on(job, stopped):
     code, _, err = run.end(run.launch(3, "beats", rank=1, stopped=stopped, **QUICK))
     assert code == 0, err
     (hang,) = run.events("hang")
-    assert hang["rank"] == 1 and "rank 1 hangs in forward of step 20 for 0." in hang["text"]
+    assert hang["ranks"] == [1] and "rank 1 hangs in forward of step 20 for 0." in hang["text"]
+    assert hang["stopped"] == ([1] if stopped else [])
     assert "restarting all 3 trainers as generation 2" in err and len(run.notes("finished", generation=2)) == 3
     log = (run.run_dir / "logs" / "rank-1.log").read_text()
     assert log.count("most recent call first") == 1 and " in beats" in log

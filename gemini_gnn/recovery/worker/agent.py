@@ -116,8 +116,12 @@ class Agent:
         self.watch, hang = hangs.look(self.watch, boards, time.monotonic(), self.hang_limits)
         if hang is not None and self.state.deadline is None:
             seen = {rank: one and {**vars(one), "phase": one.phase.word} for rank, one in boards.items()}
-            self.journal.log("hang", rank=hang.rank, text=hang.words, boards=seen)
-            self._see(decisions.Hung(hang.rank, hang.words))
+            stopped = [rank for rank in sorted(boards) if self.children.is_stopped(rank)]
+            words = hang.words
+            if stopped:  # of several in one collective these are to blame
+                words += f"; stopped by a signal or a debugger: rank {', '.join(map(str, stopped))}"
+            self.journal.log("hang", ranks=hang.ranks, stopped=stopped, text=words, boards=seen)
+            self._see(decisions.Hung((stopped or hang.ranks)[0], words))
 
     def _page(self, rank: int) -> int:
         """The local rank."""

@@ -124,6 +124,11 @@ class Children:
                 with contextlib.suppress(PermissionError):  # it has become a program of another user
                     os.kill(pid, signal.SIGKILL)  # our child, not reaped: the number is its own
 
+    def is_stopped(self, rank: int) -> bool:
+        """Whether the trainer is there and does not run: SIGSTOP, or a debugger that holds it."""
+        trainer = self.trainers.get(rank)
+        return trainer is not None and trainer.pid is not None and processes.is_stopped(trainer.pid)
+
     def end(self, patience_s: float) -> bool:
         """SIGKILL to everything below; whether all of it is reaped after at most ``patience_s``."""
         return processes.kill_and_reap_children(patience_s)

@@ -3,7 +3,7 @@
 Training is synchronous, so when one rank hangs all others soon wait for it, each in a phase that takes longer than usual.
 The one that is least far hangs, by (step, place in the step, phase); the others are its consequences. So the boards of
 all ranks must be seen, and only that one's time counts: a hang is more than ``factor`` times what its phase has taken at
-most lately, and never less than ``floor_s``.
+most lately, and never less than ``floor_s``. Where several are equally far, each of them must have taken so long.
 
 Never a hang: start-up, partitioning, writing (a file system that does not answer does not answer a new trainer either), and a
 phase that was completed fewer than ``MIN_SEEN`` times in this generation, because a new process compiles kernels
@@ -47,7 +47,9 @@ class Watch:
 
 @dataclass(frozen=True)
 class Hang:
-    rank: int
+    """``ranks``: those that are least far. All of one collective may be; boards cannot say which of them is to blame."""
+
+    ranks: tuple[int, ...]
     words: str
 
 
@@ -73,14 +75,22 @@ def _hang(boards: Mapping[int, Board | None], stood_s: Mapping[int, float], limi
     known = {rank: board for rank, board in boards.items() if board is not None}
     if limits.factor <= 0 or not known or len(known) < len(boards):
         return None
-    rank, board = min(known.items(), key=lambda item: (item[1].step, item[1].place, item[1].phase, item[1].since_s))
-    if board.phase in NEVER or board.seen < MIN_SEEN:
-        return None
-    if stood_s[rank] <= max(limits.floor_s, limits.factor * board.longest_s):
-        return None
-    took, usual = _seconds(stood_s[rank]), _seconds(board.longest_s)
-    where = f"step {board.step}" if board.phase is Phase.STEP else f"{board.phase.word} of step {board.step}"
-    return Hang(rank, f"rank {rank} hangs in {where} for {took} (usually at most {usual})")
+    least = min(map(_how_far, known.values()))
+    there = {rank: board for rank, board in sorted(known.items()) if _how_far(board) == least}
+    for rank, board in there.items():
+        if board.phase in NEVER or board.seen < MIN_SEEN:
+            return None
+        if stood_s[rank] <= max(limits.floor_s, limits.factor * board.longest_s):
+            return None
+    phase, step = board.phase, board.step
+    where = f"step {step}" if phase is Phase.STEP else f"{phase.word} of step {step}"
+    names = f"rank {rank} hangs" if len(there) == 1 else f"ranks {', '.join(map(str, there))} hang"
+    took, usual = min(stood_s[rank] for rank in there), max(board.longest_s for board in there.values())
+    return Hang(tuple(there), f"{names} in {where} for {_seconds(took)} (usually at most {_seconds(usual)})")
+
+
+def _how_far(board: Board) -> tuple[int, int, int]:
+    return board.step, board.place, board.phase
 
 
 def _seconds(seconds: float) -> str:

@@ -37,7 +37,7 @@ def every(tick_s: float, until_s: float, begin_s: float = 0.0):
 def test_the_rank_that_is_least_far_hangs_and_the_words_say_where():
     boards = {0: board(12, 3, 0.0), 1: board(12, 0, 0.0, phase=Phase.EXCHANGE), 2: board(12, 3, 0.0)}
     hang, at = watched(boards, every(0.5, 60.0), Limits(10.0, 30.0))
-    assert hang.rank == 1 and 30.0 < at <= 31.0
+    assert hang.ranks == (1,) and 30.0 < at <= 31.0
     assert hang.words == "rank 1 hangs in exchange of step 12 for 30 s (usually at most 0.02 s)"
 
 
@@ -155,15 +155,21 @@ def test_a_rank_that_stops_in_a_phase_that_is_known_is_found_and_no_other(world,
     }
     stopped = {**agreement_s, rank: stopped_s}
     hang, at = watched(lambda now: job.boards(now, stopped), every(0.5, stopped_s + 60.0))
-    assert hang.rank == rank and f"{STEP[place].word} of step {step} " in hang.words
+    assert hang.ranks == (rank,) and f"{STEP[place].word} of step {step} " in hang.words
     assert 2.0 < at - stopped_s <= 3.0
 
 
-def test_all_ranks_in_one_exchange_is_a_hang_of_the_first_that_came():
-    boards = {0: board(5, 0, 0.3, phase=Phase.EXCHANGE), 1: board(5, 0, 0.1, phase=Phase.EXCHANGE)}
-    assert watched(boards, every(0.5, 10.0, 0.5))[0].rank == 1
+def test_all_ranks_in_one_exchange_hang_when_the_last_that_came_has_waited_too_long():
+    boards = {0: board(5, 0, 0.0, phase=Phase.EXCHANGE), 1: board(5, 0, 1.5, phase=Phase.EXCHANGE)}
+    hang, at = watched(lambda now: boards if now >= 1.5 else {**boards, 1: board(4, 6, 0.0)}, every(0.5, 10.0))
+    assert hang.ranks == (0, 1) and hang.words.startswith("ranks 0, 1 hang in exchange of step 5 for 2.5 s")
+    assert at == 4.0
+
+
+def test_a_script_that_only_says_its_steps_hangs_in_a_step():
+    assert watched({0: board(7, 4, 0.0)}, every(0.5, 10.0))[0].words.startswith("rank 0 hangs in step 7 for")
 
 
 def test_who_samples_is_less_far_than_who_waits_for_its_rows():
     boards = {0: board(5, 0, 0.0, phase=Phase.EXCHANGE), 1: replace(board(5, 0, 0.2), phase=Phase.SAMPLING)}
-    assert watched(boards, every(0.5, 10.0, 0.5))[0].rank == 1
+    assert watched(boards, every(0.5, 10.0, 0.5))[0].ranks == (1,)
