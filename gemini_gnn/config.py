@@ -152,6 +152,14 @@ class SnapshotConfig:
 
 
 @dataclass
+class RecoveryConfig:
+    # A trainer hangs in a phase of the training step, or an evaluation, that takes hang_factor times as long as it has taken
+    # at most lately, and never less than hang_floor_s. Its stacks go into the logs, and the job goes on as after a kill.
+    hang_factor: float = 10.0  # 0: nothing is ever a hang
+    hang_floor_s: float = 30.0  # above what a model may compile for in the middle of a run, below distributed.timeout_s
+
+
+@dataclass
 class LoggerConfig:
     progress: bool = True
     tensorboard: bool = True
@@ -175,6 +183,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
@@ -285,6 +294,9 @@ def validate(config: Config) -> None:
         "more than 0",
         config.distributed.start_timeout_s,
     )
+    r = config.recovery
+    demand(r.hang_factor == 0 or r.hang_factor > 1, "recovery.hang_factor", "more than 1, or 0 (never)", r.hang_factor)
+    demand(r.hang_floor_s > 0, "recovery.hang_floor_s", "more than 0", r.hang_floor_s)
     ours = {"gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu"}
     demand(
         not ours & config.deepspeed.config.keys(),

@@ -76,6 +76,14 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--arena", default="/dev/shm", help="RAM file system for the snapshots")
     parser.add_argument("--preload", action="append", metavar="MODULE", help="imported before trainers are forked")
     parser.add_argument("--max-restarts", type=int, default=3, help="within an hour, after a trainer was killed")
+    parser.add_argument(
+        "--hang-factor",
+        type=float,
+        default=0.0,
+        help="a trainer hangs when a step takes so many times as long as the longest lately, and longer than --hang-floor; "
+        "default 0: never, as an evaluation between two steps may take any time",
+    )
+    parser.add_argument("--hang-floor", type=float, default=30.0, metavar="SECONDS", help="default 30")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher puts it in front
     parser.add_argument("script", type=Path)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -89,6 +97,8 @@ def main(arguments: list[str]) -> int:
         options = parser.parse_args(arguments)
         if not options.script.is_file():
             refuse(f"expected a Python script; {options.script} is no file")
+        if not (options.hang_factor == 0 or options.hang_factor > 1) or not options.hang_floor > 0:
+            refuse("expected --hang-factor above 1, or 0 (never), and --hang-floor above 0")
     from gemini_gnn.observe.progress import say
     from gemini_gnn.recovery import shim
     from gemini_gnn.recovery.worker.decisions import STOPPED
@@ -111,6 +121,8 @@ def main(arguments: list[str]) -> int:
         terminal=True,
         arena_root=options.arena,
         max_restarts=options.max_restarts,
+        hang_factor=options.hang_factor,
+        hang_floor_s=options.hang_floor,
     )
     if code not in (0, STOPPED):
         launcher.free_launcher(place)

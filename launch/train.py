@@ -53,6 +53,8 @@ def main(arguments: list[str]) -> int:
         terminal=sys.stdout.isatty(),
         arena_root=config.snapshot.arena,
         max_restarts=0 if config.snapshot.mode == "none" else shim.MAX_RESTARTS,
+        hang_factor=config.recovery.hang_factor,
+        hang_floor_s=config.recovery.hang_floor_s,
     )
     if code not in (0, STOPPED):
         launcher.free_launcher(place)

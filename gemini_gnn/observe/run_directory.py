@@ -49,6 +49,7 @@ FREE_SETTINGS: tuple[str, ...] = (
     "partition.plot",
     # How ranks meet, wait and check (another backend may sum in another order, which changes last bits):
     "distributed",
+    "recovery",
     "partition.timeout_s",
     "partition.verify",
     # Where files lie; their contents are in the fingerprint of the graph:

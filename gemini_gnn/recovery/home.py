@@ -12,13 +12,15 @@ import os
 from pathlib import Path
 
 from gemini_gnn.errors import RecoveryError, SnapshotError
+from gemini_gnn.recovery import board
 from gemini_gnn.snapshot.store.arena import folder_of, list_folder, make_folder, slots
 from gemini_gnn.snapshot.store.format import SlotState
 from gemini_gnn.snapshot.store.locks import AGENT_LOCK, TRAINERS_LOCK, living_trainer, take_agent_lock
 
 AGENT_SOCKET = "agent.sock"
 RUN_ID, NEW_RUN_ID = "run-id", "run-id.new"  # id of the run directory that the snapshots belong to
-OWN_FILES = {AGENT_LOCK, AGENT_SOCKET, TRAINERS_LOCK, RUN_ID, NEW_RUN_ID}  # all other files are snapshots
+# All other files in an arena are snapshots.
+OWN_FILES = {AGENT_LOCK, AGENT_SOCKET, TRAINERS_LOCK, RUN_ID, NEW_RUN_ID, board.FILE}
 MAX_SOCKET_PATH = 100  # of 108 bytes in sockaddr_un, with room for a temporary name
 
 
@@ -94,7 +96,7 @@ def holds_nothing(arena: Path) -> bool:
 
 def leave_arena(arena: Path) -> None:
     """Remove the agent's files and, where no snapshot is left, the folders. The caller holds the arena's lock."""
-    ours = [AGENT_SOCKET, TRAINERS_LOCK, AGENT_LOCK]
+    ours = [AGENT_SOCKET, board.FILE, TRAINERS_LOCK, AGENT_LOCK]
     if living_trainer(arena) is not None:  # it is stuck in the kernel: the next agent must see it
         ours.remove(TRAINERS_LOCK)
     if not snapshot_files(arena):

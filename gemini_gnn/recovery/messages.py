@@ -31,7 +31,7 @@ from gemini_gnn.cluster.place import Place
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_DESCRIPTORS = 253  # the kernel's limit for one message
-PROTOCOL = 2  # of messages to an agent, which may be of an older installation: count up with every change
+PROTOCOL = 3  # of messages to an agent, which may be of an older installation: count up with every change
 
 
 # --- slot process (or stop.py) -> agent -------------------------------------------------------------------------------
@@ -48,6 +48,7 @@ class Register:
         preload: modules that trainers are forked with.
         resume: "auto" | "never" | "must".
         max_restarts: of all trainers within an hour, at most.
+        hang_factor, hang_floor_s: when a trainer hangs, see ``worker.hangs.Limits``.
         deaths: number of this launch's agents that have died.
         environment, folder, path, command: of the slot process; the trainer gets the same.
         cores: of the slot process; the trainer runs on the same.
@@ -61,6 +62,8 @@ class Register:
     preload: list[str]
     resume: str
     max_restarts: int
+    hang_factor: float
+    hang_floor_s: float
     deaths: int
     environment: dict[str, str]
     folder: str

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gemini_gnn.errors import RecoveryError
 
+DUMP_STACKS = signal.SIGRTMIN + 5  # to a trainer; SIGUSR1 and SIGUSR2 are the scripts' and schedulers'
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -117,12 +118,21 @@ def children() -> list[int]:
         return [int(path.name) for path in Path("/proc").glob("[0-9]*") if _parent(path) == str(own)]
 
 
+def is_stopped(pid: int) -> bool:
+    return _stat(Path(f"/proc/{pid}"))[:1] in (["T"], ["t"])
+
+
 def _parent(process: Path) -> str:
     """Pid of its parent; empty for a process that is gone."""
+    return "".join(_stat(process)[1:2])
+
+
+def _stat(process: Path) -> list[str]:
+    """What follows its name in ``stat``: state, parent, ...; nothing for a process that is gone."""
     try:
-        return (process / "stat").read_text().rpartition(")")[2].split()[1]
+        return (process / "stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return ""
+        return []
 
 
 def mark(arena: Path) -> tuple[str, str]:

@@ -51,6 +51,8 @@ def run(
     terminal: bool,
     arena_root: str | os.PathLike[str] = "/dev/shm",
     max_restarts: int = MAX_RESTARTS,
+    hang_factor: float = 0.0,
+    hang_floor_s: float = 30.0,
 ) -> int:
     """Run ``target`` as the trainer of ``place`` under this machine's worker agent; returns the exit code of the job.
 
@@ -67,6 +69,8 @@ def run(
         arena_root: RAM file system for the snapshots.
         terminal: stdout is a terminal, where a progress bar may stand in the current line.
         max_restarts: how often within an hour all trainers are restarted after one was killed.
+        hang_factor, hang_floor_s: a trainer hangs in a phase that takes longer than both ``hang_factor`` times as long as
+            usual and ``hang_floor_s``; 0: none does.
 
     Raises:
         RunDirError: ``run_dir`` cannot be written to.
@@ -83,6 +87,8 @@ def run(
         preload=[*preload, target.partition(":")[0]],
         resume=resume,
         max_restarts=max_restarts,
+        hang_factor=hang_factor,
+        hang_floor_s=hang_floor_s,
         deaths=0,
         environment=dict(os.environ),
         folder=os.getcwd(),

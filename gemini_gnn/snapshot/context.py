@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemini_gnn.errors import SnapshotError
+
+
+def _nobody_looks(step: int) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,7 @@ class Context:
         rank, world_size, local_rank, local_world_size: as in ``cluster.Place``.
         term, generation: of the membership this trainer was started for.
         resume: "auto" | "never" | "must".
+        stepped: called with the number of every step that is done, so that a worker agent sees a script go on.
     """
 
     job: str
@@ -29,6 +35,7 @@ class Context:
     term: int
     generation: int
     resume: str = "auto"
+    stepped: Callable[[int], None] = _nobody_looks
 
 
 _installed: Context | None = None

@@ -21,6 +21,7 @@ from gemini_gnn.features.store import FeatureStore, Prepared
 from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.halo.exchange import HaloExchange
 from gemini_gnn.models.tensors import BlockTensors, moved, pinned, to_tensors
+from gemini_gnn.recovery import board
 from gemini_gnn.sampling.batches import BatchPlan
 from gemini_gnn.sampling.in_edges import InEdges, ReplicatedInEdges
 from gemini_gnn.sampling.partitioned import PartitionedInEdges
@@ -133,6 +134,7 @@ class BatchSource:
     def prepare(self, key: Key) -> PreparedBatch:
         """Sample the blocks, and read the own rows of the features. Collective only where in-edges are partitioned."""
         began = time.perf_counter()
+        board.doing(board.Phase.SAMPLING)
         batch = self.sampler.sample(self.plan.seeds(key.epoch, key.index, self.rank), key.epoch, key.index)
         sampled = time.perf_counter()
         rows = self.store.prepare(batch.input_nodes)
@@ -145,10 +147,12 @@ class BatchSource:
     def complete(self, prepared: PreparedBatch) -> MicroBatch:
         """Fetch the remote rows, and move all of it to the device. Collective."""
         began = time.perf_counter()
+        board.doing(board.Phase.EXCHANGE)
         x = self.store.complete(prepared.rows).to(self.device, non_blocking=True)
         y = prepared.y.to(self.device, non_blocking=True)
         blocks = [moved(block, self.device) for block in prepared.blocks]
         fetch_s = prepared.prepare_s + time.perf_counter() - began
+        board.doing(board.Phase.SAMPLING)
         traffic = self.exchange.take_traffic()
         self.remote_bytes += int(traffic.received_bytes.sum())
         return MicroBatch(

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from gemini_gnn.observe.errors import forget_errors, is_consequence, record_erro
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_directory import RunDir, keep_earlier, steps_done
+from gemini_gnn.recovery import board
 from gemini_gnn.recovery.worker.decisions import STOPPED
 from gemini_gnn.snapshot import context as snapshot_context
 from gemini_gnn.training import engine
@@ -117,7 +119,9 @@ def _with_groups(config: Config, place: Place, groups: process_groups.Groups, ru
         events.emit("start", machine=place.machine, pid=os.getpid(), backend=groups.backend, device=str(groups.device))
         if run_dir is not None:
             run_dir.status("starting", world_size=place.world_size)
+        board.mark(board.Phase.PARTITIONING)
         graph = partitioned_graph(config, groups)
+        board.mark(board.Phase.START_UP)
         events.emit("graph_open")
         job = build_run(config, graph, groups, report, events, terminal=os.environ.get("GEMINI_GNN_TTY") == "1")
         events.emit("engine_built")
@@ -209,6 +213,8 @@ def start_snapshots(job: Run) -> Any:
         return snapshot.attach(
             job.engine,
             job.state,
+            # The loop marks its phases itself.
+            context=replace(snapshot_context.current(), stepped=lambda step: None),
             every=settings.every,
             group=job.groups.control,
             hook=False,

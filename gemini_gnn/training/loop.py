@@ -32,6 +32,8 @@ from gemini_gnn.hashing import DROPOUT, stream
 from gemini_gnn.models.build import build_model
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.progress import Progress
+from gemini_gnn.recovery import board
+from gemini_gnn.recovery.board import Phase
 from gemini_gnn.recovery.worker.entry import stop_requested
 from gemini_gnn.sampling.sampler import NeighborSampler
 from gemini_gnn.training import engine as deepspeed_engine
@@ -101,10 +103,24 @@ def agree(group: Any, loss_sum: float, ready: bool, stop: bool) -> Agreed:
     if group is None:
         return Agreed(loss_sum, ready, stop, 0.0)
     begin = time.perf_counter()
+    board.mark(Phase.AGREEMENT)
     vector = torch.tensor([loss_sum, not ready, stop], dtype=torch.float64)
     dist.all_reduce(vector, group=group)
     total, unready, stops = vector.tolist()
+    board.mark(Phase.BACKWARD)  # the reduction belongs to it
     return Agreed(total, unready == 0, stops > 0, time.perf_counter() - begin)
+
+
+# What the worker agent sees on the board while a span runs, and until the next one begins.
+ON_BOARD = {
+    "input": Phase.SAMPLING,
+    "forward": Phase.FORWARD,
+    "backward": Phase.BACKWARD,
+    "update": Phase.STEP,
+    "report": Phase.WRITING,
+    "snapshot": Phase.CAPTURE,
+    "checkpoint": Phase.WRITING,
+}
 
 
 @dataclass
@@ -134,8 +150,9 @@ class Phases:
         return self.input + self.forward + self.backward + self.others + self.update + self.report + self.snapshot
 
     @contextmanager
-    def span(self, phase: str) -> Iterator[None]:
-        """Add the seconds of the block to ``phase``."""
+    def span(self, phase: str, shown: str = "") -> Iterator[None]:
+        """Add the seconds of the block to ``phase``, which the board shows, or ``shown`` in its place."""
+        board.mark(ON_BOARD[shown or phase])
         begin = time.perf_counter()
         yield
         setattr(self, phase, getattr(self, phase) + time.perf_counter() - begin)
@@ -247,6 +264,7 @@ def train(run: Run) -> RunState:
                 epoch_begin = time.perf_counter()
             if agreed.stop and state.step < run.total_steps:  # after the last step only its evaluation is left
                 break
+        board.mark(Phase.WRITING)  # from here on to the end of this trainer
     if not state.stopped and state.step < run.total_steps:
         run.snapshots.final(state.step)  # an orderly stop loses no step, whatever snapshot.every says
     run.snapshots.close()
@@ -258,6 +276,7 @@ def _one_step(
 ) -> tuple[Agreed, Phases, int]:
     """One optimizer step: ``accumulation`` micro-batches, agreement, reduction, update. Also returns its edges."""
     config, state, source, engine = run.config, run.state, run.source, run.engine
+    board.mark(Phase.SAMPLING, state.step + 1)
     maybe_fail(run.faults, run.groups.rank, state.step, run.recoveries)
     phases, edges, loss_sum, reduce_before = Phases(), 0, 0.0, clock.seconds
     seeds = source.seeds_in_step(state.step)
@@ -301,7 +320,7 @@ def _one_step(
     with phases.span("report"):
         run.report.loss(state, (state.step - 1) // source.steps_per_epoch + 1, loss_mean)
         run.progress.step(state.step, loss_mean)
-    with phases.span("snapshot"):
+    with phases.span("snapshot", "checkpoint" if config.snapshot.mode == "nfs" else "snapshot"):
         run.snapshots.after_step(state.step, agreed.capture)
     return agreed, phases, edges
 
@@ -309,6 +328,7 @@ def _one_step(
 def _evaluate(run: Run, epoch: int) -> None:
     """Metrics of validation and test nodes over all ranks; the best model is written by rank 0."""
     begin = time.perf_counter()
+    board.mark(Phase.EVALUATION)
     weights = deepspeed_engine.full_weights(run.engine)
     run.model.load_state_dict(weights)
     logits = run.evaluation.logits(run.model).numpy()
@@ -322,6 +342,7 @@ def _evaluate(run: Run, epoch: int) -> None:
     best = record_evaluation(run.state, epoch, val, test, run.config.training.metric)
     patience = run.config.training.patience
     run.state.stopped = patience > 0 and run.state.worse >= patience
+    board.mark(Phase.WRITING)
     run.report.evaluation(epoch, val, test, weights if best else None)
     run.events.emit("evaluation", epoch=epoch, seconds=time.perf_counter() - begin, val=val, test=test)
     losses, seconds = run.report.recent_loss(), run.report.last_epoch_s()

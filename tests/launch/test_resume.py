@@ -1,5 +1,6 @@
 """A run that is killed and started again is the run that was never killed, bit for bit."""
 
+import json
 import os
 import signal
 import subprocess
@@ -221,3 +222,37 @@ def test_an_orderly_stop_loses_no_step(run_dir, tmp_path):
     for slot in again:
         slot.send_signal(signal.SIGINT)
     assert [slot.wait(60) for slot in again] == [130, 130]
+
+
+@pytest.mark.parametrize("how", ["hang", "SIGSTOP"])
+def test_a_rank_that_hangs_is_restarted_and_loses_nothing(run_dir, tmp_path, monkeypatch, how):
+    """Bit for bit, with the stacks of all trainers in their logs."""
+    settings = [*TINY, f"dataset.cache={tmp_path / 'cache'}", "training.epochs=8", "deepspeed=zero1"]
+    trained(2, tmp_path / "undisturbed", *settings)
+    quick = ["recovery.hang_factor=5", "recovery.hang_floor_s=1.5", "logger=quiet"]
+    if how == "hang":
+        monkeypatch.setenv("GEMINI_GNN_FAULT", "hang:rank=1:step=30")
+    slots = start_slots(run_dir, *settings, *quick)
+    if how == "SIGSTOP":
+        wait_for(lambda: True if steps_done(run_dir) > 20 else None, "first steps")
+        os.kill(trainers_of(run_dir)[1], signal.SIGSTOP)
+    assert [slot.wait(120) for slot in slots] == [0, 0], (run_dir / "logs" / "rank-0.log").read_text()[-4000:]
+    same_run(run_dir, tmp_path / "undisturbed")
+    events = next((run_dir / "events").glob("agent-*.jsonl")).read_text()
+    hangs = [json.loads(line) for line in events.splitlines() if '"hang"' in line]
+    assert len(hangs) == 1 and 1 in hangs[0]["ranks"], hangs
+    if how == "hang":
+        assert "rank 1 hangs in sampling of step 31 for" in hangs[0]["text"]
+    else:  # maybe where both were in one collective
+        assert hangs[0]["text"].endswith("; stopped by a signal or a debugger: rank 1")
+    for rank in range(2):
+        log = (run_dir / "logs" / f"rank-{rank}.log").read_text()
+        assert " in train\n" in log and "most recent call first" in log
+    assert "maybe_fail" in (run_dir / "logs" / "rank-1.log").read_text() or how == "SIGSTOP"
+
+
+def trainers_of(run_dir: Path) -> dict[int, int]:
+    """Pid by rank, from what their agent has noted."""
+    text = next((run_dir / "events").glob("agent-*.jsonl")).read_text()
+    forked = [json.loads(line) for line in text.splitlines() if '"trainer_forked"' in line]
+    return {one["rank"]: one["pid"] for one in forked}

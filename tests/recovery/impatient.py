@@ -1,12 +1,16 @@
 """A worker agent that waits a second where others wait ten or more: python -m tests.recovery.impatient ..."""
 
 import functools
+import os
+from pathlib import Path
 
-from gemini_gnn.recovery.worker import agent, children, decisions
+from gemini_gnn.recovery.worker import agent, children, decisions, out_of_memory
 
 agent.Limits = functools.partial(decisions.Limits, reap_s=1.5, leave_s=1.0)
 agent.REAP_ORPHANS_S = 0.5
 children.FORK_S = 1.0
+if "CGROUP" in os.environ:
+    out_of_memory.own_cgroup = lambda: Path(os.environ["CGROUP"])
 
 if __name__ == "__main__":
     agent.main()

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from gemini_gnn.cluster.place import Place
+from gemini_gnn.recovery import board
+from gemini_gnn.recovery.board import Phase
 from gemini_gnn.recovery.worker import entry
 from gemini_gnn.snapshot import context
 
@@ -121,6 +123,25 @@ def train(payload: dict, place: Place, listen_fd: int | None) -> int:
         if (folder / f"die-{place.rank}-{context.current().generation}").exists():
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.005)
+    note("finished")
+    return 0
+
+
+def beats(payload: dict, place: Place, listen_fd: int | None) -> int:
+    """Steps of 10 ms on the board. Rank `rank` stops going on in step 20 of generation 1; the others wait for it."""
+    now = context.current()
+    for step in range(1, 40):
+        board.mark(Phase.FORWARD, step)
+        time.sleep(0.01)
+        if step == 20 and now.generation == 1 and place.rank == payload["rank"]:
+            note("training")
+            if payload.get("stopped"):
+                os.kill(os.getpid(), signal.SIGSTOP)
+            threading.Event().wait()  # also after SIGCONT
+        board.mark(Phase.AGREEMENT)
+        if step == 20:
+            _wait_until(lambda: now.generation > 1 or payload["rank"] < 0)
+    board.mark(Phase.WRITING)
     note("finished")
     return 0
 
@@ -257,6 +278,8 @@ def slot(run_dir: str, target: str, payload: str) -> int:
             resume=options.get("resume", "auto"),
             terminal=True,
             max_restarts=options.get("max_restarts", 3),
+            hang_factor=options.get("hang_factor", 0.0),
+            hang_floor_s=options.get("hang_floor_s", 30.0),
             arena_root=options.get("arena", "/dev/shm"),
         )
     except GeminiError as error:

@@ -212,3 +212,23 @@ def test_a_clock_that_jumps_changes_nothing(job, tmp_path, monkeypatch):
     assert "stopped" in stop(run.run_dir, keep=False)
     assert run.end(launch)[0] == 143
     run.assert_nothing_left()
+
+
+def test_a_kill_for_want_of_memory_is_told_from_one_by_hand(job, tmp_path, monkeypatch):
+    """The cgroup is a folder of ours: the kernel counts there just before it kills."""
+    counter = tmp_path / "memory.events"
+    counter.write_text("oom 0\noom_kill 0\n")
+    monkeypatch.setenv("CGROUP", str(tmp_path))
+    run = job()
+    launch = run.launch(2, "train", impatient=True)
+    os.kill(run.training(2, generation=1)[0]["pid"], signal.SIGKILL)
+    run.training(2, generation=2)
+    counter.write_text("oom 1\noom_kill 1\n")
+    os.kill(run.training(2, generation=2)[0]["pid"], signal.SIGKILL)
+    run.training(2, generation=3)
+    run.finish()
+    code, _, err = run.end(launch)
+    assert code == 0
+    assert "was killed by SIGKILL; restarting all 2 trainers as generation 2" in err
+    assert f"was killed: out of memory (memory cgroup {tmp_path}); restarting all 2 trainers as generation 3" in err
+    run.assert_nothing_left()

@@ -176,7 +176,7 @@ def test_nonsense_of_a_trainer_closes_its_connection_and_harms_nobody(below):
 
 EXAMPLES = [
     messages.Register(
-        Place(0, 1, 0, 1, "m", "h0", 1, "plain"), "m:f", {"a": [1, None, 2.5]}, ["m"], "auto", 3, 0,
+        Place(0, 1, 0, 1, "m", "h0", 1, "plain"), "m:f", {"a": [1, None, 2.5]}, ["m"], "auto", 3, 10.0, 30.0, 0,
         {"A": "\udc80"}, "/", ["/x"], ["c"], [0, 1], "token", 7,
     ),
     messages.Stop("why", 130, keep=False, force=True),

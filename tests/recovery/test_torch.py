@@ -168,3 +168,31 @@ def test_preload_follows_the_script(tmp_path):
     script.write_text("import deepspeed")
     assert "gemini_gnn.training.engine" in preload_of(script, ["scipy"])
     assert "gemini_gnn.training.engine" in preload_of(script)
+
+
+STEPS = """
+import threading, torch
+from gemini_gnn import snapshot
+from gemini_gnn.snapshot import context
+
+module = torch.nn.Linear(4, 1)
+optimizer = torch.optim.Adam(module.parameters())
+snapshots = snapshot.attach((module, optimizer))
+while snapshots.steps < 20:
+    if snapshots.steps == 12 and context.current().generation == 1:
+        threading.Event().wait()
+    module(torch.ones(4)).sum().backward()
+    optimizer.step()
+print("done after step", snapshots.steps, "from", snapshots.restored.step)
+"""
+
+
+def test_a_script_that_hangs_between_two_steps_goes_on_where_that_was_asked_for(tmp_path):
+    script = tmp_path / "steps.py"
+    script.write_text(STEPS)
+    options = ["--run-dir", os.fspath(tmp_path / "run"), "--hang-factor", "5", "--hang-floor", "1"]
+    (slot,) = run_script(script, 1, *options)
+    assert slot.returncode == 0, slot.stderr
+    assert "rank 0 hangs in step 13 for 1." in slot.stderr
+    assert "done after step 20 from 12" in slot.stdout
+    assert 'steps.py", line' in (tmp_path / "run" / "logs" / "rank-0.log").read_text()  # its stack

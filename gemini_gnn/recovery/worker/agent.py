@@ -19,6 +19,7 @@ the peer's uid. The agent logs a bad message and closes its connection; other co
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import selectors
 import signal
@@ -31,8 +32,8 @@ from gemini_gnn.cluster.place import Place, check_place, launcher_variables
 from gemini_gnn.errors import GeminiError
 from gemini_gnn.observe import terms
 from gemini_gnn.observe.status import read_status
-from gemini_gnn.recovery import home, messages, processes
-from gemini_gnn.recovery.worker import decisions
+from gemini_gnn.recovery import board, home, messages, processes
+from gemini_gnn.recovery.worker import decisions, hangs, out_of_memory
 from gemini_gnn.recovery.worker.children import Children
 from gemini_gnn.recovery.worker.decisions import Failure, Limits, Outcome
 from gemini_gnn.recovery.worker.journal import Journal
@@ -78,6 +79,10 @@ class Agent:
         self.selector.register(self.wakeup, selectors.EVENT_READ)
         self.limits = Limits()
         self.children = Children(arena, self.job, self.journal, self.selector)
+        self.killed = out_of_memory.Counter(out_of_memory.own_cgroup())
+        self.hang_limits = hangs.Limits()
+        self.board: mmap.mmap | None = None  # of this generation's trainers
+        self.watch: hangs.Watch | None = None
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -88,10 +93,10 @@ class Agent:
             for number in self._signals():
                 if number == signal.SIGTERM:
                     self._see(decisions.StopAsked("SIGTERM: this machine leaves", 128 + signal.SIGTERM))
-            for event in self.children.read(
-                time.monotonic()
-            ):  # before requests to stop: a trainer that listens is asked
-                self._see(event)
+            # Before requests to stop: a trainer that listens is asked.
+            for event in self.children.read(time.monotonic()):
+                self._see(self._explained(event))
+            self._look_at_board()
             self._accept()
             self._read_visitors()
             self._read_shims()
@@ -100,6 +105,32 @@ class Agent:
             if self.state is None and not self.visitors and time.monotonic() > self.nobody_s:
                 break  # the shim that started us died before it registered, or was refused
         self._end()
+
+    def _explained(self, event: decisions.Event) -> decisions.Event:
+        """An exit by SIGKILL, with whether memory was short."""
+        if isinstance(event, decisions.Exited) and event.code == -signal.SIGKILL:
+            return replace(event, why=self.killed.why())
+        return event
+
+    def _look_at_board(self) -> None:
+        if self.board is None or self.state is None or self.state.phase is not decisions.Phase.RUNNING:
+            return
+        boards = {rank: board.read(self.board, self._page(rank)) for rank in self.state.alive}
+        self.watch, hang = hangs.look(self.watch, boards, time.monotonic(), self.hang_limits)
+        if hang is not None and self.state.deadline is None:
+            seen = {rank: one and {**vars(one), "phase": one.phase.word} for rank, one in boards.items()}
+            stopped = [rank for rank in sorted(boards) if self.children.is_stopped(rank)]
+            words = hang.words
+            if stopped:  # of several in one collective these are to blame
+                words += f"; stopped by a signal or a debugger: rank {', '.join(map(str, stopped))}"
+            self.journal.log("hang", ranks=hang.ranks, stopped=stopped, text=words, boards=seen)
+            self._see(decisions.Hung((stopped or hang.ranks)[0], words))
+
+    def _page(self, rank: int) -> int:
+        """The local rank."""
+        shim = self.shims.get(rank)
+        assert self.state is not None
+        return shim.request.place.local_rank if shim else sorted(self.state.registered).index(rank)
 
     def _look_at_arena(self) -> None:
         """Say so once if the arena was removed: the job runs on, but its snapshots are lost."""
@@ -116,7 +147,8 @@ class Agent:
         if self.children.has_news:
             return 0.0
         deadline = self.state.deadline if self.state else None
-        return 1.0 if deadline is None else min(1.0, max(0.0, deadline - time.monotonic()))
+        patience_s = self.hang_limits.tick_s if self.board is not None else 1.0
+        return patience_s if deadline is None else min(patience_s, max(0.0, deadline - time.monotonic()))
 
     def _signals(self) -> bytes:
         try:
@@ -148,6 +180,8 @@ class Agent:
                 self._fork(generation, sorted(ranks))
             case decisions.AskToStop(ranks):
                 self.children.ask_to_stop(ranks)
+            case decisions.DumpStacks(ranks):
+                self.children.dump_stacks(ranks)
             case decisions.Kill(ranks):
                 self.children.kill(ranks)
             case decisions.Say(text):
@@ -287,6 +321,9 @@ class Agent:
             self._clear_arena(request)
         # From here on there is a job. All that can refuse it is above.
         self.request = request
+        # The rank that all others wait for may be on another machine, whose boards are not seen here.
+        sees_all = place.local_world_size == place.world_size
+        self.hang_limits = hangs.Limits(request.hang_factor if sees_all else 0.0, request.hang_floor_s)
         # If an agent of this launch died, these trainers are not the first generation: the work may be complete.
         self.state = decisions.State(place.local_world_size, place.world_size, limits, generation=request.deaths)
         self.journal.status("starting")
@@ -351,7 +388,19 @@ class Agent:
         tasks = {rank: self._task(generation, places[rank], requests[rank]) for rank in ranks}
         if listening:
             tasks[0] = replace(tasks[0], descriptors=listening)
+        self._make_board()
         self.children.fork(tasks)
+
+    def _make_board(self) -> None:
+        """For the trainers of the generation that is to be forked. Without room for it they run all the same, unseen."""
+        assert self.state is not None
+        self.killed.why()  # who was killed before this generation is none of it
+        self.watch = None
+        try:
+            board.make(self.arena, self.state.local)
+        except OSError as error:
+            self.journal.log("board_failed", error=error.strerror)
+        self.board = board.open_board(self.arena)
 
     def _task(self, generation: int, place: Place, request: messages.Register) -> messages.Task:
         """The trainer of ``place``."""

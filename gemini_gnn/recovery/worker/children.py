@@ -112,6 +112,14 @@ class Children:
             if rank in self.trainers:
                 self.trainers[rank].channel.send(messages.StopAsked())
 
+    def dump_stacks(self, ranks: Iterable[int]) -> None:
+        """Have every thread's stack written into the logs; a trainer that is stopped goes on for it."""
+        for rank in set(ranks) & self.trainers.keys():
+            if (pid := self.trainers[rank].pid) is not None:
+                for number in (processes.DUMP_STACKS, signal.SIGCONT):
+                    with contextlib.suppress(PermissionError):  # it has become a program of another user
+                        os.kill(pid, number)  # our child, not reaped: the number is its own
+
     def kill(self, ranks: Iterable[int]) -> None:
         for rank in set(ranks) & self.trainers.keys():
             pid = self.trainers[rank].pid
@@ -120,6 +128,11 @@ class Children:
             else:
                 with contextlib.suppress(PermissionError):  # it runs a program of another user now
                     os.kill(pid, signal.SIGKILL)  # our child, not reaped: no other process has this number
+
+    def is_stopped(self, rank: int) -> bool:
+        """Whether the trainer is there and does not run: SIGSTOP, or a debugger that holds it."""
+        trainer = self.trainers.get(rank)
+        return trainer is not None and trainer.pid is not None and processes.is_stopped(trainer.pid)
 
     def end(self, patience_s: float) -> bool:
         """Kill all processes below. Returns whether all of them were reaped within ``patience_s``."""

@@ -88,6 +88,7 @@ class Limits:
             back gigabytes of page-locked memory.
         leave_s: from a trainer's error to its exit: it joins its threads and runs its exit handlers.
         settle_s, cause_s: see the module docstring.
+        dump_s: from a hang to the kill, so that the trainers write their stacks.
         max_restarts: of all trainers within `restart_window_s`, at most.
     """
 
@@ -98,6 +99,7 @@ class Limits:
     leave_s: float = 30.0
     settle_s: float = 0.5
     cause_s: float = 3.0
+    dump_s: float = 0.5
     max_restarts: int = 3
     restart_window_s: float = 3600.0
 
@@ -112,6 +114,7 @@ class State:
         alive: ranks with a trainer of `generation` that is not reaped.
         listening: ranks with a trainer that reads requests to stop.
         codes: exit code by rank of the reaped ones; negative for a signal.
+        hung: which trainer hangs, in words, while the stacks are written; empty otherwise.
         cause: why the generation is being closed, for people.
         outcome: set once the job is to end; if it is None while CLOSING, the next generation begins.
     """
@@ -129,6 +132,7 @@ class State:
     codes: tuple[tuple[int, int], ...] = ()
     failures: tuple[Failure, ...] = ()
     restarts: tuple[float, ...] = ()
+    hung: str = ""
     cause: str = ""
     outcome: Outcome | None = None
     deadline: float | None = None
@@ -173,10 +177,19 @@ class Failed:
 
 @dataclass(frozen=True)
 class Exited:
-    """A trainer was reaped, and its process group killed. ``code`` is negative for a signal."""
+    """A trainer was reaped, and its process group killed. ``code`` is negative for a signal, ``why``: its sender, if known."""
 
     rank: int
     code: int
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Hung:
+    """The trainers make no progress, and ``rank`` is the one that the others wait for; ``words`` say more."""
+
+    rank: int
+    words: str
 
 
 @dataclass(frozen=True)
@@ -214,6 +227,13 @@ class AskToStop:
 
 
 @dataclass(frozen=True)
+class DumpStacks:
+    """Have them written into the logs."""
+
+    ranks: frozenset[int]
+
+
+@dataclass(frozen=True)
 class Kill:
     ranks: frozenset[int]
 
@@ -229,7 +249,7 @@ class Finish:
 
 
 Event = Any  # one of the events above
-Action = StartWarm | Fork | AskToStop | Kill | Say | Finish
+Action = StartWarm | Fork | AskToStop | DumpStacks | Kill | Say | Finish
 Step = tuple[State, list[Action]]
 
 
@@ -250,8 +270,10 @@ def decide(state: State, event: Event, now: float) -> Step:
             return replace(state, listening=state.listening | {rank}), []
         case Failed(failure):
             return _failed(state, failure, now)
-        case Exited(rank, code):
-            return _exited(state, rank, code, now)
+        case Exited():
+            return _exited(state, event, now)
+        case Hung():
+            return _hung(state, event, now)
         case StopAsked():
             return _stop(state, event, now)
         case Tick():
@@ -318,6 +340,7 @@ def _begin(state: State) -> Step:
         listening=frozenset(),
         codes=(),
         failures=(),
+        hung="",
         cause="",
         deadline=None,
     )
@@ -332,7 +355,15 @@ def _failed(state: State, failure: Failure, now: float) -> Step:
     return state, []
 
 
-def _exited(state: State, rank: int, code: int, now: float) -> Step:
+def _hung(state: State, hung: Hung, now: float) -> Step:
+    """Gone on from as from a kill, when the stacks are written; an exit that is awaited comes first."""
+    if state.phase is not Phase.RUNNING or state.deadline is not None or hung.rank not in state.alive:
+        return state, []
+    return replace(state, hung=hung.words, deadline=now + state.limits.dump_s), [DumpStacks(state.alive)]
+
+
+def _exited(state: State, exited: Exited, now: float) -> Step:
+    rank, code = exited.rank, exited.code
     state = replace(state, alive=state.alive - {rank}, codes=(*state.codes, (rank, code)))
     if state.phase is Phase.CLOSING:
         return (state, []) if state.alive else _closed(state, now)
@@ -340,7 +371,8 @@ def _exited(state: State, rank: int, code: int, now: float) -> Step:
         return (state, []) if state.alive else _ended_by_itself(state, now)
     assert state.phase is Phase.RUNNING, f"rank {rank} exited in phase {state.phase}"
     if code < 0:
-        return _restart(state, f"the trainer of rank {rank} was killed by {signal_name(-code)}", 128 - code, now)
+        how = f": {exited.why}" if exited.why else f" by {signal_name(-code)}"
+        return _restart(state, f"the trainer of rank {rank} was killed{how}", 128 - code, now)
     if code > 0 and code != STOPPED and all(failure.rank != rank for failure in state.failures):
         summary = f"the trainer of rank {rank} ended with exit code {code}"
         state = replace(state, failures=(*state.failures, Failure(rank, code, now, summary, summary)))
@@ -382,7 +414,7 @@ def _restart(state: State, cause: str, code: int, now: float) -> Step:
     reason = may_restart(state, now)
     if reason is not None:
         text = f"{cause}; not restarted here: {reason}"
-        if code == 128 + signal.SIGKILL:
+        if cause.endswith("by SIGKILL"):
             text += "; if nobody killed it, memory was short: dmesg says so"
         return _close(state, Outcome("failed", code, text, failure=Failure(-1, code, now, text, text)), now)
     state = replace(state, restarts=(*state.restarts, now), cause=cause)
@@ -455,6 +487,8 @@ def _tick(state: State, now: float) -> Step:
             text = f"the imports of the warm parent took longer than {state.limits.start_s:.0f} s; see logs/agent-*.log"
         return _close(state, Outcome("failed", 1, text, failure=Failure(-1, 1, now, text, text)), now)
     if state.phase is Phase.RUNNING:
+        if state.hung:
+            return _restart(state, state.hung, 1, now)
         if not state.failures:  # one trainer stopped by itself, the others run: they will notice
             return replace(state, deadline=None), []
         return _erred(state, now)

@@ -13,6 +13,7 @@ so that the trainers can agree on the last step.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import importlib
 import os
 import random
@@ -29,7 +30,7 @@ from gemini_gnn.cluster.place import threads
 from gemini_gnn.errors import GeminiError, RecoveryError
 from gemini_gnn.observe import logs
 from gemini_gnn.observe.errors import is_consequence
-from gemini_gnn.recovery import messages, processes
+from gemini_gnn.recovery import board, messages, processes
 from gemini_gnn.recovery.worker.decisions import STOPPED
 from gemini_gnn.snapshot import context
 from gemini_gnn.snapshot.store import locks
@@ -113,8 +114,11 @@ def _become(task: messages.Task, agent: messages.Channel, added: dict[str, str])
         )  # a handler, not SIG_IGN: programs that the trainer starts have the default again
         signal.siginterrupt(number, False)
     logs.redirect(Path(task.log))
+    # Written by the handler in C: one in Python waits for the interpreter, which a hanging call never comes back to.
+    faulthandler.register(processes.DUMP_STACKS, file=2, all_threads=True, chain=False)
     _agent = agent
     place = task.place
+    board.attach(Path(task.arena), place.local_rank, task.generation)
     begin = logs.header(place.rank, place.machine, os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S"))
     print(begin, end="", flush=True)  # other ranks read this rank's machine there
     processes.name_this(f"gnn-rank-{place.rank}")
@@ -146,6 +150,7 @@ def _become(task: messages.Task, agent: messages.Channel, added: dict[str, str])
             term=task.term,
             generation=task.generation,
             resume=task.resume,
+            stepped=board.stepped,
         )
     )
 

@@ -121,6 +121,7 @@ class Snapshots:
                 common state differs (on all of them).
         """
         begin = time.perf_counter()
+        self._here.stepped(step)
         self._raise()
         if not self.wants(step):
             return

@@ -114,7 +114,7 @@ def room(root: str | Path) -> Room:
             f"mount -o remount,size=... {mount}, or docker run --shm-size=...",
         )
     ]
-    for folder, names in _cgroups():
+    for folder, names in cgroups():
         limit, used, cache = _cgroup_numbers(folder, names)
         if limit is not None and used is not None:
             rooms.append(
@@ -133,7 +133,7 @@ def room(root: str | Path) -> Room:
     return min(rooms, key=lambda r: r.available)
 
 
-def _cgroups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
+def cgroups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
     """Folders of the memory cgroups above this process, with the names of limit, usage and reclaimable cache."""
     v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
     v2 = ("memory.max", "memory.current", "inactive_file")

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from gemini_gnn.recovery.worker.decisions import (
     STOPPED,
     AskToStop,
+    DumpStacks,
     Exited,
     Failed,
     Failure,
     Finish,
     Fork,
+    Hung,
     Kill,
     Limits,
     Listens,
@@ -312,6 +314,7 @@ EVENTS = st.one_of(
     st.tuples(st.just("exit"), st.integers(0, 2), st.sampled_from([0, 1, 2, 17, STOPPED, -9, -11])),
     st.tuples(st.just("failed"), st.integers(0, 2)),
     st.tuples(st.just("listens"), st.integers(0, 2)),
+    st.tuples(st.just("hung"), st.integers(0, 2)),
     st.tuples(st.just("stop"), st.booleans(), st.booleans()),
     st.tuples(st.just("wait"), st.floats(0.0, 20.0)),
 )
@@ -338,6 +341,8 @@ def test_any_order_of_events_keeps_the_invariants(script):
                 assert action.ranks <= alive
             elif isinstance(action, AskToStop):
                 assert action.ranks == alive == set(before.listening)
+            elif isinstance(action, DumpStacks):
+                assert action.ranks == alive and before.phase is Phase.RUNNING
             elif isinstance(action, StartWarm):
                 assert not warm
                 warm, ready = True, False
@@ -363,6 +368,8 @@ def test_any_order_of_events_keeps_the_invariants(script):
             act(Failed(Failure(rest[0], 1, now, "", "")))
         elif kind == "listens" and rest[0] in alive:
             act(Listens(rest[0]))
+        elif kind == "hung" and rest[0] in alive:
+            act(Hung(rest[0], "hangs"))
         elif kind == "stop":
             act(StopAsked("stop", 130, keep=rest[0], force=rest[1]))
         elif kind == "wait":
@@ -388,3 +395,69 @@ def test_state_is_a_value():
 def test_nothing_happens_after_the_end(event):
     state, _ = play(running(1), Exited(0, 0))
     assert decide(state, event, 99.0) == (state, [])
+
+
+HUNG = Hung(1, "rank 1 hangs in exchange of step 12 for 31 s")
+
+
+def test_of_a_hang_the_stacks_are_written_then_it_is_gone_on_from_as_from_a_kill():
+    state, actions = play(running(2), HUNG, now=100.0)
+    assert actions == [DumpStacks(frozenset({0, 1}))] and state.phase is Phase.RUNNING
+    assert play(state, HUNG, Tick(), now=100.2)[1] == []
+    state, (said, killed) = play(state, Tick(), now=100.5)
+    assert said.text == f"{HUNG.words}; restarting all 2 trainers as generation 2"
+    assert killed == Kill(frozenset({0, 1}))
+    state, actions = play(state, Exited(0, -9), Exited(1, -9), now=100.6)
+    assert actions == [Fork(2, frozenset({0, 1}))] and state.hung == ""
+
+
+def test_hangs_count_as_restarts_and_end_the_job_with_their_words():
+    state, _ = play(running(2, max_restarts=0), HUNG)
+    state, _ = play(state, Tick(), now=1.0)
+    outcome = finished(play(state, Exited(0, -9), Exited(1, -9), now=1.0)[1])
+    assert outcome.kind == "failed" and outcome.code == 1 and outcome.keep
+    assert outcome.reason == f"{HUNG.words}; not restarted here: max_restarts is 0"
+
+
+def test_on_several_machines_a_hang_ends_the_job_as_other_deaths_do():
+    state, _ = play(running(2, world=4), HUNG)
+    state, actions = play(state, Tick(), now=1.0)
+    assert actions == [Kill(frozenset({0, 1}))]
+    outcome = finished(play(state, Exited(0, -9), Exited(1, -9), now=1.0)[1])
+    assert outcome.reason.startswith(f"{HUNG.words}; not restarted here: the job spans several machines")
+
+
+def test_a_hang_is_not_looked_at_while_an_exit_is_awaited_or_the_job_ends():
+    told = play(running(2), failure(0, 0.0))[0]
+    stopping = play(listening(2), StopAsked("Ctrl-C", 130))[0]
+    for state in (told, stopping, play(running(2), Exited(1, 0))[0], State(2, 2)):
+        assert play(state, HUNG) == (state, [])
+
+
+def test_a_stop_ends_a_job_that_hangs_at_once():
+    state, _ = play(listening(2), HUNG)
+    state, actions = play(state, StopAsked("Ctrl-C", 130))
+    assert actions == [Kill(frozenset({0, 1}))] and state.outcome.code == 130
+
+
+def test_a_death_while_the_stacks_are_written_is_gone_on_from():
+    state, _ = play(running(2), HUNG)
+    state, actions = play(state, Exited(1, -9), now=0.2)
+    assert isinstance(actions[0], Say) and actions[1:] == [Kill(frozenset({0}))]
+
+
+def test_all_done_before_the_stacks_are_written_is_done():
+    state, _ = play(running(2), HUNG)
+    assert finished(play(state, Exited(0, 0), Exited(1, 0), now=0.2)[1]).kind == "done"
+
+
+def test_a_kill_says_why_where_it_is_known():
+    _, actions = play(running(1), Exited(0, -9, "out of memory (memory cgroup /job)"))
+    assert actions[0].text.startswith(
+        "the trainer of rank 0 was killed: out of memory (memory cgroup /job); restarting"
+    )
+    state = running(1, max_restarts=0)
+    known = finished(play(state, Exited(0, -9, "out of memory (memory cgroup /job)"))[1])
+    unknown = finished(play(state, Exited(0, -9))[1])
+    assert known.code == unknown.code == 137
+    assert "dmesg" in unknown.reason and "dmesg" not in known.reason

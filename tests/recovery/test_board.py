@@ -1,0 +1,169 @@
+"""The board: one page per trainer, written without system calls, read by the worker agent."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gemini_gnn.recovery import board, home
+from gemini_gnn.recovery.board import Page, Phase
+
+
+@pytest.fixture
+def pages(tmp_path):
+    """(what the agent reads from, the writer of page 0, that of page 1) of generation 3."""
+    board.make(tmp_path, 2)
+    return board.open_board(tmp_path), *(Page(board.open_board(tmp_path), page, 3) for page in range(2))
+
+
+def test_nothing_stands_on_a_new_page(pages):
+    assert board.read(pages[0], 0) is None and board.read(pages[0], 1) is None
+
+
+def test_a_mark_is_read_as_it_was_made_and_on_no_other_page(pages):
+    view, _, page = pages
+    begin = time.monotonic()
+    page.mark(Phase.FORWARD, 12)
+    seen = board.read(view, 1)
+    assert board.read(view, 0) is None
+    assert (seen.marks, seen.generation, seen.step, seen.place, seen.phase) == (1, 3, 12, 0, Phase.FORWARD)
+    assert begin <= seen.since_s <= time.monotonic() and seen.seen == 0
+
+
+def test_the_place_counts_marks_of_a_step_and_nothing_new_is_no_mark(pages):
+    view, page, _ = pages
+    for phase, step in [(Phase.SAMPLING, 1), (Phase.SAMPLING, 1), (Phase.FORWARD, None), (Phase.SAMPLING, 2)]:
+        page.mark(phase, step)
+        last = board.read(view, 0)
+    assert (last.marks, last.step, last.place) == (3, 2, 0)
+
+
+def test_the_longest_time_of_a_phase_fades(pages, monkeypatch):
+    view, page, _ = pages
+    clock = [0]
+    monkeypatch.setattr(time, "monotonic_ns", lambda: clock[0])
+    for seconds in (1, 1, 64, 1, 1):
+        page.mark(Phase.STEP, page._step + 1)
+        clock[0] += seconds * 10**9
+    page.mark(Phase.STEP, page._step + 1)
+    seen = board.read(view, 0)
+    assert seen.seen == 5 and seen.longest_s == pytest.approx(64 * (63 / 64) ** 2)
+
+
+def test_who_waits_for_a_batch_waits_for_what_the_other_thread_does(pages):
+    view, page, _ = pages
+    page.mark(Phase.SAMPLING, 1)
+    page.doing(Phase.EXCHANGE)
+    assert board.read(view, 0).phase is Phase.EXCHANGE
+    page.mark(Phase.FORWARD)
+    assert board.read(view, 0).phase is Phase.FORWARD
+
+
+def test_a_trainer_stopped_in_the_middle_of_a_mark_leaves_the_one_before(pages, monkeypatch):
+    view, page, _ = pages
+    page.mark(Phase.FORWARD, 7)
+    words = page._words
+
+    class Stopped(Exception):
+        pass
+
+    class Words:
+        """All of the record is written; the word that makes it count is not."""
+
+        def __getitem__(self, key):
+            return words[key]
+
+        def __setitem__(self, key, value):
+            if key == 0:
+                raise Stopped
+            words[key] = value
+
+    page._words = Words()
+    with pytest.raises(Stopped):
+        page.mark(Phase.BACKWARD)
+    assert (board.read(view, 0).phase, board.read(view, 0).step) == (Phase.FORWARD, 7)
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from gemini_gnn.recovery import board
+page = board.Page(board.open_board(Path(sys.argv[1])), 0, 1)
+rounds = [board.Phase.SAMPLING, board.Phase.FORWARD, board.Phase.BACKWARD, board.Phase.STEP]
+print("here", flush=True)
+for number in range(1_000_000):
+    page.mark(rounds[number % 4], number // 4)
+"""
+
+
+def test_a_reader_beside_a_writer_sees_only_marks_that_were_made(tmp_path):
+    """Step, place and phase of mark n are functions of n here; a record of two marks would not fit its number."""
+    board.make(tmp_path, 1)
+    view, rounds, read = board.open_board(tmp_path), [Phase.SAMPLING, Phase.FORWARD, Phase.BACKWARD, Phase.STEP], 0
+    command = [sys.executable, "-c", WRITER, os.fspath(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout.readline() == "here\n"
+        while writer.poll() is None:
+            if (seen := board.read(view, 0)) is not None:
+                number = seen.marks - 1
+                assert (seen.step, seen.place, seen.phase) == (number // 4, number % 4, rounds[number % 4])
+                read += 1
+    assert writer.returncode == 0 and read > 100
+    print(f"{read} reads")
+
+
+def test_a_record_that_does_not_carry_its_number_is_not_believed(pages):
+    """As on a processor that shows the stores of another in another order."""
+    view, page, _ = pages
+    page.mark(Phase.FORWARD, 7)
+    page._words[0] = 2
+    assert board.read(view, 0) is None
+
+
+def test_a_mark_costs_microseconds(pages):
+    _, page, _ = pages
+    begin = time.perf_counter()
+    for number in range(10_000):
+        page.mark(Phase.FORWARD, number)
+    each_s = (time.perf_counter() - begin) / 10_000
+    print(f"{each_s * 1e6:.2f} microseconds per mark")
+    assert each_s < 100e-6
+
+
+def test_without_an_agent_marks_are_nothing(tmp_path):
+    board.mark(Phase.FORWARD, 1)
+    board.doing(Phase.EXCHANGE)
+    board.attach(tmp_path, 0, 1)
+    assert board._page is None
+
+
+def test_without_room_there_is_no_board(tmp_path, monkeypatch):
+    """Not one whose pages are missing: a mark would be SIGBUS."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space"):
+        board.make(tmp_path, 2)
+    assert list(tmp_path.iterdir()) == [] and board.open_board(tmp_path) is None
+
+
+def test_a_new_board_is_another_file_and_no_snapshot(tmp_path):
+    """What a trainer of the last generation still writes is nobody's."""
+    arena = tmp_path / "gemini" / "job"
+    home.make_arena(arena)
+    board.make(arena, 1)
+    late = Page(board.open_board(arena), 0, 1)
+    board.make(arena, 1)
+    late.mark(Phase.FORWARD, 1)
+    assert board.read(board.open_board(arena), 0) is None
+    assert home.snapshot_files(arena) == [] and home.holds_nothing(arena)
+    assert os.stat(arena / board.FILE).st_mode & 0o777 == 0o600
+    home.leave_arena(arena)
+    assert not arena.exists()
