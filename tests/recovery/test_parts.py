@@ -339,7 +339,7 @@ def test_the_first_error_is_whole_in_its_log_also_when_the_job_goes_on(tmp_path)
         journal.log_of(1).unlink()
     journal.errors = [Failure(rank, 2, 1.0 + rank, "bad", "it is bad") for rank in range(2)]
     journal.write_errors(journal.errors[0])
-    assert journal.log_of(1).read_text() == "[gemini_gnn] ended by the same error as another trainer\n"
+    assert journal.log_of(1).read_text() == "[gemini_gnn] ended by the same error as rank 0: see its log\n"
 
 
 def test_an_agents_log_that_cannot_be_written_is_said(short_path):

@@ -54,9 +54,9 @@ class Journal:
         for failure in self.errors:
             text = failure.text if failure.text.startswith("Traceback") else f"error: {failure.text}"
             if failure is not whole:
-                same = whole is not None and failure.summary == whole.summary
-                words = "the same error as another trainer" if same else f"{failure.summary} (after another trainer)"
-                text = f"[gemini_gnn] ended by {words}"
+                text = f"[gemini_gnn] ended by {failure.summary} (after another trainer)"
+                if whole is not None and failure.summary == whole.summary:
+                    text = f"[gemini_gnn] ended by the same error as rank {whole.rank}: see its log"
             try:
                 with open(self.log_of(failure.rank), "a") as log:
                     log.write(text.rstrip("\n") + "\n")
