@@ -12,13 +12,7 @@ from collections.abc import Generator
 import pytest
 
 MARKS = ("lab", "processes")
-FIXTURES = {
-    "job",
-    "living",
-    "hung_warm",
-    "quickstart",
-    "run_dir",
-}  # these start processes: a test that uses one needs no mark
+FIXTURES = {"job", "living", "quickstart", "run_dir"}  # these start processes: a test that uses one needs no mark
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

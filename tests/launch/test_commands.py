@@ -15,6 +15,8 @@ import pytest
 from gemini_gnn.observe.run_directory import read_losses
 from tests.recovery.jobs import wait_for
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parents[2]
 TINY = ["dataset.nodes=600", "dataset.feature_dim=16", "model.hidden=16", "sampling.batch_size=16"]
 
