@@ -7,8 +7,8 @@ keep snapshots that outlive the script. Any launcher will do:
     deepspeed --module gemini_gnn.run train.py --lr 0.1
     srun python -m gemini_gnn.run train.py --lr 0.1
 
-In the script, ``torch.distributed.init_process_group()`` and ``deepspeed.init_distributed()`` need no address: when all
-ranks are on this machine the store listens already, on a port of its own.
+In the script, ``torch.distributed.init_process_group()`` and ``deepspeed.init_distributed()`` need no address: the store
+listens already, on a port of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from gemini_gnn.cluster import launcher
 from gemini_gnn.cluster.place import Place, discover
 from gemini_gnn.compose import exit_with
+from gemini_gnn.config import RecoveryConfig
 from gemini_gnn.errors import ConfigError
 
 ALWAYS = ["torch", "torch.distributed"]  # the store needs them
@@ -49,8 +50,7 @@ def run_script(payload: dict[str, Any], place: Place, listen_fd: int | None) -> 
             wait_for_workers=False,
             master_listen_fd=listen_fd,
         )
-    if payload["store"]:
-        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # env:// then connects on rank 0 too, and does not bind
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # env:// then connects on rank 0 too, and does not bind
     sys.argv[:] = [payload["script"], *payload["arguments"]]
     sys.path[:] = [os.path.dirname(os.path.abspath(payload["script"])), *sys.path]
     runpy.run_path(payload["script"], run_name="__main__")
@@ -75,7 +75,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--resume", choices=("auto", "never", "must"), default="auto")
     parser.add_argument("--arena", default="/dev/shm", help="RAM file system for the snapshots")
     parser.add_argument("--preload", action="append", metavar="MODULE", help="imported before trainers are forked")
-    parser.add_argument("--max-restarts", type=int, default=3, help="within an hour, after a trainer was killed")
+    parser.add_argument(
+        "--same-step-failures",
+        type=int,
+        default=5,
+        metavar="N",
+        help="so many failures in a row without a new step end the job (default 5; 0: the first failure does)",
+    )
     parser.add_argument(
         "--hang-factor",
         type=float,
@@ -101,13 +107,12 @@ def main(arguments: list[str]) -> int:
             refuse("expected --hang-factor above 1, or 0 (never), and --hang-floor above 0")
     from gemini_gnn.observe.progress import say
     from gemini_gnn.recovery import shim
-    from gemini_gnn.recovery.worker.decisions import STOPPED
+    from gemini_gnn.recovery.outcome import STOPPED
 
     passed_on = [f"--local_rank={options.local_rank}"] if options.local_rank is not None else []
     payload = {
         "script": os.fspath(options.script.absolute()),
         "arguments": passed_on + options.arguments,
-        "store": place.local_world_size == place.world_size,
     }
     if place.rank == 0:
         say("loading PyTorch, a few seconds")
@@ -120,9 +125,11 @@ def main(arguments: list[str]) -> int:
         resume=options.resume,
         terminal=True,
         arena_root=options.arena,
-        max_restarts=options.max_restarts,
-        hang_factor=options.hang_factor,
-        hang_floor_s=options.hang_floor,
+        recovery=RecoveryConfig(
+            hang_factor=options.hang_factor,
+            hang_floor_s=options.hang_floor,
+            same_step_failures=options.same_step_failures,
+        ),
     )
     if code not in (0, STOPPED):
         launcher.free_launcher(place)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from gemini_gnn.cluster import launcher
@@ -19,12 +20,12 @@ from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_directory import RunDir, resume_of
 from gemini_gnn.recovery import shim
 from gemini_gnn.recovery.stop import drop_finished
-from gemini_gnn.recovery.worker.decisions import STOPPED
+from gemini_gnn.recovery.outcome import STOPPED
 
 PURPOSE = """Train a GNN on a partitioned graph. Start it with deepspeed, srun, or python (one rank):
   deepspeed --num_accelerators 2 launch/train.py dataset=cora run_dir=runs/cora
-With snapshot=memory, the default, a job whose processes are killed resumes from snapshots in host memory. On several
-machines, and if the whole job was killed, type the same command again. resume=never starts over and keeps the old results."""
+With snapshot=memory, the default, a job whose processes are killed goes on by itself from snapshots in host memory. If the
+whole job was killed, type the same command again. resume=never starts over and keeps the old results."""
 
 
 def main(arguments: list[str]) -> int:
@@ -52,9 +53,8 @@ def main(arguments: list[str]) -> int:
         resume=resume_of(config),
         terminal=sys.stdout.isatty(),
         arena_root=config.snapshot.arena,
-        max_restarts=0 if config.snapshot.mode == "none" else shim.MAX_RESTARTS,
-        hang_factor=config.recovery.hang_factor,
-        hang_floor_s=config.recovery.hang_floor_s,
+        recovery=replace(config.recovery, same_step_failures=0) if config.snapshot.mode == "none" else config.recovery,
+        start_timeout_s=config.distributed.start_timeout_s,
     )
     if code not in (0, STOPPED):
         launcher.free_launcher(place)

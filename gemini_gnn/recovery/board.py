@@ -17,7 +17,7 @@ import mmap
 import os
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 
@@ -114,6 +114,16 @@ def read(board: mmap.mmap, page: int) -> Board | None:
             shown = Phase.EXCHANGE if phase == Phase.SAMPLING and doing == Phase.EXCHANGE else Phase(phase)
             return Board(marks, generation, step, place, shown, since_ns / 1e9, seen, longest_ns / 1e9)
     return None
+
+
+def aged(board: Board, now: float) -> Board:
+    """With an age in place of each time, for a machine with another clock."""
+    return replace(board, since_s=now - board.since_s)
+
+
+def dated(board: Board, now: float) -> Board:
+    """The inverse of :func:`aged`, on the clock of the reader."""
+    return replace(board, since_s=now - board.since_s)
 
 
 class Page:

@@ -6,6 +6,7 @@ run directory are in observe/terms.py.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -68,6 +69,15 @@ def take_lock(arena: Path) -> int | None:
 def snapshot_files(arena: Path) -> list[Path]:
     """All files in the arena but the agent's own."""
     return [path for path in list_folder(arena) if path.name not in OWN_FILES]
+
+
+def snapshot_bytes(arena: Path) -> int:
+    """Host memory that the snapshots hold. A file that is just removed counts as nothing."""
+    total = 0
+    for path in snapshot_files(arena):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_blocks * 512
+    return total
 
 
 def remove_snapshots(arena: Path) -> tuple[int, int]:

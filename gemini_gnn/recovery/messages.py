@@ -1,4 +1,4 @@
-"""The messages between slot process, worker agent, warm parent and trainer, and the sockets they travel on.
+"""The messages between slot process, worker agent, root, warm parent and trainer, and the sockets they travel on.
 
 On the wire a message is one line of JSON: its class in snake case under ``kind``, then its fields. Messages to an agent
 have ``protocol`` too, because their sender may be of another installation. Descriptors may ride along. A message that does
@@ -28,10 +28,13 @@ from typing import Any
 import msgspec
 
 from gemini_gnn.cluster.place import Place
+from gemini_gnn.config import RecoveryConfig
+from gemini_gnn.recovery.board import Board
+from gemini_gnn.recovery.outcome import Failure, Outcome
 
 MAX_MESSAGE_BYTES = 16 << 20
 MAX_DESCRIPTORS = 253  # the kernel's limit for one message
-PROTOCOL = 3  # of messages to an agent, which may be of an older installation: count up with every change
+PROTOCOL = 4  # of messages to an agent, which may be of an older installation: count up with every change
 
 
 # --- slot process (or stop.py) -> agent -------------------------------------------------------------------------------
@@ -47,8 +50,7 @@ class Register:
         payload: JSON for the function.
         preload: modules that trainers are forked with.
         resume: "auto" | "never" | "must".
-        max_restarts: of all trainers within an hour, at most.
-        hang_factor, hang_floor_s: when a trainer hangs, see ``worker.hangs.Limits``.
+        recovery: the settings. start_timeout_s: from the first machine of the job to the last.
         deaths: number of this launch's agents that have died.
         environment, folder, path, command: of the slot process; the trainer gets the same.
         cores: of the slot process; the trainer runs on the same.
@@ -61,9 +63,8 @@ class Register:
     payload: dict[str, Any]
     preload: list[str]
     resume: str
-    max_restarts: int
-    hang_factor: float
-    hang_floor_s: float
+    recovery: RecoveryConfig
+    start_timeout_s: float
     deaths: int
     environment: dict[str, str]
     folder: str
@@ -98,10 +99,9 @@ class Accepted:
     """The agent will run the slot's trainer.
 
     Attributes:
-        term: of the agent. log: of the trainer; what this launch writes begins at ``offset``.
+        log: of the trainer; what this launch writes begins at ``offset``.
     """
 
-    term: int
     log: str
     offset: int
 
@@ -134,6 +134,7 @@ class Ended:
         outcome: "done" | "stopped" | "failed" | "lost". code: exit code. reason: one line.
         rank: of the trainer with the first error; -1: the agent's own error; None: no error. text: of that error.
         kept_files: number of snapshot files left in host memory. dropped_bytes: size of the removed ones.
+        told: rank 0's machine says the same, on the same terminal.
     """
 
     outcome: str
@@ -143,6 +144,145 @@ class Ended:
     text: str = ""
     kept_files: int = 0
     dropped_bytes: int = 0
+    told: bool = False
+
+
+# --- worker -> root ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Join:
+    """A worker's first message on a connection: what it is, and what lives on its machine.
+
+    Attributes:
+        machine: its number in the launcher's order. name: its hostname. pid: of the worker agent.
+        world_size, local_world_size: of the job, as its slot processes say.
+        alive: ranks of the trainers that are not reaped, of any generation. ready: it can fork a generation.
+    """
+
+    machine: int
+    name: str
+    pid: int
+    world_size: int
+    local_world_size: int
+    alive: list[int]
+    ready: bool
+
+
+@dataclass(frozen=True)
+class Able:
+    """Whether the machine can fork a generation now."""
+
+    ready: bool
+
+
+@dataclass(frozen=True)
+class Unable:
+    """The machine can never fork a generation."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """Trainers cannot be reaped; ``text`` says which."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class RankListens:
+    rank: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class RankFailed:
+    """A trainer's error. ``failure.time_s``: how many seconds ago, for clocks of two machines are never compared."""
+
+    failure: Failure
+    generation: int
+
+
+@dataclass(frozen=True)
+class RankExited:
+    rank: int
+    generation: int
+    code: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Beat:
+    """A worker lives, and its trainers do this.
+
+    Attributes:
+        boards: by rank, with ages in seconds in place of times. stopped: ranks that a signal or a debugger has stopped.
+        memory_bytes: of snapshots on the machine.
+    """
+
+    boards: dict[int, Board]
+    stopped: list[int]
+    memory_bytes: int
+
+
+# --- root -> worker ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Welcome:
+    """The root's answer to Join. ``heartbeat_s``, ``silence_s``: of the job, as rank 0's machine has them."""
+
+    term: int
+    heartbeat_s: float
+    silence_s: float
+
+
+@dataclass(frozen=True)
+class RootBeat:
+    """The root lives. ``ending``: a slot process that comes now should ask again."""
+
+    ending: bool
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Fork generation ``generation``.
+
+    Attributes:
+        ranks: by slot. master_addr, master_port: of the process groups' store.
+        resume: "auto" | "never" | "must".
+        descriptors: the store's listening socket, for the machine of rank 0.
+    """
+
+    generation: int
+    ranks: list[int]
+    master_addr: str
+    master_port: int
+    resume: str
+    descriptors: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Close:
+    """Kill and reap every trainer."""
+
+
+@dataclass(frozen=True)
+class AskToStop:
+    """Ask every trainer to finish its step and end."""
+
+
+@dataclass(frozen=True)
+class DumpStacks:
+    """Have every trainer write its stacks into its log."""
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The job has ended; its machines clean up."""
+
+    outcome: Outcome
 
 
 # --- agent <-> warm parent --------------------------------------------------------------------------------------------
@@ -237,7 +377,7 @@ class StopAsked:
 
 @dataclass(frozen=True)
 class Failed:
-    """A trainer's last words: the fields of ``decisions.Failure`` without the rank."""
+    """A trainer's last words: the fields of ``outcome.Failure`` without the rank."""
 
     code: int
     time_s: float
@@ -248,10 +388,14 @@ class Failed:
 
 Message = (
     Register | Stop | Accepted | Refused | Ending | Say | Ended
+    | Join | Able | Unable | Stuck | RankListens | RankFailed | RankExited | Beat
+    | Welcome | RootBeat | Begin | Close | AskToStop | DumpStacks | Finish
     | Preload | Fork | Ready | Unfit | Forked | Task | Started | Listens | StopAsked | Failed
 )  # fmt: skip
 TO_AGENT = (Register, Stop)  # from slot processes and stop.py, of any installation
 TO_SLOT = (Accepted, Refused, Ending, Say, Ended)
+TO_ROOT = (Join, Able, Unable, Stuck, RankListens, RankFailed, RankExited, Beat, Stop)  # from workers
+TO_WORKER = (Welcome, Refused, RootBeat, Begin, Close, AskToStop, DumpStacks, Say, Finish)  # from the root
 FROM_WARM = (Ready, Unfit)
 TO_WARM = (Preload, Fork)
 FROM_TRAINER = (Forked, Started, Listens, Failed)

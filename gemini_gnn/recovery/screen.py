@@ -60,7 +60,7 @@ class Screen:
     def ended(self, message: messages.Ended) -> int:
         """Say how the job ended; returns its exit code."""
         self.copy()
-        if message.outcome != "done":
+        if message.outcome != "done" and not message.told:
             self.say(_last_words(message, shown=self.streams and message.rank == 0))
         return message.code
 

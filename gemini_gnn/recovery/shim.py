@@ -27,6 +27,7 @@ from typing import Any
 
 from gemini_gnn.cluster.launcher import let_the_first_speak
 from gemini_gnn.cluster.place import Place
+from gemini_gnn.config import RecoveryConfig
 from gemini_gnn.errors import RecoveryError, RunDirError
 from gemini_gnn.observe import terms
 from gemini_gnn.recovery import home, messages
@@ -35,9 +36,9 @@ from gemini_gnn.recovery.screen import POLL_S, Screen
 AGENT_START_S = 60.0  # until an agent listens, on a busy machine with a slow file system
 ANSWER_S = 60.0  # until the agent of an earlier start is gone and ours answers
 MAX_DEATHS = 4  # so many agents that accepted this shim may not die within DEATHS_S: something else is wrong
-DEATHS_S = 3600.0
-MAX_RESTARTS = 3  # of all trainers, within an hour
+DEATHS_S = 120.0
 AGENT = "gemini_gnn.recovery.worker.agent"
+UNKNOWN_SCRIPT = RecoveryConfig(hang_factor=0.0)  # it may do anything between two steps, for any time
 
 
 def run(
@@ -50,9 +51,8 @@ def run(
     resume: str,
     terminal: bool,
     arena_root: str | os.PathLike[str] = "/dev/shm",
-    max_restarts: int = MAX_RESTARTS,
-    hang_factor: float = 0.0,
-    hang_floor_s: float = 30.0,
+    recovery: RecoveryConfig = UNKNOWN_SCRIPT,
+    start_timeout_s: float = 300.0,
 ) -> int:
     """Run ``target`` as the trainer of ``place`` under this machine's worker agent; returns the exit code of the job.
 
@@ -68,9 +68,8 @@ def run(
         resume: "auto" | "never" (removes the job's snapshots in host memory first) | "must".
         arena_root: RAM file system for the snapshots.
         terminal: stdout is a terminal, where a progress bar may stand in the current line.
-        max_restarts: how often within an hour all trainers are restarted after one was killed.
-        hang_factor, hang_floor_s: a trainer hangs in a phase that takes longer than both ``hang_factor`` times as long as
-            usual and ``hang_floor_s``; 0: none does.
+        recovery: when a machine counts as silent and a trainer as hung, and which failure ends the job.
+        start_timeout_s: from the first machine of the job to the last.
 
     Raises:
         RunDirError: ``run_dir`` cannot be written to.
@@ -86,9 +85,8 @@ def run(
         payload=payload,
         preload=[*preload, target.partition(":")[0]],
         resume=resume,
-        max_restarts=max_restarts,
-        hang_factor=hang_factor,
-        hang_floor_s=hang_floor_s,
+        recovery=recovery,
+        start_timeout_s=start_timeout_s,
         deaths=0,
         environment=dict(os.environ),
         folder=os.getcwd(),
@@ -116,12 +114,17 @@ def run(
                     screen.say(answer.text)
                     return answer.code
                 case Gone(accepted=True):
-                    if max_restarts == 0:
-                        raise RecoveryError(f"the worker agent died, and max_restarts is 0; {_see(run_dir)}")
+                    if recovery.same_step_failures == 0:
+                        raise RecoveryError(
+                            "the worker agent died, and nothing is restarted (recovery.same_step_failures is 0, or "
+                            f"snapshot=none); {_see(run_dir)}"
+                        )
                     now = time.monotonic()
                     deaths, until_s = [*deaths, now], now + ANSWER_S
                     if died_too_often(deaths):
-                        raise RecoveryError(f"the worker agent died {MAX_DEATHS} times within an hour; {_see(run_dir)}")
+                        raise RecoveryError(
+                            f"the worker agent died {MAX_DEATHS} times within {DEATHS_S:.0f} s; {_see(run_dir)}"
+                        )
                     resume = "auto" if request.resume == "never" else request.resume
                     request = replace(request, deaths=len(deaths), resume=resume)
                     screen.say(

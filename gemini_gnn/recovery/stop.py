@@ -11,6 +11,7 @@ from typing import Any
 from gemini_gnn.errors import RecoveryError
 from gemini_gnn.observe import terms
 from gemini_gnn.recovery import home, messages, processes
+from gemini_gnn.recovery.root import decisions as root
 from gemini_gnn.recovery.worker.decisions import Limits
 
 
@@ -29,8 +30,7 @@ def stop(run_dir: Path, *, keep: bool = True, arena_root: str | os.PathLike[str]
     newest = terms.newest_term(run_dir)
     arena = home.arena_of(run_dir, arena_root or newest.get("arena_root", "/dev/shm"))
     elsewhere = "" if keep else _elsewhere(newest)
-    limits = Limits()
-    deadline = time.monotonic() + limits.stop_s + limits.reap_s + 15.0
+    deadline = time.monotonic() + root.Limits().stop_s + Limits().reap_s + 15.0
     asked = None
     while time.monotonic() < deadline:
         agent = messages.connect(arena / home.AGENT_SOCKET)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import os
@@ -79,7 +78,6 @@ def attach(
             f"extra_state: expected an object with state_dict() and load_state_dict(); got {type(extra_state).__name__}"
         )
     ranks = connect(group, here.rank, here.world_size, timeout_s)
-    here = _one_term(ranks, here)
     state = ranks.together(lambda: collect(engine, extra_state))
     _unlink_buffer(here.rank)
     shards = _plan(ranks, state, here)
@@ -115,16 +113,6 @@ def _unlink_buffer(rank: int) -> None:
     """
     meeting = f"{os.environ.get('MASTER_ADDR', '')}_{os.environ.get('MASTER_PORT', '')}"
     Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{meeting}_{rank}").unlink(missing_ok=True)
-
-
-def _one_term(ranks: Ranks, here: Context) -> Context:
-    """The newest (term, generation) of any machine, for all: shards are combined only under one identity.
-
-    Each machine's agent claims terms of its own; until there is one root agent the ranks agree here. Agreed values never
-    decrease: each rank's own are at most the maximum.
-    """
-    term, generation = max(tuple(said) for said in ranks.exchange([here.term, here.generation]))
-    return dataclasses.replace(here, term=term, generation=generation)
 
 
 def _plan(ranks: Ranks, state: TrainingState, here: Context) -> list[Shard]:

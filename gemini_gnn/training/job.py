@@ -18,19 +18,19 @@ import torch
 
 from gemini_gnn.cluster.place import Place
 from gemini_gnn.config import Config, from_mapping
-from gemini_gnn.errors import ConfigError, PeerLost, RunDirError, SnapshotError
+from gemini_gnn.errors import ConfigError, RunDirError, SnapshotError
 from gemini_gnn.faults import from_environ
 from gemini_gnn.files import write_atomically
 from gemini_gnn.graph.datasets import fingerprint, load_dataset
 from gemini_gnn.graph.graph import one_way_share
 from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.graph.partition.on_demand import open_or_make
-from gemini_gnn.observe.errors import forget_errors, is_consequence, record_error, understood
+from gemini_gnn.observe.errors import forget_errors, record_error
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_directory import RunDir, keep_earlier, steps_done
 from gemini_gnn.recovery import board
-from gemini_gnn.recovery.worker.decisions import STOPPED
+from gemini_gnn.recovery.outcome import STOPPED
 from gemini_gnn.snapshot import context as snapshot_context
 from gemini_gnn.training import engine
 from gemini_gnn.training import groups as process_groups
@@ -52,15 +52,8 @@ def main(payload: dict[str, Any], place: Place, listen_fd: int | None = None) ->
     except RunDirError:  # the folder is not ours: nothing is written there
         raise
     except Exception as error:
-        run_dir = Path(payload["run_dir"])
-        if place.world_size == place.local_world_size or not is_consequence(error):
-            record_error(run_dir, place.rank, error)
-            raise
-        # The agent tells causes from consequences on its own machine; what happened on another stands in the run directory.
-        said, code = understood(run_dir, place.rank, place.world_size, error)
-        lost = PeerLost(said or f"stopped, because another rank failed: {error}")
-        lost.exit_code = code  # the cause's: pdsh reports the largest of all machines
-        raise lost from error
+        record_error(Path(payload["run_dir"]), place.rank, error)  # before this rank's connections close
+        raise
 
 
 def run(config: Config, place: Place, listen_fd: int | None = None) -> int:

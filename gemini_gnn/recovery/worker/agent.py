@@ -2,15 +2,19 @@
 
 Ownership. The agent holds the flock on ``agent.lock`` from before its exec: the shim that starts it passes the descriptor.
 So at most one agent lives per job and machine, and it owns everything in the arena folder. The agent of rank 0's machine
-also holds a lock in the run directory: no other machine, user or arena can run the same job. The agent has one thread: a
-loop over sockets. ``decisions.py`` decides; ``children.py`` handles warm parent and trainers, which are the agent's
-children. The agent itself is a child of init.
+also runs the root (``root/service.py``), in the same loop, and holds the job's term. The agent has one thread: a loop over
+sockets. ``decisions.py`` decides what it does by itself, and the root what it does for the job; ``children.py`` handles warm
+parent and trainers, which are the agent's children. The agent itself is a child of init.
 
 Interruptions. The agent may be killed at any instruction. The kernel then kills the warm parent and the trainers
-(PDEATHSIG), closes the shims' sockets and drops the lock. The shims start another agent. Before it forks, that agent waits
+(PDEATHSIG), closes its sockets and drops the lock. The shims start another agent. Before it joins the root, that agent waits
 until no trainer of the old one lives (``locks.living_trainer``). Shims and trainers may die between any two messages: a
 closed socket is an event like the others. Messages to or from a dead process may be lost. A signal is never lost: the
 agent sees it through a descriptor that exists before the handler does.
+
+Without a root. An agent that loses its root keeps its trainers and connects again; it says then what lives. News for a
+lost root is dropped. After `recovery.wait_s` (`distributed.start_timeout_s` before the first answer) it gives the job up:
+its snapshots stay. A request to stop that comes meanwhile ends the job on this machine at once.
 
 Only processes of the same user may send requests: the folder is 0700, the socket 0600, and the agent asks the kernel for
 the peer's uid. The agent logs a bad message and closes its connection; other connections go on.
@@ -23,24 +27,29 @@ import mmap
 import os
 import selectors
 import signal
-import socket
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gemini_gnn.cluster.place import Place, check_place, launcher_variables
+from gemini_gnn.cluster.place import Place, check_master, check_place, launcher_variables
 from gemini_gnn.errors import GeminiError
 from gemini_gnn.observe import terms
 from gemini_gnn.observe.status import read_status
-from gemini_gnn.recovery import board, home, messages, processes
-from gemini_gnn.recovery.worker import decisions, hangs, out_of_memory
+from gemini_gnn.recovery import board, home, messages, processes, wire
+from gemini_gnn.recovery.outcome import Failure, Outcome, failed
+from gemini_gnn.recovery.root import decisions as root_decisions
+from gemini_gnn.recovery.root.service import Root
+from gemini_gnn.recovery.worker import decisions, out_of_memory
 from gemini_gnn.recovery.worker.children import Children
-from gemini_gnn.recovery.worker.decisions import Failure, Limits, Outcome
+from gemini_gnn.recovery.worker.decisions import Limits
 from gemini_gnn.recovery.worker.journal import Journal
 from gemini_gnn.snapshot.store import locks
 
 NOBODY_S = 30.0  # then an agent without a job ends
 REAP_ORPHANS_S = 5.0  # until killed children are gone
+RETRY_S = 0.1  # between two attempts to reach the root
+WAITS_S = 5.0  # then it says what it waits for
+ROOT_LIMITS = root_decisions.Limits()
 
 
 @dataclass
@@ -58,15 +67,14 @@ class Agent:
         self.run_dir, self.arena, self.job = run_dir, arena, home.job_id(run_dir)
         self.machine = os.uname().nodename
         self.since_s = time.time()
-        self.term = 0
+        self.term = 0  # of the root that was heard last
         self.state: decisions.State | None = None
         self.outcome: Outcome | None = None
         self.nobody = Outcome("stopped", 1, "no slot process came")  # the outcome if there is never a job
         self.nobody_s = time.monotonic() + NOBODY_S
-        self.run_dir_lock: int | None = None
         self.arena_gone = False
         self.request: messages.Register | None = None  # of the first shim; all share most of it
-        self.shims: dict[int, Shim] = {}
+        self.shims: dict[int, Shim] = {}  # by slot
         self.visitors: list[messages.Channel] = []  # connected, no registered shim (yet)
         self.journal = Journal(run_dir, self.machine)
         self.listener = messages.listen(arena / home.AGENT_SOCKET)
@@ -80,9 +88,17 @@ class Agent:
         self.limits = Limits()
         self.children = Children(arena, self.job, self.journal, self.selector)
         self.killed = out_of_memory.Counter(out_of_memory.own_cgroup())
-        self.hang_limits = hangs.Limits()
         self.board: mmap.mmap | None = None  # of this generation's trainers
-        self.watch: hangs.Watch | None = None
+        self.ranks: list[int] = []  # of this generation's trainers, by slot
+        self.root: Root | None = None  # on rank 0's machine
+        self.uplink: messages.Channel | None = None  # to the root
+        self.welcome: messages.Welcome | None = None  # of the root that the uplink leads to
+        self.ending = False  # a shim that comes now should ask again
+        self.told = False  # the root said how the job ended
+        self.token = b""
+        self.heard_s = self.beaten_s = self.away_s = self.retry_s = self.looped_s = time.monotonic()
+        self.complaint = ""  # of the last uplink
+        self.waits_said = False
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -92,45 +108,49 @@ class Agent:
             self.selector.select(self._patience_s())
             for number in self._signals():
                 if number == signal.SIGTERM:
-                    self._see(decisions.StopAsked("SIGTERM: this machine leaves", 128 + signal.SIGTERM))
+                    self._stop(messages.Stop("SIGTERM: this machine leaves", 128 + signal.SIGTERM))
             # Before requests to stop: a trainer that listens is asked.
             for event in self.children.read(time.monotonic()):
                 self._see(self._explained(event))
-            self._look_at_board()
             self._accept()
             self._read_visitors()
             self._read_shims()
             self._see(decisions.Tick())
+            self._look_at_root(time.monotonic())
             self._look_at_arena()
             if self.state is None and not self.visitors and time.monotonic() > self.nobody_s:
                 break  # the shim that started us died before it registered, or was refused
         self._end()
+
+    def _patience_s(self) -> float:
+        now = time.monotonic()
+        waits = [1.0]
+        if self.children.has_news:
+            waits.append(0.0)
+        if self.state is not None:
+            if self.state.deadline is not None:
+                waits.append(self.state.deadline - now)
+            if self.welcome is not None:
+                waits.append(self.beaten_s + self.welcome.heartbeat_s - now)
+            elif self.uplink is not None:
+                waits.append(RETRY_S / 4)  # a connection that is being made announces nothing to a reader
+            else:
+                waits.append(self.retry_s - now)
+        if self.root is not None:
+            waits.append(self.root.patience_s(now))
+        return max(0.0, min(waits))
+
+    def _signals(self) -> bytes:
+        try:
+            return os.read(self.wakeup, 4096)
+        except BlockingIOError:
+            return b""
 
     def _explained(self, event: decisions.Event) -> decisions.Event:
         """An exit by SIGKILL, with whether memory was short."""
         if isinstance(event, decisions.Exited) and event.code == -signal.SIGKILL:
             return replace(event, why=self.killed.why())
         return event
-
-    def _look_at_board(self) -> None:
-        if self.board is None or self.state is None or self.state.phase is not decisions.Phase.RUNNING:
-            return
-        boards = {rank: board.read(self.board, self._page(rank)) for rank in self.state.alive}
-        self.watch, hang = hangs.look(self.watch, boards, time.monotonic(), self.hang_limits)
-        if hang is not None and self.state.deadline is None:
-            seen = {rank: one and {**vars(one), "phase": one.phase.word} for rank, one in boards.items()}
-            stopped = [rank for rank in sorted(boards) if self.children.is_stopped(rank)]
-            words = hang.words
-            if stopped:  # of several in one collective these are to blame
-                words += f"; stopped by a signal or a debugger: rank {', '.join(map(str, stopped))}"
-            self.journal.log("hang", ranks=hang.ranks, stopped=stopped, text=words, boards=seen)
-            self._see(decisions.Hung((stopped or hang.ranks)[0], words))
-
-    def _page(self, rank: int) -> int:
-        """The local rank."""
-        shim = self.shims.get(rank)
-        assert self.state is not None
-        return shim.request.place.local_rank if shim else sorted(self.state.registered).index(rank)
 
     def _look_at_arena(self) -> None:
         """Say so once if the arena was removed: the job runs on, but its snapshots are lost."""
@@ -143,52 +163,158 @@ class Agent:
             "RemoveIPC=no or `loginctl enable-linger`"
         )
 
-    def _patience_s(self) -> float:
-        if self.children.has_news:
-            return 0.0
-        deadline = self.state.deadline if self.state else None
-        patience_s = self.hang_limits.tick_s if self.board is not None else 1.0
-        return patience_s if deadline is None else min(patience_s, max(0.0, deadline - time.monotonic()))
-
-    def _signals(self) -> bytes:
-        try:
-            return os.read(self.wakeup, 4096)
-        except BlockingIOError:
-            return b""
-
     def _see(self, event: decisions.Event) -> None:
         """Decide on ``event`` and act."""
         if self.state is None:
-            if isinstance(event, decisions.StopAsked):
-                self.outcome = Outcome("stopped", event.code, event.reason, keep=event.keep)
             return
-        before = self.state
-        self.state, actions = decisions.decide(before, event, time.monotonic())
-        if self.state.phase is not before.phase:
-            self.journal.log("phase", phase=self.state.phase, generation=self.state.generation, cause=self.state.cause)
+        now = time.monotonic()
+        self.state, actions = decisions.decide(self.state, event, now)
         for action in actions:
-            self._act(action)
+            self._act(action, now)
 
-    def _act(self, action: decisions.Action) -> None:
+    def _act(self, action: decisions.Action, now: float) -> None:
         match action:
             case decisions.StartWarm():
                 assert self.request is not None
                 self.children.start_warm(self.request.preload, self.request.path)
-            case decisions.Fork(generation, ranks):
-                self.journal.status("running", generation=generation)
-                self.journal.write_errors(None)
-                self._fork(generation, sorted(ranks))
-            case decisions.AskToStop(ranks):
-                self.children.ask_to_stop(ranks)
-            case decisions.DumpStacks(ranks):
-                self.children.dump_stacks(ranks)
+            case decisions.Fork():
+                pass  # Begin says how; see _begin_generation
             case decisions.Kill(ranks):
                 self.children.kill(ranks)
+            case decisions.TellReady(ready):
+                self._tell(messages.Able(ready))
+            case decisions.TellUnable(failure):
+                self._tell(messages.Unable(_aged(failure, now)))
+            case decisions.TellStuck(text):
+                self._tell(messages.Stuck(text))
+            case decisions.Tell(decisions.Listens(rank), generation):
+                self._tell(messages.RankListens(rank, generation))
+            case decisions.Tell(decisions.Failed(failure), generation):
+                self._beat(now)
+                self._tell(messages.RankFailed(_aged(failure, now), generation))
+            case decisions.Tell(decisions.Exited(rank, code, why), generation):
+                self._beat(now)  # the root counts failures by how far the trainers were
+                self._tell(messages.RankExited(rank, generation, code, why))
             case decisions.Say(text):
                 self._say(text)
-            case decisions.Finish(outcome):
-                self.journal.write_errors(outcome.failure)
-                self.outcome = outcome
+
+    # --- the root -----------------------------------------------------------------------------------------------------
+
+    def _tell(self, message: messages.Message) -> None:
+        """Dropped if there is no root: whoever joins says how things stand."""
+        if self.uplink is not None and self.welcome is not None:
+            self.uplink.send(message)
+
+    def _look_at_root(self, now: float) -> None:
+        late_s, self.looped_s = now - self.looped_s - 2.0, now
+        self.heard_s += max(0.0, late_s)  # this process did not run: the root may have spoken all the same
+        if self.root is not None:
+            self.root.tick(now)
+        if self.state is None or self.outcome is not None:
+            return
+        if self.uplink is not None:
+            for message in self.uplink.receive():
+                self.heard_s = now
+                self._obey(message, now)
+        if self.uplink is not None and self.welcome is not None and now - self.heard_s > self.welcome.silence_s:
+            self._lose_root(f"silent for {now - self.heard_s:.1f} s", now)
+        if self.uplink is not None and self.uplink.closed:
+            self._lose_root(str(self.uplink.complaint or "connection closed"), now)
+        if self.uplink is None and now >= self.retry_s and self.outcome is None:
+            self._reach_root(now)
+        if self.welcome is not None and now - self.beaten_s >= self.welcome.heartbeat_s:
+            self._beat(now)
+        elif self.welcome is None:
+            self._wait_for_root(now)
+
+    def _reach_root(self, now: float) -> None:
+        """Connect, and say what this machine is and what lives on it."""
+        assert self.request is not None and self.state is not None
+        place = self.request.place
+        if self.root is not None:
+            self.uplink = messages.Channel(self.root.local_end(now), messages.TO_WORKER)
+        else:
+            self.uplink = wire.connect(place.master_addr, place.master_port, messages.TO_WORKER, self.token)
+        self.heard_s = now
+        if self.uplink.closed:
+            self._lose_root(str(self.uplink.complaint), now)
+            return
+        self.selector.register(self.uplink, selectors.EVENT_READ)
+        number = place.rank // place.local_world_size
+        alive = sorted(self.state.alive)
+        self.uplink.send(
+            messages.Join(
+                number, self.machine, os.getpid(), place.world_size, place.local_world_size, alive, self.state.ready
+            )
+        )
+
+    def _lose_root(self, why: str, now: float) -> None:
+        assert self.uplink is not None
+        if self.welcome is not None:
+            self.away_s, self.waits_said = now, False
+        if why != self.complaint:
+            self.journal.log("root_lost", reason=why)
+        self.complaint, self.welcome = why, None
+        if self.uplink.fileno() >= 0:
+            if self.uplink in self.selector.get_map():
+                self.selector.unregister(self.uplink)
+            self.uplink.close()
+        self.uplink, self.retry_s = None, now + RETRY_S
+
+    def _wait_for_root(self, now: float) -> None:
+        assert self.request is not None
+        place, waited_s = self.request.place, now - self.away_s
+        where = f"{place.master_addr}:{place.master_port}"
+        if waited_s > WAITS_S and not self.waits_said:
+            self.waits_said = True
+            self._say(f"{self.machine} waits for the root agent, on rank 0's machine at {where}: {self.complaint}")
+        first = self.term == 0
+        patience_s = self.request.start_timeout_s if first else self.request.recovery.wait_s
+        if waited_s > patience_s:
+            setting = "distributed.start_timeout_s" if first else "recovery.wait_s"
+            text = (
+                f"{self.machine} has not reached the root agent, on rank 0's machine at {where}, for {patience_s:.0f} s "
+                f"({setting}): {self.complaint}. Is that machine up, and does a firewall close the port? Try on "
+                f"{self.machine}: `ping {place.master_addr}` and, while the job starts, `nc -zv {place.master_addr} "
+                f"{place.master_port}`"
+            )
+            self.outcome = failed(text, now)
+
+    def _obey(self, message: messages.Message, now: float) -> None:
+        match message:
+            case messages.Welcome(term):
+                if term < self.term:
+                    self._lose_root(f"an older root agent, of term {term} < {self.term}, answers", now)
+                    return
+                self.welcome, self.term, self.journal.term = message, term, term
+                self.journal.log("welcome", term=term)
+            case messages.Refused(_, text):
+                self.outcome = failed(text, now, 2)
+            case messages.RootBeat(ending):
+                self.ending = ending
+            case messages.Begin():
+                self._begin_generation(message)
+            case messages.Close():
+                self._see(decisions.Close())
+            case messages.AskToStop():
+                self.children.ask_to_stop(list(self.children.trainers))
+            case messages.DumpStacks():
+                self.children.dump_stacks(list(self.children.trainers))
+            case messages.Say(text):
+                self._say(text)
+            case messages.Finish(outcome):
+                self.outcome, self.told = outcome, True
+
+    def _beat(self, now: float) -> None:
+        """Say that this machine lives, and what its trainers do."""
+        self.beaten_s = now
+        boards = {}
+        if self.board is not None:
+            for slot, rank in enumerate(self.ranks):
+                if (seen := board.read(self.board, slot)) is not None:
+                    boards[rank] = board.aged(seen, now)
+        stopped = [rank for rank in self.ranks if self.children.is_stopped(rank)]
+        self._tell(messages.Beat(boards, stopped, home.snapshot_bytes(self.arena)))
 
     # --- shims and other visitors -------------------------------------------------------------------------------------
 
@@ -235,27 +361,36 @@ class Agent:
                 self._forget(channel)
 
     def _read_shims(self) -> None:
-        for rank, shim in list(self.shims.items()):
+        for slot, shim in list(self.shims.items()):
             for message in shim.channel.receive():
                 if isinstance(message, messages.Stop):
                     self._stop_asked(shim.channel, message)
             if shim.channel.closed:
-                del self.shims[rank]
+                del self.shims[slot]
                 self._forget(shim.channel)
+                rank = shim.request.place.rank
                 self.journal.log("shim_lost", rank=rank)
-                self._see(decisions.StopAsked(f"the slot process of rank {rank} is gone", 128 + signal.SIGKILL))
+                self._stop(messages.Stop(f"the slot process of rank {rank} is gone", 128 + signal.SIGKILL))
 
     def _stop_asked(self, channel: messages.Channel, message: messages.Stop) -> None:
-        asked = decisions.StopAsked(message.reason, message.code, keep=message.keep, force=message.force)
-        self.journal.log("stop_asked", pid=messages.peer(channel.sock)[0], reason=asked.reason, force=asked.force)
-        self._see(asked)
+        self.journal.log(
+            "stop_asked", pid=messages.peer(channel.sock)[0], reason=message.reason, force=message.force
+        )
+        self._stop(message)
+
+    def _stop(self, message: messages.Stop) -> None:
+        """Ask the root to end the job. Without a root it ends here."""
+        if self.uplink is not None and self.welcome is not None:
+            self._tell(message)
+        elif self.outcome is None:
+            self.outcome = Outcome("stopped", message.code, message.reason, keep=message.keep)
 
     def _refuse(self, channel: messages.Channel, text: str) -> None:
         channel.send(messages.Refused(2, text))
         self.journal.log("refused", pid=messages.peer(channel.sock)[0], text=text)
 
     def _register(self, channel: messages.Channel, request: messages.Register) -> None:
-        if self.outcome is not None or (self.state is not None and decisions.may_be_ending(self.state)):
+        if self.outcome is not None or self.ending:
             channel.send(messages.Ending())
             return
         try:
@@ -265,24 +400,27 @@ class Agent:
         except GeminiError as error:
             self._refuse(channel, str(error))
             if self.state is None:
+                if self.root is not None:
+                    self.root.close()
+                    self.root = None
                 self.nobody, self.nobody_s = Outcome("failed", 2, str(error)), time.monotonic()
             return
         if (problem := self._not_of_this_launch(request)) is not None:
             self._refuse(channel, problem)
             return
-        rank = request.place.rank
+        place = request.place
         self.visitors.remove(channel)
-        self.shims[rank] = Shim(channel, request)
-        log = self.journal.log_of(rank)
-        channel.send(messages.Accepted(self.term, os.fspath(log), _size_bytes(log)))
-        self.journal.log("registered", rank=rank, pid=request.pid)
-        self._see(decisions.Registered(rank))
+        self.shims[place.local_rank] = Shim(channel, request)
+        log = self.journal.log_of(place.rank)
+        channel.send(messages.Accepted(os.fspath(log), _size_bytes(log)))
+        self.journal.log("registered", rank=place.rank, pid=request.pid)
+        self._see(decisions.Registered(place.local_rank))
 
     def _not_of_this_launch(self, request: messages.Register) -> str | None:
         """Why this slot process cannot be one of the launch that runs; None if it is."""
         assert self.state is not None and self.request is not None
         place, first = request.place, self.request.place
-        if request.launch != self.request.launch or place.rank in self.state.registered:
+        if request.launch != self.request.launch or place.local_rank in self.state.registered:
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since_s))
             return (
                 f"this job is already running on {self.machine}: worker agent pid {os.getpid()}, since {since}; "
@@ -301,32 +439,26 @@ class Agent:
         """Begin the job that the first shim describes.
 
         Raises:
-            RunDirError, RecoveryError: the run directory or the arena refuses; nothing has begun.
+            ClusterError, RunDirError, RecoveryError: the network, the run directory or the arena refuses; nothing has begun.
         """
-        place, limits = request.place, replace(self.limits, max_restarts=request.max_restarts)
-        self._take_run_dir(place)
-        # If the agent before us died while it cleaned up, the work is done: a script must not begin again.
-        before, status = terms.newest_term(self.run_dir), read_status(self.run_dir)
-        if request.deaths > 0 and status.get("state") == "done" and status.get("term") == before.get("term"):
-            # Claim no term: the next slot may come to another agent, which must also see that the work is done.
-            self.term = self.journal.term = before.get("term", 0)
-            self._earlier_trainer(limits.reap_s)
-            self.request = request
-            self.state = decisions.State(place.local_world_size, place.world_size, limits)
-            self.outcome = Outcome("done", 0, "done", keep=False)
-            return
-        self._claim_term(request)
-        stuck = self._earlier_trainer(limits.reap_s)
-        if stuck is None:
+        place = request.place
+        check_master(place)
+        leads = place.rank < place.local_world_size
+        self.journal.speaks_for_job = leads
+        self.token = terms.token(self.run_dir) if place.machines > 1 else b""
+        if leads:
+            self.root = self._root(request)
+        stuck = self._earlier_trainer(self.limits.reap_s)
+        done = self.root is not None and self.root.state.outcome is not None
+        if stuck is None and not done:
             self._clear_arena(request)
         # From here on there is a job. All that can refuse it is above.
         self.request = request
-        # The rank that all others wait for may be on another machine, whose boards are not seen here.
-        sees_all = place.local_world_size == place.world_size
-        self.hang_limits = hangs.Limits(request.hang_factor if sees_all else 0.0, request.hang_floor_s)
-        # If an agent of this launch died, these trainers are not the first generation: the work may be complete.
-        self.state = decisions.State(place.local_world_size, place.world_size, limits, generation=request.deaths)
-        self.journal.status("starting")
+        self.state = decisions.State(place.local_world_size, self.limits)
+        self.away_s = self.retry_s = time.monotonic()
+        self._look_at_root(time.monotonic())
+        if done:
+            return
         if stuck is not None:
             text = (
                 f"process {stuck}, a trainer of this job's last term, is still there after SIGKILL: it is stuck in the "
@@ -336,23 +468,55 @@ class Agent:
             return
         self.children.start_warm(request.preload, request.path)
 
-    def _take_run_dir(self, place: Place) -> None:
-        """If rank 0 is on this machine, lock the run directory: no other machine, user or arena may run the job."""
-        leads = place.rank == place.local_rank
-        if leads and self.run_dir_lock is None:
-            owner = f"the worker agent on {self.machine}, pid {os.getpid()}, with its snapshots in {self.arena.parent}"
-            self.run_dir_lock = terms.take_run_dir(self.run_dir, owner)
-        self.journal.speaks_for_job = leads
+    def _root(self, request: messages.Register) -> Root:
+        """The root agent, with a term of its own. If the agent before us died while it cleaned up, the work is done: a script
+        must not begin again."""
+        place, settings = request.place, request.recovery
+        listener = wire.listen(place.master_addr, place.master_port) if place.machines > 1 else None
+        try:
+            limits = replace(
+                ROOT_LIMITS,
+                join_s=settings.wait_s if request.deaths else request.start_timeout_s,
+                wait_s=settings.wait_s,
+                same_step_failures=settings.same_step_failures,
+            )
+            state = root_decisions.forming(place.machines, place.local_world_size, limits, request.deaths)
+            before, status = terms.newest_term(self.run_dir), read_status(self.run_dir)
+            if request.deaths > 0 and status.get("state") == "done" and status.get("term") == before.get("term"):
+                # Claim no term: the next agent must also see that the work is done.
+                self.journal.term = before.get("term", 0)
+                state = replace(
+                    state, phase=root_decisions.Phase.ENDED, outcome=Outcome("done", 0, "done", keep=False)
+                )
+            else:
+                self.journal.term = self._claim_term(request)
+                self.journal.status("starting")
+        except BaseException:
+            if listener is not None:
+                listener.close()
+            raise
+        return Root(
+            term=self.journal.term,
+            state=state,
+            settings=settings,
+            resume=request.resume,
+            master_addr=place.master_addr,
+            token=self.token,
+            listener=listener,
+            journal=self.journal,
+            selector=self.selector,
+            now=time.monotonic(),
+        )
 
-    def _claim_term(self, request: messages.Register) -> None:
+    def _claim_term(self, request: messages.Register) -> int:
         place = request.place
         claim = {"machine": self.machine, "pid": os.getpid(), "time": time.time(), "launch": request.launch}
         claim |= {"world_size": place.world_size, "local_world_size": place.local_world_size}
-        self.term = terms.claim_term(self.run_dir, {**claim, "arena_root": os.fspath(self.arena.parent.parent)})
-        self.journal.term = self.term
-        self.journal.log(
-            "started", term=self.term, pid=os.getpid(), arena=os.fspath(self.arena), command=request.command
-        )
+        if place.machines > 1:
+            claim |= {"address": place.master_addr, "port": place.master_port}
+        term = terms.claim_term(self.run_dir, {**claim, "arena_root": os.fspath(self.arena.parent.parent)})
+        self.journal.log("started", term=term, pid=os.getpid(), arena=os.fspath(self.arena), command=request.command)
+        return term
 
     def _clear_arena(self, request: messages.Register) -> None:
         """Remove snapshots that this job must not resume from. No trainer of an earlier term lives."""
@@ -374,40 +538,38 @@ class Agent:
             time.sleep(0.005)
         return pid
 
-    def _fork(self, generation: int, ranks: list[int]) -> None:
+    def _begin_generation(self, begin: messages.Begin) -> None:
         assert self.state is not None and self.request is not None
-        requests = {rank: self.shims[rank].request if rank in self.shims else self.request for rank in ranks}
-        places = {rank: request.place for rank, request in requests.items()}
-        listening = []
-        if self.state.local == self.state.world:
-            # All ranks are here, so the agent chooses the store's port: it listens before any client connects.
-            store = socket.create_server(("127.0.0.1", 0), backlog=1024)
-            port = store.getsockname()[1]
-            places = {rank: replace(place, master_addr="127.0.0.1", master_port=port) for rank, place in places.items()}
-            listening = [store.detach()]
-        tasks = {rank: self._task(generation, places[rank], requests[rank]) for rank in ranks}
-        if listening:
-            tasks[0] = replace(tasks[0], descriptors=listening)
+        self.journal.write_errors(None)
+        self.ranks = begin.ranks
+        self._see(decisions.Begin(begin.generation, frozenset(begin.ranks)))
         self._make_board()
+        tasks = {}
+        for slot, rank in enumerate(begin.ranks):
+            request = self.shims[slot].request if slot in self.shims else self.request
+            place = replace(
+                request.place,
+                rank=rank,
+                local_rank=slot,
+                master_addr=begin.master_addr,
+                master_port=begin.master_port,
+            )
+            tasks[rank] = self._task(begin, place, request)
+        if begin.descriptors:
+            tasks[0] = replace(tasks[0], descriptors=begin.descriptors)
         self.children.fork(tasks)
 
     def _make_board(self) -> None:
         """For the trainers of the generation that is to be forked. Without room for it they run all the same, unseen."""
-        assert self.state is not None
         self.killed.why()  # who was killed before this generation is none of it
-        self.watch = None
         try:
-            board.make(self.arena, self.state.local)
+            board.make(self.arena, len(self.ranks))
         except OSError as error:
             self.journal.log("board_failed", error=error.strerror)
         self.board = board.open_board(self.arena)
 
-    def _task(self, generation: int, place: Place, request: messages.Register) -> messages.Task:
+    def _task(self, begin: messages.Begin, place: Place, request: messages.Register) -> messages.Task:
         """The trainer of ``place``."""
-        assert self.request is not None
-        # `never` removed the snapshots when this term began, so a restart resumes. The first shim's request counts for all
-        # ranks: after the death of an agent, only some shims may have changed theirs.
-        resume = "auto" if generation > 1 and self.request.resume == "never" else self.request.resume
         return messages.Task(
             place=place,
             target=request.target,
@@ -421,8 +583,8 @@ class Agent:
             job=self.job,
             arena=os.fspath(self.arena),
             term=self.term,
-            generation=generation,
-            resume=resume,
+            generation=begin.generation,
+            resume=begin.resume,
             sharing=sum(shim.request.cores == request.cores for shim in self.shims.values()),
         )
 
@@ -433,6 +595,9 @@ class Agent:
         outcome = self.outcome or self.nobody
         if not self.children.end(REAP_ORPHANS_S):
             self.journal.log("children_left", reason="not reaped in time")
+        self.journal.write_errors(outcome.failure, set(self.ranks))
+        if self.root is not None:
+            self.root.close()
         self.listener.close()
         state = "failed" if outcome.kind == "lost" else outcome.kind
         self.journal.status(state, reason=outcome.reason, exit_code=outcome.code)  # before the snapshots are removed
@@ -455,6 +620,7 @@ class Agent:
             text=failure.text if failure else "",
             kept_files=kept,
             dropped_bytes=dropped[1],
+            told=self.told and self.root is None,
         )
         for channel in [shim.channel for shim in self.shims.values()] + self.visitors:
             channel.send(message)
@@ -466,6 +632,11 @@ class Agent:
         for shim in self.shims.values():
             if shim.request.place.local_rank == 0:
                 shim.channel.send(messages.Say(text))
+
+
+def _aged(failure: Failure, now: float) -> Failure:
+    """With its age in place of its time: the root has another clock."""
+    return replace(failure, time_s=now - failure.time_s)
 
 
 def _size_bytes(path: Path) -> int:

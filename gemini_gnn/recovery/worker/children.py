@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemini_gnn.recovery import messages, processes
+from gemini_gnn.recovery.outcome import Failure, exit_name
 from gemini_gnn.recovery.worker import decisions
-from gemini_gnn.recovery.worker.decisions import Event, Failure
+from gemini_gnn.recovery.worker.decisions import Event
 from gemini_gnn.recovery.worker.journal import Journal
 
 FORK_S = 60.0  # until the warm parent has forked a trainer and that has sent its pid
@@ -208,13 +209,13 @@ class Children:
         if warm.channel.closed and warm is self.warm and warm.channel.fileno() >= 0:
             os.kill(warm.pid, signal.SIGKILL)  # mostly dead already; not reaped, so no other process has this number
             code = processes.reap_child(warm.pid, REAP_WARM_S)
-            events += self._lost(warm, "its connection closed" if code is None else decisions.exit_name(code))
+            events += self._lost(warm, "its connection closed" if code is None else exit_name(code))
         return events
 
     def _reaped(self, pid: int, code: int, now: float) -> list[Event]:
         if self.warm is not None and pid == self.warm.pid:
             events = self._reports(self.warm, now)  # its last messages
-            return events + self._lost(self.warm, decisions.exit_name(code))
+            return events + self._lost(self.warm, exit_name(code))
         events = [event for rank in list(self.trainers) for event in self._words(rank)]  # sent before it died
         for rank, trainer in list(self.trainers.items()):
             if trainer.pid == pid:

@@ -31,7 +31,7 @@ from gemini_gnn.errors import GeminiError, RecoveryError
 from gemini_gnn.observe import logs
 from gemini_gnn.observe.errors import is_consequence
 from gemini_gnn.recovery import board, messages, processes
-from gemini_gnn.recovery.worker.decisions import STOPPED
+from gemini_gnn.recovery.outcome import STOPPED
 from gemini_gnn.snapshot import context
 from gemini_gnn.snapshot.store import locks
 

@@ -9,11 +9,12 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from gemini_gnn.observe.status import read_status, write_status
-from gemini_gnn.recovery.worker.decisions import Failure, told_error
+from gemini_gnn.recovery.outcome import Failure, told_error
 
 
 class Journal:
@@ -43,13 +44,19 @@ class Journal:
             with contextlib.suppress(OSError):  # most often on the same disk
                 print(f"cannot write {self._events.name}: {error.strerror}: {record}", file=sys.stderr, flush=True)
 
-    def write_errors(self, first: Failure | None) -> None:
-        """Write each trainer's error into its log: the job's first error whole, one line of the others.
+    def write_errors(self, first: Failure | None, ranks: Collection[int] = ()) -> None:
+        """Write the errors of this machine's trainers into their logs: the job's first error whole, one line of the others.
 
         If the job goes on or ends without an error, ``first`` is None: the first that is no consequence is written whole.
+
+        Args:
+            ranks: on this machine.
         """
-        if first is not None and first.rank >= 0 and first not in self.errors:
-            self.errors.append(first)  # the trainer ended without a message
+        if first is not None:
+            told = next((one for one in self.errors if (one.rank, one.text) == (first.rank, first.text)), None)
+            if told is None and first.rank in ranks:
+                self.errors.append(first)  # the trainer ended without a message
+            first = told or first
         whole = first or told_error(tuple(self.errors))
         for failure in self.errors:
             text = failure.text if failure.text.startswith("Traceback") else f"error: {failure.text}"

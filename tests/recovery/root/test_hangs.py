@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemini_gnn.recovery.board import FADES, Board, Phase
-from gemini_gnn.recovery.worker.hangs import MIN_SEEN, NEVER, Limits, look
+from gemini_gnn.recovery.root.hangs import MIN_SEEN, NEVER, Limits, look
 
 LIMITS = Limits(factor=10.0, floor_s=2.0)
 STEP = [Phase.SAMPLING, Phase.FORWARD, Phase.BACKWARD, Phase.AGREEMENT, Phase.STEP, Phase.WRITING, Phase.CAPTURE]

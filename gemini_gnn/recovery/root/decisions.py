@@ -1,0 +1,556 @@
+"""Decides for a whole job, on one machine or many. Pure: no sockets, processes or clock; ``now`` is an argument, in seconds.
+
+``service.py`` turns what the workers say into events, :func:`decide` turns (state, event, now) into a new state and
+actions, and the service carries those out. All times are on the root's monotonic clock.
+
+    FORMING     the machines join; each says when its slot processes and its warm parent are there
+    RUNNING     the trainers of `generation` run on all machines
+    STOPPING    the trainers were asked to stop; they are killed at the deadline
+    RECOVERING  the trainers are killed; the next generation begins when all are reaped and every machine is ready
+    WAITING     the same, and a machine is away: silent, or its worker agent died
+    ENDING      the trainers are killed; the job ends when those of all machines that are here are reaped
+    ENDED       the outcome is final
+
+Why a trainer's exception is not believed at once: if a trainer is killed, the others' collectives raise ("Connection closed
+by peer"), and the others may exit first. A death by a signal within `settle_s` is the cause, and the job can resume after
+it. If an exception only says that a peer is gone, the root waits `cause_s` for the peer's own. The job's first error is the
+earliest exception that is no such consequence. It ends the job, and its trainer has up to `leave_s` to exit. A later request
+to stop does not change that; nor does a death by a signal more than `settle_s` later.
+
+Why no two generations ever train at once. A generation begins only when no trainer of an earlier one is `alive`. A rank
+leaves `alive` when its worker says that it reaped the trainer. While its worker is away, its ranks stay in `alive`; the
+worker says at its return which of them live. A worker that is new has killed what the dead one left before it joins.
+Training is synchronous, so trainers that the root cannot reach take no step without the others.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from gemini_gnn.observe.errors import first
+from gemini_gnn.recovery.outcome import STOPPED, Failure, Outcome, exit_name, failed, told_error
+
+
+class Phase(StrEnum):
+    FORMING = "forming"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    RECOVERING = "recovering"
+    WAITING = "waiting"
+    ENDING = "ending"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Deadlines and limits, in seconds.
+
+    Attributes:
+        join_s: from the first machine to the last.
+        wait_s: how long a machine may be away.
+        stop_s: from the request to stop to the exit; below the 30 s that DeepSpeed's launcher gives its slot processes.
+        end_s: from the kill to the last word of all machines; a worker gives up reaping before.
+        leave_s: from a trainer's error to its exit: it joins its threads and runs its exit handlers.
+        settle_s, cause_s: see the module docstring.
+        dump_s: from a hang to the kill, so that the trainers write their stacks.
+        same_step_failures: so many failures in a row without a new step end the job; 0: the first one does.
+    """
+
+    join_s: float = 300.0
+    wait_s: float = 60.0
+    stop_s: float = 15.0
+    end_s: float = 40.0
+    leave_s: float = 30.0
+    settle_s: float = 0.5
+    cause_s: float = 3.0
+    dump_s: float = 0.5
+    same_step_failures: int = 5
+
+
+@dataclass(frozen=True)
+class Machine:
+    """
+    Attributes:
+        name: its hostname; empty before it joins.
+        here: its worker is connected.
+        ready: it can fork a generation.
+        since_s: when `here` last changed.
+    """
+
+    name: str = ""
+    here: bool = False
+    ready: bool = False
+    since_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why a generation ended: ``kind`` is "killed" | "out of memory" | "hang" | "network" | "agent" | "silent"."""
+
+    kind: str
+    text: str
+    rank: int | None = None
+    machine: int | None = None
+
+
+@dataclass(frozen=True)
+class State:
+    """
+    Attributes:
+        machines: in the launcher's order.
+        local: ranks per machine. Machine i has the ranks i * local, ...
+        generation: of the newest trainers; 0 before the first of a term's launch. Each death of a root agent counts as one.
+        alive: ranks whose trainer may live.
+        listening: ranks with a trainer that reads requests to stop.
+        codes: exit code by rank of the reaped ones; negative for a signal.
+        reached: the newest step that a trainer was in.
+        row, row_step: failures in a row without a new step, and the newest step at the last of them.
+        hung: which trainer hangs, while the stacks are written.
+        cause: why the last generation ended.
+        outcome: set once the job is to end.
+    """
+
+    machines: tuple[Machine, ...]
+    local: int
+    limits: Limits = Limits()
+    phase: Phase = Phase.FORMING
+    generation: int = 0
+    alive: frozenset[int] = frozenset()
+    listening: frozenset[int] = frozenset()
+    codes: tuple[tuple[int, int], ...] = ()
+    failures: tuple[Failure, ...] = ()
+    reached: int = 0
+    row: int = 0
+    row_step: int = -1
+    hung: Cause | None = None
+    cause: Cause | None = None
+    outcome: Outcome | None = None
+    deadline: float | None = None
+
+    @property
+    def world(self) -> int:
+        return len(self.machines) * self.local
+
+    def ranks_of(self, machine: int) -> frozenset[int]:
+        return frozenset(range(machine * self.local, (machine + 1) * self.local))
+
+    def name(self, machine: int) -> str:
+        return self.machines[machine].name or f"machine {machine + 1}"
+
+
+def forming(machines: int, local: int, limits: Limits = Limits(), generation: int = 0) -> State:
+    """The first state of a term. ``generation``: deaths of root agents before this one."""
+    return State((Machine(),) * machines, local, limits, generation=generation)
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A machine's worker is connected; ``alive``: its ranks whose trainers, of any generation, are not reaped."""
+
+    machine: int
+    name: str
+    alive: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Whether the machine can fork a generation changed."""
+
+    machine: int
+    ready: bool = True
+
+
+@dataclass(frozen=True)
+class Unable:
+    """The machine can never fork a generation."""
+
+    machine: int
+    failure: Failure
+
+
+@dataclass(frozen=True)
+class Gone:
+    """The connection to a worker ended (``kind`` "agent"), or no word came for too long ("silent")."""
+
+    machine: int
+    kind: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """Trainers of the machine cannot be reaped."""
+
+    machine: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Listens:
+    rank: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A trainer has reported its error; its exit follows."""
+
+    failure: Failure
+    generation: int
+
+
+@dataclass(frozen=True)
+class Exited:
+    """A trainer was reaped, and its process group killed. ``code`` is negative for a signal, ``why``: its sender, if known."""
+
+    rank: int
+    generation: int
+    code: int
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """A trainer is in this step."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Hung:
+    """The trainers make no progress, and ``rank`` is the one that the others wait for; ``words`` say more."""
+
+    rank: int
+    words: str
+
+
+@dataclass(frozen=True)
+class StopAsked:
+    """``force``: do not wait for the trainers to finish their step."""
+
+    reason: str
+    code: int
+    keep: bool = True
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Tick:
+    pass
+
+
+# --- actions: each is for all machines that are here --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Begin:
+    generation: int
+
+
+@dataclass(frozen=True)
+class Close:
+    """Kill and reap every trainer."""
+
+
+@dataclass(frozen=True)
+class AskToStop:
+    pass
+
+
+@dataclass(frozen=True)
+class DumpStacks:
+    """Have them written into the logs."""
+
+
+@dataclass(frozen=True)
+class Say:
+    text: str
+
+
+@dataclass(frozen=True)
+class Finish:
+    outcome: Outcome
+
+
+Event = Any  # one of the events above
+Action = Begin | Close | AskToStop | DumpStacks | Say | Finish
+Step = tuple[State, list[Action]]
+
+
+def decide(state: State, event: Event, now: float) -> Step:
+    """The state after ``event`` at time ``now``, and what to do."""
+    if state.phase is Phase.ENDED:
+        return state, []
+    match event:
+        case Joined():
+            return _joined(state, event, now)
+        case Ready(machine, ready):
+            return _next(_with(state, machine, ready=ready), now)
+        case Unable(_, failure):
+            return _close(state, Outcome("failed", failure.code, failure.summary, failure=failure), now)
+        case Gone():
+            return _gone(state, event, now)
+        case Stuck(machine, text):
+            state = replace(state, alive=state.alive - state.ranks_of(machine), outcome=None)
+            return _close(state, replace(failed(text, now), kind="lost"), now)
+        case Listens(rank, generation):
+            return (replace(state, listening=state.listening | {rank}) if generation == state.generation else state), []
+        case Failed(failure, generation):
+            return _failed(state, failure, now) if generation == state.generation else (state, [])
+        case Exited():
+            return _exited(state, event, now)
+        case Reached(step):
+            return replace(state, reached=max(state.reached, step)), []
+        case Hung():
+            return _hung(state, event, now)
+        case StopAsked():
+            return _stop(state, event, now)
+        case Tick():
+            return _tick(state, now) if state.deadline is not None and now >= state.deadline else (state, [])
+    raise AssertionError(f"unknown event {event!r}")
+
+
+def may_restart(state: State) -> str | None:
+    """Why no other generation may begin after the failure that was counted last; None when it may."""
+    limit = state.limits.same_step_failures
+    if limit == 0:
+        return "nothing is restarted (recovery.same_step_failures is 0, or snapshot=none)"
+    if state.row >= limit:
+        return f"{state.row} failures in a row without a new step are enough (recovery.same_step_failures)"
+    return None
+
+
+def may_be_ending(state: State) -> bool:
+    """Whether the job ends, or will end unless an error turns out to be a consequence. A new slot process should ask again."""
+    return state.outcome is not None or (state.phase is Phase.RUNNING and state.deadline is not None)
+
+
+def _with(state: State, machine: int, **changes: Any) -> State:
+    machines = list(state.machines)
+    machines[machine] = replace(machines[machine], **changes)
+    return replace(state, machines=tuple(machines))
+
+
+# --- machines that come and go ------------------------------------------------------------------------------------------
+
+
+def _joined(state: State, joined: Joined, now: float) -> Step:
+    actions: list[Action] = []
+    if state.machines[joined.machine].here:  # it lost the connection before the root did
+        words = f"the worker agent on {state.name(joined.machine)} lost its connection"
+        state, actions = _gone(state, Gone(joined.machine, "agent", words), now)
+    state = _with(state, joined.machine, name=joined.name, here=True, ready=False, since_s=now)
+    state = replace(state, alive=(state.alive - state.ranks_of(joined.machine)) | joined.alive)
+    if joined.alive:  # of a generation that the root has closed, or of an earlier root
+        actions.append(Close())
+    state, more = _next(state, now)
+    return state, actions + more
+
+
+def _gone(state: State, gone: Gone, now: float) -> Step:
+    was_here = state.machines[gone.machine].here
+    state = _with(state, gone.machine, here=False, ready=False, since_s=now)
+    if not was_here:
+        return state, []
+    if state.phase is Phase.RUNNING:
+        return _restart(state, Cause(gone.kind, gone.why, machine=gone.machine), 1, now)
+    if state.phase is Phase.STOPPING:
+        return _close(state, state.outcome, now)
+    return _next(state, now)
+
+
+def _next(state: State, now: float) -> Step:
+    """Go on as soon as nothing stands in the way: begin the next generation, or end."""
+    if state.phase is Phase.ENDING:
+        here = frozenset[int]().union(*(state.ranks_of(i) for i, one in enumerate(state.machines) if one.here))
+        return (state, []) if state.alive & here else _finish(state)
+    if state.phase not in (Phase.FORMING, Phase.RECOVERING, Phase.WAITING):
+        return state, []
+    if not all(one.here for one in state.machines):
+        if state.phase is Phase.FORMING:
+            return (state if state.deadline is not None else replace(state, deadline=now + state.limits.join_s)), []
+        first_away = min(one.since_s for one in state.machines if not one.here)
+        return replace(state, phase=Phase.WAITING, deadline=first_away + state.limits.wait_s), []
+    if state.phase is Phase.WAITING:
+        state = replace(state, phase=Phase.RECOVERING)
+    state = replace(state, deadline=None)  # from here on each worker has deadlines of its own
+    if state.alive or not all(one.ready for one in state.machines):
+        return state, []
+    state = replace(
+        state,
+        phase=Phase.RUNNING,
+        generation=state.generation + 1,
+        alive=frozenset(range(state.world)),
+        listening=frozenset(),
+        codes=(),
+        failures=(),
+        hung=None,
+        deadline=None,
+    )
+    return state, [Begin(state.generation)]
+
+
+# --- trainers that end ---------------------------------------------------------------------------------------------------
+
+
+def _failed(state: State, failure: Failure, now: float) -> Step:
+    """Wait for the exit, but not for ever: the trainer may hang in a thread that it joins."""
+    state = replace(state, failures=(*state.failures, failure))
+    if state.phase is Phase.RUNNING and state.deadline is None:
+        state = replace(state, deadline=now + state.limits.leave_s)
+    return state, []
+
+
+def _hung(state: State, hung: Hung, now: float) -> Step:
+    """Gone on from as from a kill, when the stacks are written; an exit that is awaited comes first."""
+    if state.phase is not Phase.RUNNING or state.deadline is not None or hung.rank not in state.alive:
+        return state, []
+    cause = Cause("hang", hung.words, rank=hung.rank)
+    return replace(state, hung=cause, deadline=now + state.limits.dump_s), [DumpStacks()]
+
+
+def _exited(state: State, exited: Exited, now: float) -> Step:
+    rank, code = exited.rank, exited.code
+    if state.phase not in (Phase.RUNNING, Phase.STOPPING):
+        return _next(replace(state, alive=state.alive - {rank}), now)
+    if exited.generation != state.generation or rank not in state.alive:
+        return state, []
+    state = replace(state, alive=state.alive - {rank}, codes=(*state.codes, (rank, code)))
+    if state.phase is Phase.STOPPING:
+        return (state, []) if state.alive else _ended_by_itself(state, now)
+    if code < 0:
+        how = f": {exited.why}" if exited.why else f" by {exit_name(code)}"
+        kind = "out of memory" if exited.why else "killed"
+        return _restart(state, Cause(kind, f"the trainer of rank {rank} was killed{how}", rank=rank), 128 - code, now)
+    if code > 0 and code != STOPPED and all(failure.rank != rank for failure in state.failures):
+        summary = f"the trainer of rank {rank} ended with exit code {code}"
+        state = replace(state, failures=(*state.failures, Failure(rank, code, now, summary, summary)))
+    if not state.alive:
+        return _ended_by_itself(state, now)
+    if code != 0:
+        caused = any(not failure.consequence for failure in state.failures)
+        deadline = now + (state.limits.settle_s if caused else state.limits.cause_s)
+        state = replace(state, deadline=deadline if state.deadline is None else min(deadline, state.deadline))
+    return state, []
+
+
+def _ended_by_itself(state: State, now: float) -> Step:
+    """Every trainer is reaped, and the root killed none. In STOPPING, another process may have killed one."""
+    if all(code == 0 for _, code in state.codes):
+        return _finish(replace(state, outcome=Outcome("done", 0, "done", keep=False)))
+    if state.outcome is not None:
+        return _finish(state)
+    if not state.failures:
+        return _finish(replace(state, outcome=Outcome("stopped", STOPPED, "the trainers stopped by themselves")))
+    return _erred(state, now)
+
+
+def _erred(state: State, now: float) -> Step:
+    """End with the first error. If it only says that a peer is gone, restart instead: the peer died without an error."""
+    failure = first(state.failures)
+    assert failure is not None
+    if failure.consequence:
+        cause = Cause("network", f"rank {failure.rank} lost a peer and no trainer says why", rank=failure.rank)
+        return _restart(state, cause, failure.code, now, failure)
+    return _close(state, Outcome("failed", failure.code, failure.summary, failure=failure), now)
+
+
+def _restart(state: State, cause: Cause, code: int, now: float, saw: Failure | None = None) -> Step:
+    """Count the failure; close this generation, and begin the next if allowed. ``saw``: the error that tells of it."""
+    failure = told_error(state.failures)
+    if failure is not None and now - failure.time_s > state.limits.settle_s:  # not caused by this death
+        return _close(state, Outcome("failed", failure.code, failure.summary, failure=failure), now)
+    row = state.row + 1 if state.reached <= state.row_step else 1
+    state = replace(state, row=row, row_step=state.reached, cause=cause)
+    reason = may_restart(state)
+    if reason is not None:
+        text = f"{cause.text}; not restarted: {reason}"
+        if cause.text.endswith("by SIGKILL"):
+            text += "; if nobody killed it, memory was short: dmesg says so"
+        outcome = failed(text, now, code)
+        return _close(state, outcome if saw is None else replace(outcome, reason=text, failure=saw), now)
+    text = f"{cause.text}; restarting all {state.world} trainers as generation {state.generation + 1}"
+    state, actions = _close(state, None, now)
+    return state, [Say(text), *actions]
+
+
+# --- the end -------------------------------------------------------------------------------------------------------------
+
+
+def _close(state: State, outcome: Outcome | None, now: float) -> Step:
+    """Kill living trainers, then end with ``outcome``, or begin the next generation if it is None."""
+    if state.outcome is not None and state.phase is Phase.ENDING:
+        return _next(state, now)  # ending already
+    if outcome is None:
+        state = replace(state, phase=Phase.RECOVERING, deadline=None)
+    else:
+        state = replace(state, phase=Phase.ENDING, outcome=outcome, deadline=now + state.limits.end_s)
+    # Where nothing lives a worker still hears that another generation is wanted: it may not be able to fork one.
+    actions: list[Action] = [Close()] if state.alive or outcome is None else []
+    state, more = _next(state, now)
+    return state, actions + more
+
+
+def _finish(state: State) -> Step:
+    assert state.outcome is not None
+    return replace(state, phase=Phase.ENDED, deadline=None), [Finish(state.outcome)]
+
+
+def _stop(state: State, asked: StopAsked, now: float) -> Step:
+    outcome = Outcome("stopped", asked.code, asked.reason, keep=asked.keep)
+    if state.outcome is not None:  # ending already: the first reason stays, but a later request may drop snapshots
+        state = replace(state, outcome=replace(state.outcome, keep=state.outcome.keep and asked.keep))
+        return _close(state, state.outcome, now) if state.phase is Phase.STOPPING and asked.force else (state, [])
+    running = state.phase is Phase.RUNNING
+    failure = told_error(state.failures) if running else None  # else of the last generation
+    if failure is not None:  # its exit would have ended the job
+        return _close(state, Outcome("failed", failure.code, failure.summary, keep=asked.keep, failure=failure), now)
+    if running and state.alive <= state.listening and state.deadline is None and not asked.force:
+        state = replace(state, phase=Phase.STOPPING, outcome=outcome, deadline=now + state.limits.stop_s)
+        return state, [Say(f"{asked.reason}: ending after this step"), AskToStop()]
+    # Killing a trainer that reads no requests loses nothing: the snapshot of its last step is committed.
+    return _close(state, outcome, now)
+
+
+def _tick(state: State, now: float) -> Step:
+    """The deadline has passed."""
+    match state.phase:
+        case Phase.FORMING:
+            text = f"{_away(state)} did not come within {state.limits.join_s:.0f} s (distributed.start_timeout_s); {_TRY}"
+            return _close(state, failed(text, now), now)
+        case Phase.WAITING:
+            text = f"{_away(state)} did not come back within {state.limits.wait_s:.0f} s (recovery.wait_s); {_TRY}"
+            if state.cause is not None:
+                text = f"{state.cause.text}; {text}"
+            return _close(state, failed(text, now), now)
+        case Phase.RUNNING if state.hung is not None:
+            return _restart(state, state.hung, 1, now)
+        case Phase.RUNNING:
+            if not state.failures:  # one trainer stopped by itself, the others run: they will notice
+                return replace(state, deadline=None), []
+            return _erred(state, now)
+        case Phase.STOPPING:
+            state, actions = _close(replace(state, outcome=None), state.outcome, now)
+            return state, [Say(f"killing the trainers: they did not stop within {state.limits.stop_s:.0f} s"), *actions]
+        case Phase.ENDING:  # a worker that is here, and neither reaps nor says why
+            return _finish(state)
+    raise AssertionError(f"a deadline in phase {state.phase}")
+
+
+_TRY = "see what they printed, `ssh NAME true`, and `python launch/hosts.py check HOSTFILE`"
+
+
+def _away(state: State) -> str:
+    """"h1 (ranks 2, 3)" for each machine that is not here; its place in the hostfile where its name is not known."""
+    words = []
+    for number, machine in enumerate(state.machines):
+        if not machine.here:
+            ranks = ", ".join(map(str, sorted(state.ranks_of(number))))
+            name = machine.name or f"machine {number + 1} in the order of the hostfile"
+            words.append(f"{name} (rank{'s' if state.local > 1 else ''} {ranks})")
+    return " and ".join(words)

@@ -1,0 +1,357 @@
+"""The root agent: one per job, in the loop of the worker agent of rank 0's machine. ``decisions.py`` decides.
+
+Ownership. The root holds the job's term, the listening socket at which the other machines' workers join, and one connection
+per worker. The worker of its own machine is connected by a socket pair: one machine is a root with one worker, by the same
+code. The root owns no process and no file but ``status.json``. It has no thread.
+
+Interruptions. The root may be killed at any instruction; its worker dies with it. The slot processes of that machine start
+another agent, which claims the next term. The other workers lose their connection, keep their trainers, and join again:
+they say which of them live, and the new root has these killed first. A worker may be lost between any two messages; the
+root then takes its trainers for living until the worker is back. A message to a lost worker is lost: whoever joins is told
+again. Within a connection no message is lost, repeated or reordered.
+
+Who is silent. The root hears a beat from each worker every `heartbeat_s`. A worker that says nothing for `silence_s` counts as
+gone, and its connection is closed. A root that was itself late (stopped, or starved of the processor) extends that by as much.
+
+Why no two halves of a job ever train: training is synchronous, so a part of the ranks cannot take a step. Only a root
+begins generations, only the agent of rank 0's machine is a root, and it holds a term that it claimed exclusively.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gemini_gnn.config import RecoveryConfig
+from gemini_gnn.recovery import messages, wire
+from gemini_gnn.recovery.board import Board, dated
+from gemini_gnn.recovery.outcome import Outcome
+from gemini_gnn.recovery.root import decisions, hangs
+from gemini_gnn.recovery.worker.journal import Journal
+
+LEAVE_S = 10.0  # from the outcome to the end of the last other worker
+STATUS_S = 1.0  # between two versions of status.json while nothing changes
+
+
+@dataclass
+class Link:
+    """A worker's connection. ``machine`` is None until it has joined."""
+
+    channel: messages.Channel
+    heard_s: float
+    machine: int | None = None
+    beat: messages.Beat | None = None
+
+
+class Root:
+    """
+    Attributes:
+        state: of the job.
+        links: connections to workers, joined or not.
+        finished: every other worker has been told the outcome, or cannot be.
+    """
+
+    def __init__(
+        self,
+        *,
+        term: int,
+        state: decisions.State,
+        settings: RecoveryConfig,
+        resume: str,
+        master_addr: str,
+        token: bytes,
+        listener: socket.socket | None,
+        journal: Journal,
+        selector: selectors.BaseSelector,
+        now: float,
+    ):
+        self.term, self.state, self.settings, self.resume = term, state, settings, resume
+        self.master_addr, self.token = master_addr, token
+        self.listener, self.journal, self.selector = listener, journal, selector
+        self.links: list[Link] = []
+        self.finished = False
+        self._began = state.generation  # generations after the first one of this start resume
+        self._ended_s: float | None = None
+        self._ticked_s = self._beaten_s = self._reported_s = now
+        self._hang_limits = hangs.Limits(settings.hang_factor, settings.hang_floor_s)
+        self._watch: hangs.Watch | None = None
+        self._fresh = set[int]()  # machines that have beaten since the last look for hangs
+        if listener is not None:
+            selector.register(listener, selectors.EVENT_READ)
+
+    def local_end(self, now: float) -> socket.socket:
+        """A connection for the worker of this machine."""
+        here, there = socket.socketpair()
+        self._adopt(messages.Channel(here, messages.TO_ROOT), now)
+        return there
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def patience_s(self, now: float) -> float:
+        """How long the loop may wait for the next event."""
+        waits = [self._beaten_s + self.settings.heartbeat_s - now]
+        if self.state.deadline is not None:
+            waits.append(self.state.deadline - now)
+        return max(0.0, min(waits))
+
+    def tick(self, now: float) -> None:
+        """Read what has come, decide, act. Never waits."""
+        self._extend(now)
+        self._accept(now)
+        for link in list(self.links):
+            for message in link.channel.receive():
+                link.heard_s = now
+                self._hear(link, message, now)
+            if link.channel.closed and link in self.links:
+                self._lost(link, "agent", "is gone", now)
+        for link in list(self.links):
+            if now - link.heard_s > self.settings.silence_s and link in self.links:
+                self._lost(link, "silent", f"is silent for {now - link.heard_s:.1f} s (recovery.silence_s)", now)
+        self._look_at_boards(now)
+        self._see(decisions.Tick(), now)
+        if now - self._beaten_s >= self.settings.heartbeat_s:
+            self._beat(now)
+        if now - self._reported_s >= STATUS_S:
+            self._report(now)
+        if self._ended_s is not None and (len(self.links) <= 1 or now - self._ended_s > LEAVE_S):
+            self._finish()
+
+    def _extend(self, now: float) -> None:
+        """Give the others as much more time as this process was late."""
+        late_s = now - self._ticked_s - 2 * self.settings.heartbeat_s
+        self._ticked_s = now
+        if late_s > 0:
+            self.journal.log("root_late", seconds=late_s)
+            for link in self.links:
+                link.heard_s += late_s
+
+    def _accept(self, now: float) -> None:
+        while self.listener is not None and (channel := wire.accept(self.listener, messages.TO_ROOT, self.token)):
+            self._adopt(channel, now)
+
+    def _adopt(self, channel: messages.Channel, now: float) -> None:
+        self.selector.register(channel, selectors.EVENT_READ)
+        self.links.append(Link(channel, now))
+
+    def _drop(self, link: Link) -> None:
+        if link.channel.complaint is not None:
+            self.journal.log("message_refused", text=str(link.channel.complaint), machine=link.machine)
+        self.selector.unregister(link.channel)
+        link.channel.close()
+        self.links.remove(link)
+
+    def _lost(self, link: Link, kind: str, how: str, now: float) -> None:
+        self._drop(link)
+        if link.machine is not None:
+            ranks = ", ".join(map(str, sorted(self.state.ranks_of(link.machine))))
+            words = f"the worker agent on {self.state.name(link.machine)} (ranks {ranks}) {how}"
+            self.journal.log("worker_lost", machine=link.machine, text=words)
+            self._see(decisions.Gone(link.machine, kind, words), now)
+
+    # --- what workers say ---------------------------------------------------------------------------------------------
+
+    def _hear(self, link: Link, message: messages.Message, now: float) -> None:
+        if isinstance(message, messages.Join):
+            self._join(link, message, now)
+            return
+        if isinstance(message, messages.Stop):
+            self.journal.log("stop_asked", machine=link.machine, reason=message.reason, force=message.force)
+            asked = decisions.StopAsked(message.reason, message.code, keep=message.keep, force=message.force)
+            self._see(asked, now)
+            return
+        if link.machine is None:
+            return
+        match message:
+            case messages.Able(ready):
+                self._see(decisions.Ready(link.machine, ready), now)
+            case messages.Unable(failure):
+                self._see(decisions.Unable(link.machine, replace(failure, time_s=now - failure.time_s)), now)
+            case messages.Stuck(text):
+                self._see(decisions.Stuck(link.machine, text), now)
+            case messages.RankListens(rank, generation):
+                self._see(decisions.Listens(rank, generation), now)
+            case messages.RankFailed(failure, generation):
+                failure = replace(failure, time_s=now - failure.time_s)
+                self._see(decisions.Failed(failure, generation), now)
+            case messages.RankExited(rank, generation, code, why):
+                self._see(decisions.Exited(rank, generation, code, why), now)
+            case messages.Beat():
+                boards = {rank: dated(board, now) for rank, board in message.boards.items()}
+                link.beat = replace(message, boards=boards)
+                self._fresh.add(link.machine)
+                if reached := max((board.step for board in boards.values()), default=0):
+                    self._see(decisions.Reached(reached), now)
+
+    def _join(self, link: Link, join: messages.Join, now: float) -> None:
+        state, number = self.state, join.machine
+        if (join.world_size, join.local_world_size) != (state.world, state.local) or number >= len(state.machines):
+            text = (
+                f"rank 0's machine has {state.local} of {state.world} ranks, {join.name} says {join.local_world_size} of "
+                f"{join.world_size} as machine {number + 1}: give every host the same slots=, or end the other job at "
+                "this MASTER_PORT"
+            )
+            link.channel.send(messages.Refused(2, text))
+            self.journal.log("worker_refused", text=text)
+            return
+        for old in [one for one in self.links if one.machine == number and one is not link]:
+            self._lost(old, "agent", "has come again", now)
+        link.machine = number
+        self.journal.log("worker_joined", machine=number, name=join.name, pid=join.pid, alive=join.alive)
+        link.channel.send(messages.Welcome(self.term, self.settings.heartbeat_s, self.settings.silence_s))
+        if self.state.phase is decisions.Phase.ENDED:
+            assert self.state.outcome is not None
+            link.channel.send(messages.Finish(self.state.outcome))
+            return
+        self._see(decisions.Joined(number, join.name, frozenset(join.alive)), now)
+        if join.ready:
+            self._see(decisions.Ready(number), now)
+
+    # --- what the root does -------------------------------------------------------------------------------------------
+
+    def ask(self, event: decisions.StopAsked, now: float) -> None:
+        self._see(event, now)
+
+    def _see(self, event: decisions.Event, now: float) -> None:
+        before = self.state
+        self.state, actions = decisions.decide(before, event, now)
+        if self.state.phase is not before.phase:
+            cause = self.state.cause.text if self.state.cause else ""
+            self.journal.log("phase", phase=self.state.phase, generation=self.state.generation, cause=cause)
+        for action in actions:
+            self._act(action, now)
+        if self.state.phase is not before.phase:
+            self._report(now)
+        if decisions.may_be_ending(self.state) is not decisions.may_be_ending(before):
+            self._beat(now)
+
+    def _act(self, action: decisions.Action, now: float) -> None:
+        match action:
+            case decisions.Begin(generation):
+                self._begin(generation)
+            case decisions.Close():
+                self._tell(messages.Close())
+            case decisions.AskToStop():
+                self._tell(messages.AskToStop())
+            case decisions.DumpStacks():
+                self._tell(messages.DumpStacks())
+            case decisions.Say(text):
+                self._tell(messages.Say(text), lambda link: link.machine == 0)
+            case decisions.Finish(outcome):
+                self.journal.write_errors(outcome.failure)
+                self._ended_s = now
+                self._tell(messages.Finish(outcome), lambda link: link.machine != 0)
+
+    def _tell(self, message: messages.Message, whom: Callable[[Link], bool] = lambda link: True) -> None:
+        for link in self.links:
+            if link.machine is not None and whom(link):
+                link.channel.send(message)
+
+    def _begin(self, generation: int) -> None:
+        """Have all machines fork a generation. The store listens already: a client that came first would lose half a second."""
+        self._watch, self._fresh = None, set()
+        self.journal.write_errors(None)
+        # `never` removed the snapshots when this start began, so a later generation resumes.
+        resume = "auto" if generation > 1 and self.resume == "never" else self.resume
+        address = self.master_addr if len(self.state.machines) > 1 else "127.0.0.1"
+        family, kind, _, _, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        store = socket.socket(family, kind)
+        store.bind(where)
+        store.listen(1024)
+        port = store.getsockname()[1]
+        for link in self.links:
+            if link.machine is not None:
+                ranks = sorted(self.state.ranks_of(link.machine))
+                descriptors = [store.fileno()] if link.machine == 0 else []
+                link.channel.send(messages.Begin(generation, ranks, address, port, resume, descriptors))
+        store.close()
+
+    def _finish(self) -> None:
+        """Now the worker of this machine, too."""
+        assert self.state.outcome is not None
+        self._tell(messages.Finish(self.state.outcome), lambda link: link.machine == 0)
+        self.finished = True
+
+    def _beat(self, now: float) -> None:
+        self._beaten_s = now
+        self._tell(messages.RootBeat(decisions.may_be_ending(self.state)))
+
+    # --- hangs, and what people see -----------------------------------------------------------------------------------
+
+    def _boards(self) -> dict[int, Board]:
+        return {rank: board for link in self.links if link.beat for rank, board in link.beat.boards.items()}
+
+    def _look_at_boards(self, now: float) -> None:
+        """Look for a hang when every machine has beaten since the last look: an old board stands still by itself."""
+        if self.state.phase is not decisions.Phase.RUNNING or len(self._fresh) < len(self.state.machines):
+            return
+        self._fresh.clear()
+        current = {rank: board for rank, board in self._boards().items() if board.generation == self.state.generation}
+        boards = {rank: current.get(rank) for rank in self.state.alive}
+        self._watch, hang = hangs.look(self._watch, boards, now, self._hang_limits)
+        if hang is not None and self.state.deadline is None:
+            seen = {rank: one and {**vars(one), "phase": one.phase.word} for rank, one in boards.items()}
+            stopped = sorted(rank for link in self.links if link.beat for rank in link.beat.stopped)
+            words = hang.words
+            if stopped:  # of several in one collective these are to blame
+                words += f"; stopped by a signal or a debugger: rank {', '.join(map(str, stopped))}"
+            self.journal.log("hang", ranks=hang.ranks, stopped=stopped, text=words, boards=seen)
+            self._see(decisions.Hung((stopped or hang.ranks)[0], words), now)
+
+    def _report(self, now: float) -> None:
+        """Write status.json."""
+        self._reported_s = now
+        if self._ended_s is None:
+            self.journal.status(**self.status(now))
+
+    def status(self, now: float) -> dict[str, Any]:
+        """The job now, for people and scripts."""
+        state, words = self.state, {"forming": "starting", "ending": "stopping", "ended": "stopping"}
+        beats = {link.machine: link for link in self.links if link.machine is not None}
+        machines = [
+            {
+                "machine": one.name or None,
+                "ranks": sorted(state.ranks_of(number)),
+                "here": one.here,
+                "ready": one.ready,
+                "silent_s": round(now - beats[number].heard_s, 2) if number in beats else None,
+                "memory_bytes": beats[number].beat.memory_bytes if number in beats and beats[number].beat else None,
+            }
+            for number, one in enumerate(state.machines)
+        ]
+        ranks = [
+            {"rank": rank, "step": board.step, "phase": board.phase.word, "phase_s": round(now - board.since_s, 3)}
+            for rank, board in sorted(self._boards().items())
+            if board.generation == state.generation and rank in state.alive
+        ]
+        return {
+            "state": words.get(state.phase, str(state.phase)),
+            "generation": state.generation,
+            "cause": state.cause.text if state.cause else None,
+            "step": state.reached,
+            "world_size": state.world,
+            "machines": machines,
+            "ranks": ranks,
+        }
+
+    def close(self) -> None:
+        """Let go of every connection; the workers that are left are on their own."""
+        for link in list(self.links):
+            self._drop(link)
+        if self.listener is not None:
+            self.selector.unregister(self.listener)
+            self.listener.close()
+            self.listener = None
+
+
+def ended(term: int, machines: int, local: int, outcome: Outcome) -> decisions.State:
+    """The state of a root that finds the work of its job done: it only tells the other machines so."""
+    state = decisions.forming(machines, local)
+    return replace(state, phase=decisions.Phase.ENDED, outcome=outcome)
+
+
+def host() -> str:
+    return os.uname().nodename
