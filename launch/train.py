@@ -19,8 +19,8 @@ from gemini_gnn.errors import RunDirError
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_directory import RunDir, resume_of
 from gemini_gnn.recovery import shim
-from gemini_gnn.recovery.stop import drop_finished
 from gemini_gnn.recovery.outcome import STOPPED
+from gemini_gnn.recovery.stop import drop_finished
 
 PURPOSE = """Train a GNN on a partitioned graph. Start it with deepspeed, srun, or python (one rank):
   deepspeed --num_accelerators 2 launch/train.py dataset=cora run_dir=runs/cora

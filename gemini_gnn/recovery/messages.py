@@ -157,7 +157,8 @@ class Join:
     Attributes:
         machine: its number in the launcher's order. name: its hostname. pid: of the worker agent.
         world_size, local_world_size: of the job, as its slot processes say.
-        alive: ranks of the trainers that are not reaped, of any generation. ready: it can fork a generation.
+        alive: ranks of the trainers that are not reaped, of any generation.
+        ready: it can fork a generation. unable: why it never can; ``time_s`` as in :class:`RankFailed`.
     """
 
     machine: int
@@ -167,6 +168,7 @@ class Join:
     local_world_size: int
     alive: list[int]
     ready: bool
+    unable: Failure | None = None
 
 
 @dataclass(frozen=True)
@@ -438,7 +440,7 @@ def decode(line: bytes, expects: Sequence[type], descriptors: list[int]) -> Mess
             raise ValueError(f"{kind}: said {count!r} descriptors, {len(descriptors)} came")
         record["descriptors"], descriptors[:] = descriptors[:count], descriptors[count:]
     try:
-        message: Message = msgspec.convert(record, wanted)
+        message: Message = msgspec.convert(record, wanted, str_keys=True)
     except msgspec.ValidationError as error:
         raise ValueError(f"{kind}: {error}") from None
     return message

@@ -96,7 +96,7 @@ class Campaign:
             "tests.chaos.target:train",
             preload=["gemini_gnn.training.preload", "tests.chaos.target"],
             resume=resume,
-            max_restarts=10_000,
+            recovery={"same_step_failures": 10_000},
             config=self.config | {"resume": resume},
         )
         self.kills_of_this_launch = 0

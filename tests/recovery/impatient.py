@@ -2,11 +2,13 @@
 
 import functools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from gemini_gnn.recovery.worker import agent, children, decisions, out_of_memory
 
-agent.Limits = functools.partial(decisions.Limits, reap_s=1.5, leave_s=1.0)
+agent.Limits = functools.partial(decisions.Limits, reap_s=1.5)
+agent.ROOT_LIMITS = replace(agent.ROOT_LIMITS, leave_s=1.0)
 agent.REAP_ORPHANS_S = 0.5
 children.FORK_S = 1.0
 if "CGROUP" in os.environ:

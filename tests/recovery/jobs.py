@@ -39,7 +39,7 @@ class Job:
         self.launches: list[subprocess.Popen[bytes]] = []
 
     def launch(self, world: int, target: str, **payload: Any) -> subprocess.Popen[bytes]:
-        """Payload for all targets: preload, resume, max_restarts, arena, impatient (the agent is), folder (to start in),
+        """Payload for all targets: preload, resume, recovery (settings), arena, impatient (the agent is), folder (to start in),
         closed (standard input, output and errors are, as of some daemons), late (rank 0's slot, until
         another was refused than these so many).
         """

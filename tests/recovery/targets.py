@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gemini_gnn.cluster.place import Place
+from gemini_gnn.config import RecoveryConfig
 from gemini_gnn.recovery import board
 from gemini_gnn.recovery.board import Phase
 from gemini_gnn.recovery.worker import entry
@@ -277,9 +278,7 @@ def slot(run_dir: str, target: str, payload: str) -> int:
             preload=options.get("preload", []),
             resume=options.get("resume", "auto"),
             terminal=True,
-            max_restarts=options.get("max_restarts", 3),
-            hang_factor=options.get("hang_factor", 0.0),
-            hang_floor_s=options.get("hang_floor_s", 30.0),
+            recovery=RecoveryConfig(**{"hang_factor": 0.0, **options.get("recovery", {})}),
             arena_root=options.get("arena", "/dev/shm"),
         )
     except GeminiError as error:

@@ -44,8 +44,8 @@ def test_restarts_are_limited(job):
     for generation in (1, 2):
         run.run_dir.mkdir(exist_ok=True)
         (run.run_dir / f"die-0-{generation}").touch()
-    code, _, err = run.end(run.launch(2, "train", max_restarts=1))
-    assert code == 137 and "max_restarts" in err
+    code, _, err = run.end(run.launch(2, "train", recovery={"same_step_failures": 2}))
+    assert code == 137 and "same_step_failures" in err
     wait_for(lambda: not run.processes(), "the end of all processes", 10.0)
 
 
@@ -115,7 +115,7 @@ def test_retyping_at_once_waits_for_the_end_of_the_last_start(job):
 def test_any_process_may_be_killed_at_any_moment(job):
     """Restarts while restarting, agents that die while they start, a warm parent that dies while it forks."""
     run, draw = job(), random.Random(7)
-    launch = run.launch(3, "train", max_restarts=1000)
+    launch = run.launch(3, "train", recovery={"same_step_failures": 1000})
     run.training(3)
     kills = ["agent"] * 3 + ["warm"] * 6 + ["trainer"] * 11  # a fourth dead agent in a row would be one too many
     draw.shuffle(kills)
@@ -202,7 +202,7 @@ def test_a_clock_that_jumps_changes_nothing(job, tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(WILD)
     monkeypatch.setenv("PYTHONPATH", os.fspath(tmp_path))
     run = job()
-    launch = run.launch(2, "train", max_restarts=1)
+    launch = run.launch(2, "train", recovery={"same_step_failures": 2})
     os.kill(run.training(2)[0]["pid"], signal.SIGKILL)
     run.training(2, generation=2)
     os.kill(run.pid_of("agent"), signal.SIGKILL)

@@ -12,7 +12,7 @@ from tests.recovery.jobs import job, wait_for
 
 __all__ = ["job"]  # the fixture
 
-QUICK = {"hang_factor": 3.0, "hang_floor_s": 0.6}
+QUICK = {"recovery": {"hang_factor": 3.0, "hang_floor_s": 0.6, "heartbeat_s": 0.1}}
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["waits for ever", "SIGSTOP"])
@@ -32,7 +32,7 @@ def test_a_trainer_that_hangs_is_found_and_the_job_goes_on(job, stopped):
 
 def test_without_a_factor_nothing_is_a_hang(job):
     run = job()
-    launch = run.launch(1, "beats", rank=0, hang_floor_s=0.1)
+    launch = run.launch(1, "beats", rank=0, recovery={"hang_floor_s": 0.1})
     run.training(1)
     seen = board.open_board(run.arena)
     last = wait_for(lambda: board.read(seen, 0), "the board")

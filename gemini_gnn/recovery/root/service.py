@@ -19,7 +19,6 @@ begins generations, only the agent of rank 0's machine is a root, and it holds a
 
 from __future__ import annotations
 
-import os
 import selectors
 import socket
 from collections.abc import Callable
@@ -29,7 +28,6 @@ from typing import Any
 from gemini_gnn.config import RecoveryConfig
 from gemini_gnn.recovery import messages, wire
 from gemini_gnn.recovery.board import Board, dated
-from gemini_gnn.recovery.outcome import Outcome
 from gemini_gnn.recovery.root import decisions, hangs
 from gemini_gnn.recovery.worker.journal import Journal
 
@@ -75,7 +73,9 @@ class Root:
         self.links: list[Link] = []
         self.finished = False
         self._began = state.generation  # generations after the first one of this start resume
-        self._ended_s: float | None = None
+        ended = state.phase is decisions.Phase.ENDED
+        self._ended_s = now if ended else None
+        self._leaving = set(range(1, len(state.machines))) if ended else set[int]()  # are to be told the outcome
         self._ticked_s = self._beaten_s = self._reported_s = now
         self._hang_limits = hangs.Limits(settings.hang_factor, settings.hang_floor_s)
         self._watch: hangs.Watch | None = None
@@ -117,7 +117,7 @@ class Root:
             self._beat(now)
         if now - self._reported_s >= STATUS_S:
             self._report(now)
-        if self._ended_s is not None and (len(self.links) <= 1 or now - self._ended_s > LEAVE_S):
+        if self._ended_s is not None and (not self._leaving or now - self._ended_s > LEAVE_S) and not self.finished:
             self._finish()
 
     def _extend(self, now: float) -> None:
@@ -146,7 +146,9 @@ class Root:
 
     def _lost(self, link: Link, kind: str, how: str, now: float) -> None:
         self._drop(link)
-        if link.machine is not None:
+        if self._ended_s is not None and link.machine is not None:
+            self._leaving.discard(link.machine)
+        elif link.machine is not None:
             ranks = ", ".join(map(str, sorted(self.state.ranks_of(link.machine))))
             words = f"the worker agent on {self.state.name(link.machine)} (ranks {ranks}) {how}"
             self.journal.log("worker_lost", machine=link.machine, text=words)
@@ -204,9 +206,12 @@ class Root:
         link.channel.send(messages.Welcome(self.term, self.settings.heartbeat_s, self.settings.silence_s))
         if self.state.phase is decisions.Phase.ENDED:
             assert self.state.outcome is not None
-            link.channel.send(messages.Finish(self.state.outcome))
+            if number != 0 or self.finished:
+                link.channel.send(messages.Finish(self.state.outcome))
             return
         self._see(decisions.Joined(number, join.name, frozenset(join.alive)), now)
+        if join.unable is not None:
+            self._see(decisions.Unable(number, replace(join.unable, time_s=now - join.unable.time_s)), now)
         if join.ready:
             self._see(decisions.Ready(number), now)
 
@@ -241,8 +246,8 @@ class Root:
             case decisions.Say(text):
                 self._tell(messages.Say(text), lambda link: link.machine == 0)
             case decisions.Finish(outcome):
-                self.journal.write_errors(outcome.failure)
                 self._ended_s = now
+                self._leaving = {link.machine for link in self.links if link.machine}
                 self._tell(messages.Finish(outcome), lambda link: link.machine != 0)
 
     def _tell(self, message: messages.Message, whom: Callable[[Link], bool] = lambda link: True) -> None:
@@ -253,7 +258,6 @@ class Root:
     def _begin(self, generation: int) -> None:
         """Have all machines fork a generation. The store listens already: a client that came first would lose half a second."""
         self._watch, self._fresh = None, set()
-        self.journal.write_errors(None)
         # `never` removed the snapshots when this start began, so a later generation resumes.
         resume = "auto" if generation > 1 and self.resume == "never" else self.resume
         address = self.master_addr if len(self.state.machines) > 1 else "127.0.0.1"
@@ -310,15 +314,16 @@ class Root:
     def status(self, now: float) -> dict[str, Any]:
         """The job now, for people and scripts."""
         state, words = self.state, {"forming": "starting", "ending": "stopping", "ended": "stopping"}
-        beats = {link.machine: link for link in self.links if link.machine is not None}
+        links = {link.machine: link for link in self.links if link.machine is not None}
+        beats = {number: link.beat for number, link in links.items() if link.beat is not None}
         machines = [
             {
                 "machine": one.name or None,
                 "ranks": sorted(state.ranks_of(number)),
                 "here": one.here,
                 "ready": one.ready,
-                "silent_s": round(now - beats[number].heard_s, 2) if number in beats else None,
-                "memory_bytes": beats[number].beat.memory_bytes if number in beats and beats[number].beat else None,
+                "silent_s": round(now - links[number].heard_s, 2) if number in links else None,
+                "memory_bytes": beats[number].memory_bytes if number in beats else None,
             }
             for number, one in enumerate(state.machines)
         ]
@@ -345,13 +350,3 @@ class Root:
             self.selector.unregister(self.listener)
             self.listener.close()
             self.listener = None
-
-
-def ended(term: int, machines: int, local: int, outcome: Outcome) -> decisions.State:
-    """The state of a root that finds the work of its job done: it only tells the other machines so."""
-    state = decisions.forming(machines, local)
-    return replace(state, phase=decisions.Phase.ENDED, outcome=outcome)
-
-
-def host() -> str:
-    return os.uname().nodename

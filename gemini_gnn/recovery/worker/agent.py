@@ -241,10 +241,17 @@ class Agent:
             return
         self.selector.register(self.uplink, selectors.EVENT_READ)
         number = place.rank // place.local_world_size
-        alive = sorted(self.state.alive)
+        unable = None if self.state.unable is None else _aged(self.state.unable, now)
         self.uplink.send(
             messages.Join(
-                number, self.machine, os.getpid(), place.world_size, place.local_world_size, alive, self.state.ready
+                machine=number,
+                name=self.machine,
+                pid=os.getpid(),
+                world_size=place.world_size,
+                local_world_size=place.local_world_size,
+                alive=sorted(self.state.alive),
+                ready=self.state.ready,
+                unable=unable,
             )
         )
 

@@ -38,7 +38,7 @@ class State:
         slots: number of ranks on this machine.
         registered: slots whose slot process is here, by local rank.
         warm_deaths: in a row, without becoming ready in between.
-        ready: as the root was told.
+        ready, unable: as the root was told, or will be when it is there.
         generation: of the newest trainers here; 0: none yet.
         alive: global ranks of the trainers that are not reaped.
         closing: the root has closed `generation`.
@@ -50,6 +50,7 @@ class State:
     warm_ready: bool = False
     warm_deaths: int = 0
     ready: bool = False
+    unable: Failure | None = None
     generation: int = 0
     alive: frozenset[int] = frozenset()
     closing: bool = False
@@ -184,7 +185,7 @@ def decide(state: State, event: Event, now: float) -> Step:
         case WarmDied(reason):
             return _warm_died(state, reason, now)
         case WarmRefused(failure):
-            return replace(state, deadline=None), [TellUnable(failure)]
+            return _unable(state, failure)
         case Begin(generation, ranks):
             assert not state.alive, "a generation began before the last one was reaped"
             state = replace(state, generation=generation, alive=ranks, closing=False)
@@ -228,7 +229,7 @@ def _exited(state: State, exited: Exited, now: float) -> Step:
 def _closed(state: State, now: float) -> Step:
     """Nothing of the generation lives, and another may begin: the warm parent must come."""
     if state.warm_deaths > MAX_WARM_DEATHS:
-        return replace(state, closing=False, deadline=None), [_without_warm(state, now)]
+        return _without_warm(replace(state, closing=False), now)
     return replace(state, closing=False, deadline=None if state.warm_ready else now + state.limits.start_s), []
 
 
@@ -237,12 +238,19 @@ def _warm_died(state: State, reason: str, now: float) -> Step:
     state, actions = _ready(replace(state, warm_ready=False, warm_deaths=state.warm_deaths + 1))
     if state.warm_deaths <= MAX_WARM_DEATHS:
         return state, [*actions, Say(f"the warm parent died ({reason}); starting another"), StartWarm()]
-    return state, actions if state.alive else [*actions, _without_warm(state, now)]
+    if state.alive:
+        return state, actions
+    state, more = _without_warm(state, now)
+    return state, actions + more
 
 
-def _without_warm(state: State, now: float) -> TellUnable:
+def _without_warm(state: State, now: float) -> Step:
     text = f"the warm parent died {state.warm_deaths} times before it was ready; see logs/agent-*.log"
-    return TellUnable(Failure(-1, 1, now, text, text))
+    return _unable(state, Failure(-1, 1, now, text, text))
+
+
+def _unable(state: State, failure: Failure) -> Step:
+    return replace(state, unable=failure, deadline=None), [TellUnable(failure)]
 
 
 def _tick(state: State, now: float) -> Step:
@@ -263,4 +271,4 @@ def _tick(state: State, now: float) -> Step:
         )
     else:
         text = f"the imports of the warm parent took longer than {state.limits.start_s:.0f} s; see logs/agent-*.log"
-    return state, [TellUnable(Failure(-1, 1, now, text, text))]
+    return _unable(state, Failure(-1, 1, now, text, text))
