@@ -8,7 +8,7 @@ whose number it shows to selectors: that becomes readable when the socket is, or
 loop that only looks for readable descriptors also finishes connects, handshakes and long messages. No call waits, but
 ``send`` with a ``timeout_s``, and ``connect`` and ``listen`` for the resolver if they get a name instead of an address.
 
-Handshake. Three lines. The version stands first in any version of this code, so two versions can say what is wrong:
+Handshake. Three lines, the same in every version of this code, so that two versions can say what is wrong:
 
     opens:    gemini_gnn <protocol> <version> <nonce>
     listens:  gemini_gnn <protocol> <version> <nonce> <proof>
@@ -53,13 +53,15 @@ UNANSWERED_S = 10  # then the kernel gives a connection up; heartbeats notice so
 MAC_BYTES = 16
 
 FIRST_WORD = b"gemini_gnn "
-HELLO = re.compile(FIRST_WORD + rb"(\d{1,9}) ([0-9A-Za-z.+!_-]{1,64})(?: (.*))?")  # may be of another version
-NONCE, PROOF = rb"[0-9a-f]{64}", rb"[0-9a-f]{64}"
+HELLO = re.compile(
+    b"(?P<hello>" + FIRST_WORD + rb"(?P<protocol>\d{1,9}) (?P<version>[0-9A-Za-z.+!_-]{1,64}) [0-9a-f]{64})"
+    rb"(?: (?P<proof>[0-9a-f]{64}))?"
+)
 OWN_PORT = "deepspeed --master_port N ..., or MASTER_PORT=N srun ..."
 
 
 class OtherVersion(ValueError):
-    """The peer is of another version of gemini_gnn; the text is for people."""
+    """The peer holds the token and is of another version of gemini_gnn; the text is for people."""
 
 
 @functools.cache
@@ -94,6 +96,7 @@ class Wire(messages.Channel):
         self._deadline = time.monotonic() + within_s
         self._hello = FIRST_WORD + f"{messages.PROTOCOL} {version()} {secrets.token_hex(32)}".encode()
         self._both: bytes | None = None  # both ends' hellos; None until the peer's has come
+        self._peer_version = (0, "")
         self._key = b""
         self._sent = self._taken = 0  # lines since the handshake
         self._early: list[bytes] = []  # messages that were sent before the end of the handshake
@@ -166,43 +169,43 @@ class Wire(messages.Channel):
 
     def _take(self, line: bytes) -> None:
         """The peer's hello, or the proof of the one that opened the connection."""
-        proof = line
-        if self._both is None:
-            found = HELLO.fullmatch(line)
-            if found is None:
-                self._refuse_stranger()
-                return
-            protocol, theirs, rest = int(found[1]), found[2].decode(), found[3] or b""
-            form = re.fullmatch(b"(%s) (%s)" % (NONCE, PROOF) if self._opens else b"(%s)" % NONCE, rest)
-            proof = form[2] if form and self._opens else b""
-            hello = line.removesuffix(b" " + proof)
-            self._both = b"\n".join([self._hello, hello] if self._opens else [hello, self._hello])
-            if not self._opens:
-                self._write(self._hello + b" " + self._proof(self._opens) + b"\n")
-            if (protocol, theirs) != (messages.PROTOCOL, version()):
-                words = (
-                    f"{self.peer} runs gemini_gnn {theirs} (protocol {protocol}), {os.uname().nodename} runs {version()} "
-                    f"(protocol {messages.PROTOCOL}): use the same installation on all machines"
-                )
-                self._refuse(OtherVersion(words))
-            elif form is None:
-                self._refuse_stranger()
-            if self.closed or not self._opens:
-                return
+        if self._both is not None:
+            self._take_proof(line)
+            return
+        found = HELLO.fullmatch(line)
+        if found is None or (found["proof"] is not None) != self._opens:
+            self._refuse_stranger()
+            return
+        self._peer_version = int(found["protocol"]), found["version"].decode()
+        ours, theirs = self._hello, found["hello"]
+        self._both = b"\n".join([ours, theirs] if self._opens else [theirs, ours])
+        if self._opens:
+            self._take_proof(found["proof"])
+        else:
+            self._write(ours + b" " + self._proof(of_opener=False) + b"\n")
+
+    def _take_proof(self, proof: bytes) -> None:
+        """The end of the handshake."""
         holds = hmac.compare_digest(proof, self._proof(not self._opens))
-        if self._opens:  # even if the peer's proof is wrong: it shall say so, too
-            self._write(self._proof(self._opens) + b"\n")
+        if self._opens:  # whatever is wrong: the peer shall say so, too
+            self._write(self._proof(of_opener=True) + b"\n")
         if not holds:
             self._refuse(
                 f"{self.peer} has another job's token. Two jobs meet at one port: give this one its own: {OWN_PORT}"
             )
-            return
-        if self.closed:  # the peer has gone meanwhile
-            return
-        self._key = hmac.digest(self._token, b"session\n" + self._both, "sha256")
-        self.authenticated = True
-        self._write(b"".join(map(self._sealed, self._early)))
-        self._early, self._early_bytes = [], 0
+        elif self._peer_version != (messages.PROTOCOL, version()):
+            protocol, theirs = self._peer_version
+            words = (
+                f"{self.peer} runs gemini_gnn {theirs} (protocol {protocol}), {os.uname().nodename} runs {version()} "
+                f"(protocol {messages.PROTOCOL}): use the same installation on all machines"
+            )
+            self._refuse(OtherVersion(words))
+        elif not self.closed:  # the peer may have gone meanwhile
+            assert self._both is not None
+            self._key = hmac.digest(self._token, b"session\n" + self._both, "sha256")
+            self.authenticated = True
+            self._write(b"".join(map(self._sealed, self._early)))
+            self._early, self._early_bytes = [], 0
 
     def _proof(self, of_opener: bool) -> bytes:
         assert self._both is not None
@@ -291,24 +294,29 @@ def _tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNANSWERED_S * 1000)
 
 
+def _resolve(address: str, port: int) -> tuple:
+    """The first entry: the one that a client tries first."""
+    try:
+        return socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    except UnicodeError:  # not even the form of a name
+        raise socket.gaierror(socket.EAI_NONAME, "no name of a machine") from None
+
+
 def connect(address: str, port: int, expects: Sequence[type], token: bytes) -> Wire:
-    """A connection that is being made. It is closed, with a complaint, if there is nobody or no way."""
+    """A connection that is being made. It is closed, with a complaint, if there is nobody or no way.
+
+    Raises:
+        OSError: this process is out of descriptors or memory.
+    """
     problem: OSError | None = None
-    family: int = socket.AF_INET  # if there is no address
-    where: Any = None
     try:
-        family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, where = _resolve(address, port)
+        sock = socket.socket(family, socket.SOCK_STREAM)
     except OSError as error:
-        problem = error
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        _tune(sock)
-        if where is not None:
-            sock.connect(where)
-    except BlockingIOError:
-        pass
-    except OSError as error:
-        problem = error
+        problem, sock = error, socket.socket()  # to be closed like any other
+    _tune(sock)
+    if problem is None and (code := sock.connect_ex(where)) not in (0, errno.EINPROGRESS):
+        problem = OSError(code, os.strerror(code))
     wire = Wire(sock, expects, token, opens=True)
     wire.peer = _name((address, port))
     if problem is not None:
@@ -325,7 +333,7 @@ def listen(address: str, port: int) -> socket.socket:
     machine = os.uname().nodename
     sock = None
     try:
-        family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        family, _, _, _, where = _resolve(address, port)
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(where)

@@ -152,6 +152,15 @@ def test_a_handshake_may_come_byte_by_byte(opened):
     assert heard == [Say("last")] and a.authenticated and b.authenticated
 
 
+def test_a_version_without_proof_is_only_another_job(opened, monkeypatch):
+    """Nobody can make agents think that they are of different versions."""
+    a, b = tcp()
+    this = opened(Wire(b, EXPECTS, TOKEN, opens=False))
+    other = in_version(monkeypatch, "0.0.9", 1, lambda: opened(Wire(a, EXPECTS, OTHER, opens=True)))
+    for text in until_closed(this, other):
+        assert "has another job's token" in text
+
+
 # --- not of this job --------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +188,7 @@ def test_another_version_is_named_by_both_ends(opened, monkeypatch, number, prot
     ours, theirs = reversed(tcp()) if older_opens else tcp()
     this = opened(Wire(ours, EXPECTS, TOKEN, opens=not older_opens))
     older = partial(in_version, monkeypatch, number, protocol)
-    that = older(lambda: opened(Wire(theirs, EXPECTS, OTHER, opens=older_opens)))
+    that = older(lambda: opened(Wire(theirs, EXPECTS, TOKEN, opens=older_opens)))
     that.receive = partial(older, that.receive)
     until_closed(this, that)
     old, new = f"{number} (protocol {protocol})", f"{wire.version()} (protocol {messages.PROTOCOL})"
@@ -218,10 +227,11 @@ def test_what_is_no_agent_is_refused(opened, opens, said):
 
 
 def test_an_agent_that_connects_to_itself_is_refused(opened):
-    """Two that both open: the kernel connects a socket to itself if it draws the port that nobody listens on yet."""
-    a, b = tcp()
-    a, b = (opened(Wire(one, EXPECTS, TOKEN, opens=True)) for one in (a, b))
-    assert all("is no agent" in text for text in until_closed(a, b))
+    """The kernel does that if the number it draws for our end is the port that nobody listens on yet."""
+    sock = socket.socket()
+    sock.bind(("127.0.0.1", 0))
+    sock.connect(sock.getsockname())
+    assert "is no agent" in until_closed(opened(Wire(sock, EXPECTS, TOKEN, opens=True)))[0]
 
 
 def test_nobody_there(opened):
@@ -232,8 +242,9 @@ def test_nobody_there(opened):
     (text,) = until_closed(one)
     assert f"cannot reach an agent at 127.0.0.1:{port}: Connection refused" in text
     assert f"</dev/tcp/127.0.0.1/{port}'" in text and one.fileno() >= 0
-    unknown = opened(wire.connect("h1.invalid", port, EXPECTS, TOKEN))
-    assert unknown.closed and f"h1.invalid:{port}: " in str(unknown.complaint) and unknown.receive() == []
+    for name in ("h1.invalid", "h1..invalid"):
+        unknown = opened(wire.connect(name, port, EXPECTS, TOKEN))
+        assert unknown.closed and f"{name}:{port}: " in str(unknown.complaint) and unknown.receive() == []
 
 
 def test_a_machine_that_does_not_answer(opened):
