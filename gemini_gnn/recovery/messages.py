@@ -33,6 +33,7 @@ from gemini_gnn.recovery.board import Board
 from gemini_gnn.recovery.outcome import Failure, Outcome
 
 MAX_MESSAGE_BYTES = 16 << 20
+READ_BYTES = 1 << 20  # when so much has come, what is complete is handed out first
 MAX_DESCRIPTORS = 253  # the kernel's limit for one message
 PROTOCOL = 4  # of messages to an agent, which may be of an older installation: count up with every change
 
@@ -494,8 +495,9 @@ class Channel:
         return True
 
     def receive(self) -> list[Message]:
-        """All complete messages that have come; never waits."""
-        while not self.closed:
+        """The complete messages that have come; never waits. A peer that never stops sending keeps nobody in here."""
+        complete = False
+        while not self.closed and not (complete and len(self._received) > READ_BYTES):
             try:
                 room = socket.CMSG_SPACE(MAX_DESCRIPTORS * 4)
                 data, ancillary, _, _ = self.sock.recvmsg(1 << 16, room, socket.MSG_CMSG_CLOEXEC)
@@ -510,6 +512,7 @@ class Channel:
                     numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
                     self._descriptors += numbers
             self._received += data
+            complete = complete or b"\n" in data
             if len(self._received) > MAX_MESSAGE_BYTES:
                 self.complaint = ValueError(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
             if not data or self.complaint:
@@ -519,16 +522,20 @@ class Channel:
         self._received = bytearray(rest)
         for line in lines:
             try:
-                messages.append(decode(bytes(line), self.expects, self._descriptors))
+                messages.append(decode(self._opened(bytes(line)), self.expects, self._descriptors))
             except ValueError as error:
                 self.complaint = error
                 self.closed = not isinstance(error, OtherProtocol)  # such a peer still gets an answer
                 break
         return messages
 
+    def _opened(self, line: bytes) -> bytes:
+        """The message in a line; raises ValueError if it is not the peer's."""
+        return line
+
     def wait(self, timeout_s: float) -> list[Message]:
         """Wait until something comes or ``timeout_s`` have passed; then :meth:`receive`."""
-        select.select([self.sock], [], [], timeout_s)
+        select.select([self], [], [], timeout_s)
         return self.receive()
 
     def close(self) -> None:
