@@ -129,3 +129,10 @@ def take_run_dir(run_dir: Path, owner: str, patience_s: float = 2.0) -> int | No
     """Lock the job, by the agent of rank 0's machine. The arena's lock is not enough: other machines and users may share
     ``run_dir``. As :func:`lock_run_dir`."""
     return lock_run_dir(run_dir, "terms/lock", owner, patience_s)
+
+
+def token(run_dir: Path) -> bytes:
+    path = run_dir / "terms" / "token"
+    if not path.exists():
+        create(path, secrets.token_hex(32))
+    return bytes.fromhex(path.read_text())
