@@ -153,10 +153,16 @@ class SnapshotConfig:
 
 @dataclass
 class RecoveryConfig:
+    heartbeat_s: float = 0.5  # how often the agent of each machine says that it lives, and what its trainers do
+    silence_s: float = 5.0  # no word for so long: the machine is silent; several lost heartbeats are no silence yet
+    wait_s: float = 60.0  # so long the job waits for a silent machine before it ends; the snapshots stay
     # A trainer hangs in a phase of the training step, or an evaluation, that takes hang_factor times as long as it has taken
     # at most lately, and never less than hang_floor_s. Its stacks go into the logs, and the job goes on as after a kill.
     hang_factor: float = 10.0  # 0: nothing is ever a hang
     hang_floor_s: float = 30.0  # above what a model may compile for in the middle of a run, below distributed.timeout_s
+    # So many failures in a row without a new step end the job with the cause: the step itself is at fault. However many
+    # there are over a long job, it goes on.
+    same_step_failures: int = 5  # 0: nothing is ever restarted
 
 
 @dataclass
@@ -297,6 +303,15 @@ def validate(config: Config) -> None:
     r = config.recovery
     demand(r.hang_factor == 0 or r.hang_factor > 1, "recovery.hang_factor", "more than 1, or 0 (never)", r.hang_factor)
     demand(r.hang_floor_s > 0, "recovery.hang_floor_s", "more than 0", r.hang_floor_s)
+    demand(r.heartbeat_s > 0, "recovery.heartbeat_s", "more than 0", r.heartbeat_s)
+    demand(
+        r.silence_s >= 4 * r.heartbeat_s,
+        "recovery.silence_s",
+        f"at least 4 heartbeats (recovery.heartbeat_s={r.heartbeat_s:g}): one that comes late is no silence",
+        r.silence_s,
+    )
+    demand(r.wait_s > 0, "recovery.wait_s", "more than 0", r.wait_s)
+    demand(r.same_step_failures >= 0, "recovery.same_step_failures", "0 (never restart) or more", r.same_step_failures)
     ours = {"gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu"}
     demand(
         not ours & config.deepspeed.config.keys(),

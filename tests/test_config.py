@@ -57,6 +57,11 @@ def test_overrides_reach_the_typed_config():
         (["resume=maybe"], "resume: expected one of auto, never, must"),
         (["sampling.fanouts=[10]"], "one fanout per layer"),
         (["sampling.fanouts=[10,0]"], "sampling.fanouts"),
+        (["recovery.heartbeat_s=0"], "recovery.heartbeat_s: expected more than 0; got 0"),
+        (["recovery.silence_s=1.9"], "recovery.silence_s: expected at least 4 heartbeats (recovery.heartbeat_s=0.5)"),
+        (["recovery.silence_s=nan"], "recovery.silence_s: expected at least 4"),
+        (["recovery.wait_s=-1"], "recovery.wait_s: expected more than 0"),
+        (["recovery.same_step_failures=-1"], "recovery.same_step_failures: expected 0 (never restart) or more"),
         (["--multirun"], "--multirun is not supported"),
         (["-x"], "unknown option"),
         (["run_dir"], "KEY=VALUE"),
@@ -98,6 +103,11 @@ def test_an_option_spelled_as_its_file_is_taken_as_it_is():
     offered = {"experiment": ["papers-100M", "quick_look"]}
     assert spelled("experiment=papers-100M", {}, offered) == "experiment=papers-100M"
     assert spelled("experiment=Quick-Look", {}, offered) == "experiment=quick_look"
+
+
+def test_a_recovery_may_be_asked_to_be_quick_or_not_to_be():
+    quick = compose(["recovery.heartbeat_s=0.05", "recovery.silence_s=0.2", "recovery.same_step_failures=0"]).recovery
+    assert (quick.heartbeat_s, quick.silence_s, quick.same_step_failures) == (0.05, 0.2, 0)
 
 
 def test_take_splits_what_is_not_a_setting():
