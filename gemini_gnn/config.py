@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from gemini_gnn.errors import ConfigError
+from gemini_gnn.faults import schedule
 
 
 def _one_of(*choices: str) -> Any:
@@ -166,6 +167,19 @@ class RecoveryConfig:
 
 
 @dataclass
+class FaultsConfig:
+    """What fails on purpose, as texts of ``faults/schedule.py`` and at random."""
+
+    allow: bool = False  # also what is no kill
+    at: list[str] = field(default_factory=list)
+    seed: int = 0  # of the random ones
+    mtbf_s: float = 0.0  # mean seconds between random faults of the whole job, exponential; 0: none
+    count: int = 8  # at most so many random ones
+    kinds: list[str] = field(default_factory=lambda: ["kill-rank"])
+    phases: list[str] = field(default_factory=list)  # that random faults of a rank hit; empty: whichever comes next
+
+
+@dataclass
 class LoggerConfig:
     progress: bool = True
     tensorboard: bool = True
@@ -190,6 +204,7 @@ class Config:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     snapshot: SnapshotConfig = field(default_factory=SnapshotConfig)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
@@ -312,6 +327,7 @@ def validate(config: Config) -> None:
     )
     demand(r.wait_s > 0, "recovery.wait_s", "more than 0", r.wait_s)
     demand(r.same_step_failures >= 0, "recovery.same_step_failures", "0 (never restart) or more", r.same_step_failures)
+    schedule.check(config.faults)
     ours = {"gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu"}
     demand(
         not ours & config.deepspeed.config.keys(),

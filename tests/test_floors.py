@@ -8,8 +8,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "gemini_gnn"
 
 FLOORS = [
-    {"config", "cluster", "errors", "files", "hashing", "memory"},
-    {"faults", "observe"},
+    {"cgroups", "config", "cluster", "errors", "faults", "files", "hashing", "memory"},
+    {"observe"},
     {"graph"},
     {"halo", "features", "sampling", "models"},
     {"snapshot"},
@@ -71,7 +71,7 @@ def test_only_the_engine_imports_deepspeed():
 
 def test_the_store_of_snapshots_stands_on_its_own():
     """Agents load it: nothing of a snapshot's other rooms, no torch."""
-    allowed = {"gemini_gnn.errors", "gemini_gnn.snapshot.store", "gemini_gnn.snapshot"}
+    allowed = {"gemini_gnn.cgroups", "gemini_gnn.errors", "gemini_gnn.snapshot.store", "gemini_gnn.snapshot"}
     wrong = [
         f"{path}: {module}"
         for path in (PACKAGE / "snapshot" / "store").glob("*.py")

@@ -12,13 +12,11 @@ from gemini_gnn.observe.run_directory import read_losses
 from gemini_gnn.training.local import train_local
 
 
-def train_ranks(
-    world: int, run_dir: Path, *overrides: str, environ: dict[str, str] | None = None, timeout_s: float = 120
-):
+def train_ranks(world: int, run_dir: Path, *overrides: str, timeout_s: float = 120):
     """Exit codes of ``world`` trainers with the given Hydra overrides; their output in ``<run_dir>-rank<r>.log``."""
     arguments = [f"run_dir={run_dir}", "snapshot=none", "logger=quiet", "training.threads=1"]
     try:
-        return train_local(compose([*arguments, *overrides]), world, environ=environ, timeout_s=timeout_s)
+        return train_local(compose([*arguments, *overrides]), world, timeout_s=timeout_s)
     except ClusterError as error:
         raise AssertionError(f"{error}\n{logs(run_dir, world)}") from error
 

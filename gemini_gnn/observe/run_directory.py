@@ -10,6 +10,7 @@
     events/rank-<r>.jsonl    phase times and events of each rank
     logs/rank-<r>.log        output of each rank
     errors/rank-<r>.json     the error a rank ended with
+    faults/                  those that were committed on purpose, a file each
     terms/ checkpoints/ tensorboard/
 
 Rank 0 and the worker agent write here; of the files above, the agent writes terms/ (terms.py) and status.json (status.py).
@@ -31,6 +32,7 @@ from typing import Any
 
 from gemini_gnn.config import Config, from_mapping, to_mapping
 from gemini_gnn.errors import RunDirError
+from gemini_gnn.faults import injection
 from gemini_gnn.files import rename, write_atomically
 from gemini_gnn.observe.status import write_status
 from gemini_gnn.observe.terms import lock_run_dir, not_writable
@@ -50,6 +52,7 @@ FREE_SETTINGS: tuple[str, ...] = (
     # How ranks meet, wait and check (another backend may sum in another order, which changes last bits):
     "distributed",
     "recovery",
+    "faults",  # a job that has survived them is the job without them, bit for bit
     "partition.timeout_s",
     "partition.verify",
     # Where files lie; their contents are in the fingerprint of the graph:
@@ -113,7 +116,7 @@ class RunDir:
             run.release()
             raise
         if anew:
-            keep_earlier(path, (*RESULTS, "config.yaml"))
+            keep_earlier(path, (*RESULTS, "config.yaml", injection.FOLDER))
         if not _has_settings(path, config):
             write_atomically(path / "config.yaml", _to_yaml(config))
         for folder in ("events", "logs", "errors", "terms", "checkpoints"):

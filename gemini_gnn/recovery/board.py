@@ -21,6 +21,8 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 
+from gemini_gnn.faults import injection
+
 FILE = "board"
 PAGE_BYTES = 4096
 FADES = 6  # the longest time loses 1 / 2**FADES with each observation: one slow step is forgotten after some hundred
@@ -171,14 +173,19 @@ def attach(arena: Path, page: int, generation: int) -> None:
 
 
 def mark(phase: Phase, step: int | None = None) -> None:
-    """See :meth:`Page.mark`; nothing where no agent looks."""
+    """See :meth:`Page.mark`; nothing where no agent looks. Then come the faults that are due here."""
     if _page is not None:
         _page.mark(phase, step)
+    if injection.armed:
+        injection.at(phase.word, step)
 
 
 def doing(phase: Phase) -> None:
     if _page is not None:
         _page.doing(phase)
+    # Of the exchange alone: the faults of any other phase are the training thread's, so that no two threads see one fault.
+    if injection.armed and phase is Phase.EXCHANGE:
+        injection.at(phase.word)
 
 
 def stepped(step: int) -> None:

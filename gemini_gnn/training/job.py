@@ -19,7 +19,7 @@ import torch
 from gemini_gnn.cluster.place import Place
 from gemini_gnn.config import Config, from_mapping
 from gemini_gnn.errors import ConfigError, RunDirError, SnapshotError
-from gemini_gnn.faults import from_environ
+from gemini_gnn.faults import injection, schedule
 from gemini_gnn.files import write_atomically
 from gemini_gnn.graph.datasets import fingerprint, load_dataset
 from gemini_gnn.graph.graph import one_way_share
@@ -112,6 +112,8 @@ def _with_groups(config: Config, place: Place, groups: process_groups.Groups, ru
         events.emit("start", machine=place.machine, pid=os.getpid(), backend=groups.backend, device=str(groups.device))
         if run_dir is not None:
             run_dir.status("starting", world_size=place.world_size)
+        faults, path = schedule.planned(config.faults, place.world_size), Path(config.run_dir)
+        injection.install(faults, place.rank, path, steps_done(path) if faults else 0)
         board.mark(board.Phase.PARTITIONING)
         graph = partitioned_graph(config, groups)
         board.mark(board.Phase.START_UP)
@@ -126,7 +128,6 @@ def _with_groups(config: Config, place: Place, groups: process_groups.Groups, ru
 
 def _train(job: Run, run_dir: RunDir | None) -> int:
     config, groups, graph = job.config, job.groups, job.graph
-    job.faults = from_environ(os.environ)
     if run_dir is not None:
         say(
             f"{graph.meta.graph}: {graph.num_nodes:,} nodes, {graph.num_edges:,} edges, {graph.x.shape[1]} features, "
@@ -197,8 +198,6 @@ def start_snapshots(job: Run) -> Any:
             job or shape.
     """
     settings, here = job.config.snapshot, snapshot_context.installed()
-    if here is not None:
-        job.recoveries = here.generation - 1
     done = steps_done(Path(job.config.run_dir)) if job.groups.rank == 0 else 0
     if settings.mode == "memory":
         from gemini_gnn import snapshot

@@ -12,7 +12,6 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,10 @@ from gemini_gnn.observe.errors import understood
 _context = multiprocessing.get_context("forkserver")
 
 
-def _trainer(
-    payload: dict[str, Any], place: Place, listener: socket.socket | None, log: str, environ: Mapping[str, str]
-) -> None:
+def _trainer(payload: dict[str, Any], place: Place, listener: socket.socket | None, log: str) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    os.environ.update(environ)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     import torch
 
@@ -50,13 +46,10 @@ def _trainer(
         sys.exit(code)
 
 
-def train_local(
-    config: Config, ranks: int, *, environ: Mapping[str, str] | None = None, timeout_s: float = 24 * 3600.0
-) -> list[int]:
+def train_local(config: Config, ranks: int, *, timeout_s: float = 24 * 3600.0) -> list[int]:
     """Train with ``ranks`` processes here and return their exit codes. Output goes to ``<run_dir>-rank<r>.log``.
 
     Args:
-        environ: set in the trainers.
         timeout_s: of the whole run.
 
     Raises:
@@ -72,7 +65,7 @@ def train_local(
             for rank in range(ranks):
                 place = Place(rank, ranks, rank, ranks, socket.gethostname(), "127.0.0.1", port, "plain")
                 given = listener if rank == 0 else None
-                arguments = (to_mapping(config), place, given, f"{config.run_dir}-rank{rank}.log", dict(environ or {}))
+                arguments = (to_mapping(config), place, given, f"{config.run_dir}-rank{rank}.log")
                 process = _context.Process(target=_trainer, args=arguments, daemon=True)
                 process.start()
                 processes.append(process)

@@ -26,7 +26,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from gemini_gnn.config import Config
-from gemini_gnn.faults import Fault, maybe_fail
 from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.hashing import DROPOUT, stream
 from gemini_gnn.models.build import build_model
@@ -191,8 +190,6 @@ class Run:
     report: Report
     events: EventLog
     progress: Progress
-    faults: list[Fault] = field(default_factory=list)
-    recoveries: int = 0  # memberships of this job before this one, within the term: faults count them
     state: RunState = field(default_factory=RunState)
     snapshots: SnapshotHooks = field(default_factory=NoSnapshots)
 
@@ -277,7 +274,6 @@ def _one_step(
     """One optimizer step: ``accumulation`` micro-batches, agreement, reduction, update. Also returns its edges."""
     config, state, source, engine = run.config, run.state, run.source, run.engine
     board.mark(Phase.SAMPLING, state.step + 1)
-    maybe_fail(run.faults, run.groups.rank, state.step, run.recoveries)
     phases, edges, loss_sum, reduce_before = Phases(), 0, 0.0, clock.seconds
     seeds = source.seeds_in_step(state.step)
     # DeepSpeed divides by ranks and by micro-batches; the loss is the mean over all seeds of the step.

@@ -158,16 +158,18 @@ def test_srun_gives_the_losses_of_one_machine_bit_for_bit(lab, graph, losses_her
 
 
 def test_the_error_of_one_rank_ends_the_job_everywhere(lab, graph, tmp_path):
-    """Started by launch/hosts.py, which also carries the order to fail to the other host."""
     run_dir = tmp_path / "run"
     launcher = [PYTHON, "launch/hosts.py", "run", str(lab.hostfile(["h2", "h3"]))]
-    fault = {"GEMINI_GNN_FAULT": "raise:rank=1:step=5"}
-    process = train(lab, "h0", launcher, *graph, "training.epochs=100000", run_dir=run_dir, environ=fault)
+    fault = ["faults.allow=true", "faults.at=raise-rank 1 @ step 6"]
+    process = train(lab, "h0", launcher, *graph, "training.epochs=100000", *fault, run_dir=run_dir)
     wait_until(lambda: first_error(run_dir) is not None or process.poll() is not None, run_dir)
     assert ended(process, run_dir, 30) == 1, "the job ends everywhere within seconds, with the code of its first error"
-    assert first_error(run_dir) == "rank 1 on h3: InjectedFault: injected fault on rank 1 before step 5"
+    assert (
+        first_error(run_dir)
+        == "rank 1 on h3: InjectedFault: injected fault: raise-rank 1 @ step 6, in sampling of step 6"
+    )
     said = terminal(run_dir)
-    assert "InjectedFault: injected fault on rank 1 before step 5" in said
+    assert "InjectedFault: injected fault: raise-rank 1 @ step 6, in sampling of step 6" in said
     assert "rank 0 on h2: stopped, because rank 1 on h3 failed: InjectedFault" in said
     assert "Connection closed by peer" not in said, "what the survivors see is in their logs"
     assert nobody_trains(lab)
@@ -204,8 +206,8 @@ def test_a_killed_trainer_and_the_command_typed_again(lab, graph, losses_here, t
     """No machine restarts a job of several by itself yet, but each has its snapshots: the same command goes on, bit for bit."""
     run_dir = tmp_path / "run"
     launcher = [PYTHON, "launch/hosts.py", "run", str(lab.hostfile(["h0", "h1"], slots=2))]
-    fault = {"GEMINI_GNN_FAULT": "kill:rank=1:step=5"}
-    first = train(lab, "h0", launcher, *graph, "training.epochs=8", run_dir=run_dir, environ=fault)
+    fault = "faults.at=kill-rank 1 @ step 6"
+    first = train(lab, "h0", launcher, *graph, "training.epochs=8", fault, run_dir=run_dir)
     assert ended(first, run_dir, 90) != 0
     assert 0 < len(losses(run_dir)) < len(losses_here)
     again = train(lab, "h0", launcher, *graph, "training.epochs=8", "resume=must", run_dir=run_dir)
@@ -227,9 +229,9 @@ def test_hosts_in_another_order_lose_no_step(lab, graph, losses_here, tmp_path):
         listed = ["sh", "-c", "cd /dev/shm && find . -type f -path '*/r*.[0-9]' | sort | xargs sha256sum"]
         return [lab.run(host, listed).stdout for host in ("h0", "h1")]
 
-    fault = {"GEMINI_GNN_FAULT": "kill:rank=1:step=5"}
+    fault = "faults.at=kill-rank 1 @ step 6"
     right = [*command, str(lab.hostfile(["h0", "h1"], slots=2))]
-    assert ended(train(lab, "h0", right, *settings, run_dir=run_dir, environ=fault), run_dir, 90) != 0
+    assert ended(train(lab, "h0", right, *settings, fault, run_dir=run_dir), run_dir, 90) != 0
     done, before = losses(run_dir), memory()
     assert 0 < len(done) < len(losses_here) and all("rank-0000" in held for held in before)
 

@@ -122,7 +122,7 @@ def test_checkpoints_on_a_shared_folder_resume_bit_identical(tmp_path, zero):
     settings = [*TINY, f"dataset.cache={tmp_path / 'cache'}", "training.epochs=4", f"deepspeed=zero{zero}"]
     trained(2, tmp_path / "undisturbed", *settings)
     nfs = [*settings, "snapshot=nfs", "snapshot.nfs_every=5"]
-    codes = train_ranks(2, tmp_path / "run", *nfs, environ={"GEMINI_GNN_FAULT": "kill:rank=1:step=13"})
+    codes = train_ranks(2, tmp_path / "run", *nfs, "faults.at=kill-rank 1 @ step 14")
     assert codes[1] == -signal.SIGKILL and codes[0] != 0
     trained(2, tmp_path / "run", *nfs, "resume=must")
     assert "going on after step 10" in logs(tmp_path / "run", 2)
@@ -138,7 +138,7 @@ def test_settings_that_cannot_change_losses_may_change_in_a_resumed_run(tmp_path
         "snapshot.nfs_every=5",
     ]
     expected, _ = trained(2, tmp_path / "undisturbed", *settings)
-    train_ranks(2, tmp_path / "run", *settings, environ={"GEMINI_GNN_FAULT": "kill:rank=1:step=13"})
+    train_ranks(2, tmp_path / "run", *settings, "faults.at=kill-rank 1 @ step 14")
     others = ["evaluation.every=2", "evaluation.fanouts=[3,3]", "evaluation.batch_size=100", "logger=default"]
     others += [
         "sampling.topology=partitioned",
@@ -165,7 +165,7 @@ def test_a_checkpoint_that_is_gone_is_not_begun_without(tmp_path):
     """But a run that was killed before its first one was due begins again; what it had done is kept beside."""
     settings = [*TINY, f"dataset.cache={tmp_path / 'cache'}", "training.epochs=4", "snapshot=nfs"]
     run, path = tmp_path / "run", tmp_path / "run" / "losses.csv"
-    train_ranks(1, run, *settings, "snapshot.nfs_every=5", environ={"GEMINI_GNN_FAULT": "kill:rank=0:step=13"})
+    train_ranks(1, run, *settings, "snapshot.nfs_every=5", "faults.at=kill-rank 0 @ step 14")
     before = path.read_bytes()
     (run / "checkpoints").rename(run / "elsewhere")
     assert train_ranks(1, run, *settings, "snapshot.nfs_every=5") == [2]
@@ -225,13 +225,13 @@ def test_an_orderly_stop_loses_no_step(run_dir, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["hang", "SIGSTOP"])
-def test_a_rank_that_hangs_is_restarted_and_loses_nothing(run_dir, tmp_path, monkeypatch, how):
+def test_a_rank_that_hangs_is_restarted_and_loses_nothing(run_dir, tmp_path, how):
     """Bit for bit, with the stacks of all trainers in their logs."""
     settings = [*TINY, f"dataset.cache={tmp_path / 'cache'}", "training.epochs=8", "deepspeed=zero1"]
     trained(2, tmp_path / "undisturbed", *settings)
     quick = ["recovery.hang_factor=5", "recovery.hang_floor_s=1.5", "logger=quiet"]
     if how == "hang":
-        monkeypatch.setenv("GEMINI_GNN_FAULT", "hang:rank=1:step=30")
+        quick += ["faults.allow=true", "faults.at=hang-collective 1 @ step 31 in sampling"]
     slots = start_slots(run_dir, *settings, *quick)
     if how == "SIGSTOP":
         wait_for(lambda: True if steps_done(run_dir) > 20 else None, "first steps")
@@ -248,7 +248,7 @@ def test_a_rank_that_hangs_is_restarted_and_loses_nothing(run_dir, tmp_path, mon
     for rank in range(2):
         log = (run_dir / "logs" / f"rank-{rank}.log").read_text()
         assert " in train\n" in log and "most recent call first" in log
-    assert "maybe_fail" in (run_dir / "logs" / "rank-1.log").read_text() or how == "SIGSTOP"
+    assert " in commit\n" in (run_dir / "logs" / "rank-1.log").read_text() or how == "SIGSTOP"
 
 
 def trainers_of(run_dir: Path) -> dict[int, int]:
@@ -256,3 +256,25 @@ def trainers_of(run_dir: Path) -> dict[int, int]:
     text = next((run_dir / "events").glob("agent-*.jsonl")).read_text()
     forked = [json.loads(line) for line in text.splitlines() if '"trainer_forked"' in line]
     return {one["rank"]: one["pid"] for one in forked}
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        ["kill-rank 1 @ step 0 in start-up", "kill-rank 0 @ step 9 in exchange", "kill-rank 1 @ step 9 in evaluation"],
+        ["kill-rank 0 @ step 7 in backward", "kill-rank 1 @ step 6 in start-up", "kill-rank 0 @ step 20 in capture"],
+        ["kill-rank 1 @ step 8 in agreement", "kill-rank 0 @ step 15 in step", "kill-rank 1 @ step 20 in writing"],
+    ],
+    ids=["start-up exchange evaluation", "backward recovery capture", "agreement step writing"],
+)
+def test_kills_in_every_phase_cost_no_bit_and_strike_once(run_dir, tmp_path, faults):
+    """The second of the middle ones strikes while the job recovers from the first."""
+    settings = [*TINY, f"dataset.cache={tmp_path / 'cache'}", "training.epochs=4", "deepspeed=zero1"]
+    trained(2, tmp_path / "undisturbed", *settings)
+    slots = start_slots(run_dir, *settings, "logger=quiet", f"faults.at=[{', '.join(faults)}]")
+    assert [slot.wait(120) for slot in slots] == [0, 0], (run_dir / "logs" / "rank-0.log").read_text()[-4000:]
+    same_run(run_dir, tmp_path / "undisturbed")
+    names = {f"{fault.replace(' @ ', '-').replace(' ', '-')}.1" for fault in faults}
+    assert names | {"begun"} == {path.name for path in (run_dir / "faults").iterdir()}
+    said = "".join(path.read_text() for path in (run_dir / "logs").glob("rank-*.log"))
+    assert [said.count(f"injected fault: {fault}, in") for fault in faults] == [1, 1, 1]

@@ -190,7 +190,9 @@ def test_sampled_evaluation(small, tmp_path):
 
 def test_a_rank_that_raises_is_the_error_the_user_reads(small, tmp_path):
     run_dir = tmp_path / "run"
-    codes = train_ranks(2, run_dir, *small, "training.epochs=50", environ={"GEMINI_GNN_FAULT": "raise:rank=1:step=3"})
+    codes = train_ranks(
+        2, run_dir, *small, "training.epochs=50", "faults.allow=true", "faults.at=raise-rank 1 @ step 4"
+    )
     assert codes == [1, 1], logs(run_dir, 2)  # a launcher takes the code of whichever rank it sees end first
     assert "InjectedFault" in (run_dir / "errors" / "rank-1.json").read_text()
     from gemini_gnn.observe.errors import first_error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gemini_gnn.snapshot.store.arena import cgroups
+from gemini_gnn import cgroups
 
 FILES = ("memory.events", "memory.oom_control")  # of cgroup v2, v1
 
@@ -24,7 +24,7 @@ def kills(text: str) -> int | None:
 
 def own_cgroup() -> Path | None:
     """The memory cgroup of this process; None where it cannot be seen."""
-    return next((folder for folder, _ in cgroups()), None)
+    return next((folder for folder, _ in cgroups.groups()), None)
 
 
 class Counter:

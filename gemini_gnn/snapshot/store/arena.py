@@ -23,13 +23,14 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import xxhash
 
+from gemini_gnn import cgroups
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot.store import locks
 from gemini_gnn.snapshot.store.catalog import SlotView
@@ -114,64 +115,17 @@ def room(root: str | Path) -> Room:
             f"mount -o remount,size=... {mount}, or docker run --shm-size=...",
         )
     ]
-    for folder, names in cgroups():
-        limit, used, cache = _cgroup_numbers(folder, names)
-        if limit is not None and used is not None:
-            rooms.append(
-                Room(
-                    max(0, limit - used + cache),
-                    f"the memory limit of {folder}",
-                    "sbatch --mem=..., docker run --memory=..., or memory.max of that group",
-                )
+    for folder, left in cgroups.left():
+        rooms.append(
+            Room(
+                left,
+                f"the memory limit of {folder}",
+                "sbatch --mem=..., docker run --memory=..., or memory.max of that group",
             )
-    with suppress(OSError, ValueError), open("/proc/meminfo") as lines:
-        for line in lines:
-            if line.startswith("MemAvailable:"):
-                rooms.append(
-                    Room(int(line.split()[1]) * 1024, "the free memory of the machine", "fewer ranks per machine")
-                )
+        )
+    if (free := cgroups.machine_left()) is not None:
+        rooms.append(Room(free, "the free memory of the machine", "fewer ranks per machine"))
     return min(rooms, key=lambda r: r.available)
-
-
-def cgroups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """Folders of the memory cgroups above this process, with the names of limit, usage and reclaimable cache."""
-    v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    v2 = ("memory.max", "memory.current", "inactive_file")
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, names = Path("/sys/fs/cgroup"), v2
-        elif "memory" in controllers.split(","):
-            base, names = Path("/sys/fs/cgroup/memory"), v1
-        else:
-            continue
-        # Inside a container the path may be the host's: the folders that exist are the ones that count.
-        group = base / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if (folder / names[0]).is_file():
-                yield folder, names
-            if folder == base:
-                break
-
-
-def _cgroup_numbers(folder: Path, names: tuple[str, str, str]) -> tuple[int | None, int | None, int]:
-    cache = 0
-    with suppress(OSError, ValueError):
-        for line in (folder / "memory.stat").read_text().splitlines():
-            if line.startswith(names[2] + " "):
-                cache = int(line.split()[1])
-    return _number(folder / names[0]), _number(folder / names[1]), cache
-
-
-def _number(path: Path) -> int | None:
-    try:
-        return int(path.read_text())
-    except (OSError, ValueError):  # "max" is no limit
-        return None
 
 
 def check_room(needed_bytes: int, where: Room) -> None:

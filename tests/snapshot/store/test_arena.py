@@ -97,7 +97,7 @@ def test_room_knows_cgroups(tmp_path, monkeypatch):
         (path / "memory.current").write_text(used)
         (path / "memory.stat").write_text("anon 5\ninactive_file 100000\n")
     names = ("memory.max", "memory.current", "inactive_file")
-    monkeypatch.setattr(arena, "cgroups", lambda: [(tmp_path / "a", names), (group, names)])
+    monkeypatch.setattr(arena.cgroups, "groups", lambda: [(tmp_path / "a", names), (group, names)])
     found = arena.room("/dev/shm")
     assert found.available == 700000 and str(tmp_path / "a") in found.limit
     with pytest.raises(SnapshotError, match=r"700\.0 KB"):

@@ -1,0 +1,222 @@
+"""Which fault is committed when: texts and a seed in, :class:`Fault` out. Pure.
+
+    kill-rank 2 @ step 5                  SIGKILL as rank 2 begins step 5 (1 is the first, as in losses.csv)
+    kill-rank 1 @ step 7 in backward      the first time, from step 7 on, that rank 1 is in that phase
+    kill-rank 0 @ step 9 in start-up      in the first start after step 9 was done: a fault in a recovery
+    stop-rank 1 @ 12.5 s                  SIGSTOP, 12.5 seconds after the job first began
+    hang-collective 1 @ step 9            stops calling just before the agreement (or the phase that it names)
+    raise-rank 3 @ step 4                 raises InjectedFault
+    oom-rank 0 @ step 6                   allocates until the kernel kills it
+    kill-agent h1 @ 12 s                  SIGKILL to the agent of machine h1; rank:3 means the machine of rank 3
+    kill-warm h1 @ step 3                 to its warm parent
+    kill-root @ step 20                   to the agent that is root
+    cut-link h3 for 20 s @ step 9         nothing goes to or from h3 for so long
+
+Each text is one fault and fires once per job, also over recoveries and new starts: the same text twice means two faults. A
+fault bound to a step is due from that step on, since a job may be away when the step comes. Trainers commit the faults of
+ranks, agents the others.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from gemini_gnn.errors import ConfigError
+
+if TYPE_CHECKING:
+    from gemini_gnn.config import FaultsConfig
+
+# The words of recovery.board.Phase, which stands higher; a test compares them.
+PHASES = (
+    *("start-up", "partitioning", "sampling", "exchange", "forward", "backward", "agreement", "step", "capture"),
+    *("evaluation", "writing"),
+)
+BEFORE_STEPS = ("start-up", "partitioning")
+OF_RANK = ("kill-rank", "stop-rank", "oom-rank", "hang-collective", "raise-rank")
+OF_MACHINE = ("kill-agent", "kill-warm", "cut-link")
+KINDS = (*OF_RANK, *OF_MACHINE, "kill-root")
+RANDOM_CUT_S = 10.0
+
+_SECONDS = r"\d{1,9}(?:\.\d{1,3})?"
+_TARGETS = {
+    **dict.fromkeys(OF_RANK, (" RANK", r" (?P<target>0|[1-9]\d{0,6})")),
+    **dict.fromkeys(OF_MACHINE, (" MACHINE", r" (?P<target>rank:(?:0|[1-9]\d{0,6})|(?!for |in )[A-Za-z0-9][\w.-]*)")),
+    "kill-root": ("", "(?P<target>)"),
+}
+_WHEN = rf"(?: @ (?:step (?P<at_step>\d{{1,12}})|(?P<at_s>{_SECONDS}) ?s))?"
+_IN = rf"(?: in (?P<phase>{'|'.join(PHASES)}))?"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One planned failure; ``str`` gives the text that it is parsed from.
+
+    Attributes:
+        target: a rank, a machine (``rank:3``: that of rank 3), or "" for the root.
+        at_step, at_s: not before this step (1 is the first; 0: at once), or so many seconds of the job. Neither: at once.
+        phase: of the target's trainers; None: whichever comes next (with ``at_step``, of a step).
+        for_s: how long a link is cut.
+    """
+
+    kind: str
+    target: str = ""
+    at_step: int | None = None
+    at_s: float | None = None
+    phase: str | None = None
+    for_s: float | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.kind} {self.target}" if self.target else self.kind
+        text += f" for {self.for_s:.12g} s" if self.for_s is not None else ""
+        text += f" @ step {self.at_step}" if self.at_step is not None else ""
+        text += f" @ {self.at_s:.12g} s" if self.at_s is not None else ""
+        return f"{text} in {self.phase}" if self.phase else text
+
+
+def parse(text: str) -> Fault:
+    """The fault of a text of ``faults.at``.
+
+    Raises:
+        ConfigError: an unknown kind, or a text that is not as its kind is written.
+    """
+    fault = _parse(text, "faults.at", " @ step N (or S s)")
+    if fault.at_step is None and fault.at_s is None:
+        raise ConfigError(f"faults.at: expected when it is due; got {text!r}: write '{fault} @ step 5' or '... @ 12 s'")
+    return fault
+
+
+def parse_command(words: Sequence[str]) -> Fault:
+    """The fault of a command such as ``kill-rank 2`` or ``cut-link h3 --for 20s``: due at once.
+
+    Raises:
+        ConfigError: as :func:`parse`; or it says when.
+    """
+    fault = _parse(" ".join(words).replace(" --for ", " for "), "inject", "")
+    if fault.at_step is not None or fault.at_s is not None:
+        now = replace(fault, at_step=None, at_s=None)
+        raise ConfigError(
+            f"inject: expected a fault that is due at once; got '{fault}': type '{now}', or start the job "
+            f"with 'faults.at=[{fault}]'"
+        )
+    return fault
+
+
+def _parse(text: str, source: str, when: str) -> Fault:
+    kind, _, rest = " ".join(text.split()).partition(" ")
+    if kind not in KINDS:
+        raise ConfigError(f"{source}: expected one of {', '.join(KINDS)} first; got {text!r}")
+    shown, target = _TARGETS[kind]
+    lasts = rf" for (?P<for_s>{_SECONDS}) ?s" if kind == "cut-link" else "(?P<for_s>)"
+    found = re.fullmatch(target + lasts + _WHEN + _IN, f" {rest}" if rest else "", re.ASCII)
+    if found is None:
+        lasting = " for S s" if kind == "cut-link" else ""
+        raise ConfigError(
+            f"{source}: expected '{kind}{shown}{lasting}{when} [in PHASE]'; got {text!r}. "
+            f"PHASE is one of {', '.join(PHASES)}"
+        )
+    part: Mapping[str, str | None] = found.groupdict()
+    return Fault(
+        kind,
+        part["target"] or "",
+        at_step=int(part["at_step"]) if part["at_step"] else None,
+        at_s=float(part["at_s"]) if part["at_s"] else None,
+        phase=part["phase"] or ("agreement" if kind == "hang-collective" else None),
+        for_s=float(part["for_s"]) if part["for_s"] else None,
+    )
+
+
+def check_allowed(kind: str, allow: bool) -> None:
+    """
+    Raises:
+        ConfigError: it is no kill, and the job was not started with ``faults.allow=true``.
+    """
+    if not allow and not kind.startswith("kill-"):
+        raise ConfigError(
+            f"{kind}: expected faults.allow=true for what is no kill; start the job with faults.allow=true"
+        )
+
+
+def check(settings: FaultsConfig) -> None:
+    """
+    Raises:
+        ConfigError: a setting of the group ``faults`` is wrong, or asks for what is not allowed.
+    """
+    for name, expected, ok in (
+        ("mtbf_s", "0 (none) or more seconds", 0 <= settings.mtbf_s < float("inf")),
+        ("count", "at least 1", settings.count >= 1),
+        ("kinds", f"some of {', '.join(KINDS)}", bool(settings.kinds) and set(settings.kinds) <= set(KINDS)),
+        ("phases", f"none (whichever comes next) or some of {', '.join(PHASES)}", set(settings.phases) <= set(PHASES)),
+    ):
+        if not ok:
+            raise ConfigError(f"faults.{name}: expected {expected}; got {getattr(settings, name)!r}")
+    for kind in [*(parse(text).kind for text in settings.at), *(settings.kinds if settings.mtbf_s else ())]:
+        check_allowed(kind, settings.allow)
+
+
+def planned(settings: FaultsConfig, world_size: int) -> dict[str, Fault]:
+    """Every fault of a job of ``world_size`` ranks by a name of its own: the same on all ranks, and in every start.
+
+    Raises:
+        ConfigError: as :func:`check`; a rank that the job does not have.
+    """
+    check(settings)
+    faults = [*map(parse, settings.at), *_random(settings, world_size)]
+    for fault in faults:
+        rank = fault.target.removeprefix("rank:")
+        if rank.isdigit() and (fault.kind in OF_RANK or rank != fault.target) and int(rank) >= world_size:
+            raise ConfigError(f"faults.at: expected a rank from 0 to {world_size - 1}; got '{fault}'")
+    return named(faults)
+
+
+def named(faults: Iterable[Fault]) -> dict[str, Fault]:
+    """Faults by name: the text as a file name, and a number, for the same text may be there twice."""
+    found: dict[str, Fault] = {}
+    seen: Counter[str] = Counter()
+    for fault in faults:
+        slug = re.sub(r"[^\w.:-]+", "-", str(fault).replace(" @ ", " "))
+        seen[slug] += 1
+        found[f"{slug}.{seen[slug]}"] = fault
+    return found
+
+
+def _random(settings: FaultsConfig, world_size: int) -> list[Fault]:
+    """A Poisson process of the whole job: kinds, targets and phases uniform, each fault ``mtbf_s`` after the last in the mean."""
+    draw, faults, at_s = random.Random(settings.seed), list[Fault](), 0.0
+    for _ in range(settings.count if settings.mtbf_s else 0):
+        at_s += draw.expovariate(1 / settings.mtbf_s)
+        kind, rank, phase = (
+            draw.choice(settings.kinds),
+            draw.randrange(world_size),
+            draw.choice(settings.phases or [""]),
+        )
+        if kind == "hang-collective":
+            phase = "agreement"
+        faults.append(
+            Fault(
+                kind,
+                str(rank) if kind in OF_RANK else f"rank:{rank}" if kind in OF_MACHINE else "",
+                at_s=round(at_s, 3),
+                phase=(phase or None) if kind in OF_RANK else None,
+                for_s=RANDOM_CUT_S if kind == "cut-link" else None,
+            )
+        )
+    return faults
+
+
+def due(fault: Fault, step: int, elapsed_s: float, phase: str) -> bool:
+    """Whether ``fault`` is due.
+
+    Args:
+        step, phase: of a trainer: of the target, where it is a rank; else of any that the caller sees.
+        elapsed_s: since the job first began.
+    """
+    if step < (fault.at_step or 0) or elapsed_s < (fault.at_s or 0.0):
+        return False
+    if fault.phase is None:  # a step begins with its first phase, not with the start before it
+        return fault.at_step is None or phase not in BEFORE_STEPS
+    return phase == fault.phase
