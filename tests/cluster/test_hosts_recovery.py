@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 
 import pytest
 
 from gemini_gnn.cluster.launcher import DEEPSPEED
-from tests.cluster.test_hosts_train import ended, graph, losses, nobody_trains, terminal, train, wait_until
+from tests.cluster.test_hosts_train import ended, graph, losses, nobody_trains, terminal, train
 from tests.trainers import trained
 
 __all__ = ["graph"]  # the fixture
@@ -42,8 +40,7 @@ def pids_on(lab, host, words):
 def test_a_killed_trainer_and_the_job_goes_on_by_itself(lab, graph, calm, tmp_path, hosts, slots):
     run_dir = tmp_path / "run"
     launcher = [*DEEPSPEED, "--hostfile", str(lab.hostfile([f"h{i}" for i in range(hosts)], slots))]
-    fault = {"GEMINI_GNN_FAULT": "kill:rank=3:step=5"}
-    process = train(lab, "h0", launcher, *graph, EPOCHS, run_dir=run_dir, environ=fault)
+    process = train(lab, "h0", launcher, *graph, EPOCHS, "faults.at=[kill-rank 3 @ step 5]", run_dir=run_dir)
     assert ended(process, run_dir, 180) == 0, terminal(run_dir)[-6000:]
     assert losses(run_dir) == calm
     assert "restarting all 4 trainers as generation 2" in terminal(run_dir)

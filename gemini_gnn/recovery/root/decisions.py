@@ -521,7 +521,9 @@ def _tick(state: State, now: float) -> Step:
     """The deadline has passed."""
     match state.phase:
         case Phase.FORMING:
-            text = f"{_away(state)} did not come within {state.limits.join_s:.0f} s (distributed.start_timeout_s); {_TRY}"
+            text = (
+                f"{_away(state)} did not come within {state.limits.join_s:.0f} s (distributed.start_timeout_s); {_TRY}"
+            )
             return _close(state, failed(text, now), now)
         case Phase.WAITING:
             text = f"{_away(state)} did not come back within {state.limits.wait_s:.0f} s (recovery.wait_s); {_TRY}"
@@ -546,7 +548,7 @@ _TRY = "see what they printed, `ssh NAME true`, and `python launch/hosts.py chec
 
 
 def _away(state: State) -> str:
-    """"h1 (ranks 2, 3)" for each machine that is not here; its place in the hostfile where its name is not known."""
+    """ "h1 (ranks 2, 3)" for each machine that is not here; its place in the hostfile where its name is not known."""
     words = []
     for number, machine in enumerate(state.machines):
         if not machine.here:

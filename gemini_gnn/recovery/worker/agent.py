@@ -380,9 +380,7 @@ class Agent:
                 self._stop(messages.Stop(f"the slot process of rank {rank} is gone", 128 + signal.SIGKILL))
 
     def _stop_asked(self, channel: messages.Channel, message: messages.Stop) -> None:
-        self.journal.log(
-            "stop_asked", pid=messages.peer(channel.sock)[0], reason=message.reason, force=message.force
-        )
+        self.journal.log("stop_asked", pid=messages.peer(channel.sock)[0], reason=message.reason, force=message.force)
         self._stop(message)
 
     def _stop(self, message: messages.Stop) -> None:
@@ -492,9 +490,7 @@ class Agent:
             if request.deaths > 0 and status.get("state") == "done" and status.get("term") == before.get("term"):
                 # Claim no term: the next agent must also see that the work is done.
                 self.journal.term = before.get("term", 0)
-                state = replace(
-                    state, phase=root_decisions.Phase.ENDED, outcome=Outcome("done", 0, "done", keep=False)
-                )
+                state = replace(state, phase=root_decisions.Phase.ENDED, outcome=Outcome("done", 0, "done", keep=False))
             else:
                 self.journal.term = self._claim_term(request)
                 self.journal.status("starting")
