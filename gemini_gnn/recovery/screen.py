@@ -88,6 +88,6 @@ def _last_words(message: messages.Ended, shown: bool) -> str:
     text = f"{rank}{(message.text or message.reason).rstrip()}"
     words = f"{message.outcome}: {'the error above' if shown else text}"
     if message.kept_files:
-        mended = ", once the cause is mended," if message.outcome == "failed" else ""
-        words += f"\nthe snapshots stay in host memory:{mended} the same command resumes from the newest one"
+        mended = "once the cause is mended, " if message.outcome == "failed" else ""
+        words += f"\nthe snapshots stay in host memory: {mended}the same command resumes from the newest one"
     return words
