@@ -226,8 +226,8 @@ class Wire(messages.Channel):
         if self._opens:
             machine, (address, _, port) = os.uname().nodename, self.peer.rpartition(":")
             self._refuse(
-                f"{machine} cannot reach an agent at {self.peer}: {reason}. Does that machine run, and no firewall stand "
-                f"between? Try on {machine}: timeout 5 bash -c '</dev/tcp/{address.strip('[]')}/{port}' && echo open"
+                f"{machine} cannot reach an agent at {self.peer}: {reason}. Does an agent run there, is a firewall between "
+                f"the two? Try on {machine}: timeout 5 bash -c '</dev/tcp/{address.strip('[]')}/{port}' && echo open"
             )
         else:
             self._refuse(f"{self.peer} was gone before it had proved that it is of this job: {reason}")
