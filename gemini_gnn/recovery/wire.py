@@ -226,8 +226,8 @@ class Wire(messages.Channel):
         if self._opens:
             machine, (address, _, port) = os.uname().nodename, self.peer.rpartition(":")
             self._refuse(
-                f"{machine} cannot reach an agent at {self.peer}: {reason}. Does that machine run, and no firewall stand "
-                f"between? Try on {machine}: timeout 5 bash -c '</dev/tcp/{address.strip('[]')}/{port}' && echo open"
+                f"{machine} cannot reach an agent at {self.peer}: {reason}. Does an agent run there, is a firewall between "
+                f"the two? Try on {machine}: timeout 5 bash -c '</dev/tcp/{address.strip('[]')}/{port}' && echo open"
             )
         else:
             self._refuse(f"{self.peer} was gone before it had proved that it is of this job: {reason}")
@@ -235,7 +235,6 @@ class Wire(messages.Channel):
     def _refuse(self, why: str | ValueError) -> None:
         self.complaint = ValueError(why) if isinstance(why, str) else why
         self.closed = True
-        self._received.clear()
 
     # --- lines after the handshake ------------------------------------------------------------------------------------
 
@@ -264,7 +263,6 @@ class Wire(messages.Channel):
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
-            self._unsent.clear()
             alive = False
             if not self.authenticated:
                 self._refuse_lost(error)
@@ -359,7 +357,7 @@ def accept(listener: socket.socket, expects: Sequence[type], token: bytes) -> Wi
     """The next connection, or None.
 
     Raises:
-        OSError: this process is out of descriptors or memory; the connection waits.
+        OSError: this process is out of descriptors or memory. The connection waits, or its peer connects again.
     """
     try:
         sock, _ = listener.accept()

@@ -7,6 +7,8 @@ import re
 import select
 import selectors
 import socket
+import struct
+import threading
 import time
 from functools import partial
 
@@ -252,15 +254,11 @@ def test_a_machine_that_does_not_answer(opened):
     with socket.socket() as full, contextlib.ExitStack() as stack:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
-        for _ in range(3):
+        for _ in range(4):
             sock = stack.enter_context(socket.socket())
             sock.setblocking(False)
             sock.connect_ex(full.getsockname())
-        sock.setblocking(False)
-        late = stack.enter_context(socket.socket())
-        late.setblocking(False)
-        late.connect_ex(full.getsockname())
-        one = opened(Wire(late, EXPECTS, TOKEN, opens=True, within_s=0.0))
+        one = opened(Wire(sock, EXPECTS, TOKEN, opens=True, within_s=0.0))
         assert one.receive() == [] and one.closed and "no answer for 0 s" in str(one.complaint)
 
 
@@ -284,6 +282,19 @@ def test_a_peer_that_goes_in_the_handshake(opened, opens):
     opened(theirs)
     (text,) = until_closed(one)
     assert "end of stream" in text and one.peer in text
+
+
+def test_a_peer_that_goes_while_we_prove_ourselves(opened):
+    """Its proof was good, but it will not hear ours."""
+    (near, far), (far_b, b) = tcp(), tcp()
+    a, b = opened(Wire(near, EXPECTS, TOKEN, opens=True)), opened(Wire(b, EXPECTS, TOKEN, opens=False))
+    a.receive()
+    opened(far_b).send(sent_by(far))
+    b.receive()
+    far.send(sent_by(far_b))
+    far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    far.close()
+    assert "cannot reach an agent" in until_closed(a)[0] and not a.authenticated
 
 
 # --- nobody makes us wait or keep much --------------------------------------------------------------------------------
@@ -328,8 +339,18 @@ def test_one_can_wait_until_the_kernel_has_a_message(opened):
     shake(a, b)
     while not a._unsent:
         assert a.send(Say("x" * 1_000_000))
-    waiting = len(a._unsent)
-    assert a.send(Say("more"), timeout_s=0.01) and len(a._unsent) >= waiting  # it still goes, later
+    assert a.send(Say("slow"), timeout_s=0.01) and a._unsent  # nobody reads: it still goes, later
+    heard = []
+
+    def read():
+        while Say("last") not in heard:
+            heard.extend(b.wait(FAR_S) or [None])
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert a.send(Say("last"), timeout_s=FAR_S) and not a._unsent
+    reader.join(FAR_S)
+    assert heard[-2:] == [Say("slow"), Say("last")]
 
 
 def test_a_peer_that_never_stops_sending_keeps_nobody_in_receive(opened):
@@ -471,6 +492,34 @@ def test_a_session_played_again_is_refused(opened, listens):
         assert "has another job's token" in until_closed(one)[0]
 
 
+def test_lines_of_an_earlier_session_are_refused():
+    earlier = session()
+
+    def instead(number, handshake):
+        then = earlier[number][2].splitlines(keepends=True)[handshake:]
+
+        def way(stream):
+            lines = stream.splitlines(keepends=True)
+            return b"".join(lines[:handshake] + then[: max(0, len(lines) - handshake)])
+
+        return way
+
+    for heard, closed, _, end in session(instead(0, 1), instead(1, 2)):
+        assert heard == [] and closed and "line 1 from" in str(end.complaint)
+
+
+def test_the_proof_of_one_end_is_none_of_the_other(opened):
+    """Somebody without the token gives back what the listening end says."""
+    far, b = tcp()
+    b = opened(Wire(b, EXPECTS, TOKEN, opens=False))
+    opened(far).send(Wire(opened(socket.socket()), EXPECTS, OTHER, opens=True)._hello + b"\n")
+    b.receive()
+    proof = sent_by(far).split()[-1]
+    assert len(proof) == 64
+    far.send(proof + b"\n")
+    assert "has another job's token" in until_closed(b)[0]
+
+
 def test_the_other_direction_of_a_session_is_refused(opened):
     """What one end says, sent back to it: in the handshake, and with the right number after it."""
     a, far = tcp()
@@ -519,23 +568,28 @@ def test_a_port_can_be_used_again_at_once(opened):
     a = wire.connect("127.0.0.1", port, EXPECTS, TOKEN)
     select.select([listener], [], [], FAR_S)
     b = wire.accept(listener, EXPECTS, TOKEN)
+    shake(a, b)
     b.close()
-    assert "None" not in until_closed(a)
+    until_closed(a)
     a.close()
     listener.close()
     opened(wire.listen("127.0.0.1", port))
 
 
 def test_accept_without_descriptors(opened, monkeypatch):
-    """It says so, and the connection waits."""
+    """It says so and keeps nothing; the next one comes."""
     listener = opened(wire.listen("127.0.0.1", 0))
-    opened(wire.connect(*listener.getsockname(), EXPECTS, TOKEN))
+    unlucky = opened(wire.connect(*listener.getsockname(), EXPECTS, TOKEN))
     select.select([listener], [], [], FAR_S)
 
-    def none_left():
+    def none_left(*_):
         raise OSError(errno.EMFILE, "Too many open files")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(select, "epoll", none_left)
-        with pytest.raises(OSError, match="Too many"):
+    for owner, name in ((socket.socket, "accept"), (select, "epoll")):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many") as caught:
+            patch.setattr(owner, name, none_left)
             wire.accept(listener, EXPECTS, TOKEN)
+    assert "end of stream" in until_closed(unlucky)[0] and caught.value  # whose traceback still holds the socket
+    a = opened(wire.connect(*listener.getsockname(), EXPECTS, TOKEN))
+    select.select([listener], [], [], FAR_S)
+    shake(a, opened(wire.accept(listener, EXPECTS, TOKEN)))
