@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+NO_LIMIT = 1 << 62  # v1 has a number for it, and rounds it to pages; v2 has the word "max"
+
 
 def groups() -> Iterator[tuple[Path, tuple[str, str, str]]]:
     """Their folders, innermost first, with the names of limit, usage and reclaimable cache."""
@@ -40,7 +42,7 @@ def left() -> Iterator[tuple[Path, int]]:
             for line in (folder / "memory.stat").read_text().splitlines():
                 if line.startswith(cache_name + " "):
                     cache = int(line.split()[1])
-        if limit is not None and used is not None:
+        if limit is not None and used is not None and limit < NO_LIMIT:
             yield folder, max(0, limit - used + cache)
 
 
@@ -56,5 +58,5 @@ def machine_left() -> int | None:
 def _number(path: Path) -> int | None:
     try:
         return int(path.read_text())
-    except (OSError, ValueError):  # "max" is no limit
+    except (OSError, ValueError):
         return None

@@ -45,7 +45,7 @@ RANDOM_CUT_S = 10.0
 _SECONDS = r"\d{1,9}(?:\.\d{1,3})?"
 _TARGETS = {
     **dict.fromkeys(OF_RANK, (" RANK", r" (?P<target>0|[1-9]\d{0,6})")),
-    **dict.fromkeys(OF_MACHINE, (" MACHINE", r" (?P<target>rank:(?:0|[1-9]\d{0,6})|(?!for |in )[A-Za-z0-9][\w.-]*)")),
+    **dict.fromkeys(OF_MACHINE, (" MACHINE", r" (?P<target>rank:(?:0|[1-9]\d{0,6})|[A-Za-z0-9][\w.-]{0,99})")),
     "kill-root": ("", "(?P<target>)"),
 }
 _WHEN = rf"(?: @ (?:step (?P<at_step>\d{{1,12}})|(?P<at_s>{_SECONDS}) ?s))?"
@@ -178,7 +178,7 @@ def named(faults: Iterable[Fault]) -> dict[str, Fault]:
     found: dict[str, Fault] = {}
     seen: Counter[str] = Counter()
     for fault in faults:
-        slug = re.sub(r"[^\w.:-]+", "-", str(fault).replace(" @ ", " "))
+        slug = re.sub(r"[^\w.:-]+", "-", str(fault))
         seen[slug] += 1
         found[f"{slug}.{seen[slug]}"] = fault
     return found

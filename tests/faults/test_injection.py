@@ -212,9 +212,10 @@ def test_a_fault_armed_by_hand_strikes_at_the_next_mark_of_the_board():
 
 
 def test_the_exchange_is_seen_in_the_thread_that_does_it_and_nothing_else_there():
-    injection.arm(parse_command(["raise-rank", "0", "in", "exchange"]))
-    board.mark(Phase.SAMPLING, 3)
+    for phase in ("exchange", "sampling"):
+        injection.arm(parse_command(["raise-rank", "0", "in", phase]))
     board.doing(Phase.SAMPLING)
+    board.mark(Phase.FORWARD, 3)
     with pytest.raises(InjectedFault, match="in exchange of step 3"):
         board.doing(Phase.EXCHANGE)
 

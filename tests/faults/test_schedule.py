@@ -65,6 +65,7 @@ def test_a_text_is_a_fault(text, fault):
         ("kill-agent @ step 1", "kill-agent MACHINE"),
         ("kill-agent in backward @ step 1", "kill-agent MACHINE"),
         ("kill-agent ../h1 @ step 1", "kill-agent MACHINE"),
+        (f"kill-agent {'h' * 101} @ step 1", "kill-agent MACHINE"),  # its name would be too long for a file's
         ("cut-link h3 @ step 9", r"expected 'cut-link MACHINE for S s @ step N"),
     ],
 )
