@@ -29,6 +29,7 @@ from gemini_gnn.observe.errors import forget_errors, is_consequence, record_erro
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_directory import RunDir, keep_earlier, steps_done
+from gemini_gnn.observe.writer import Writer
 from gemini_gnn.recovery import board
 from gemini_gnn.recovery.worker.decisions import STOPPED
 from gemini_gnn.snapshot import context as snapshot_context
@@ -36,6 +37,8 @@ from gemini_gnn.training import engine
 from gemini_gnn.training import groups as process_groups
 from gemini_gnn.training.loop import NoSnapshots, Run, build_run, train
 from gemini_gnn.training.report import Report, model_card
+
+EVENTS_S = 5.0  # for the last events, at the end
 
 
 def main(payload: dict[str, Any], place: Place, listen_fd: int | None = None) -> int:
@@ -113,7 +116,8 @@ def _speak(rank: int) -> None:
 
 
 def _with_groups(config: Config, place: Place, groups: process_groups.Groups, run_dir: RunDir | None) -> int:
-    events = EventLog(Path(config.run_dir) / "events" / f"rank-{place.rank}.jsonl", place.rank)
+    writer = Writer("events")
+    events = EventLog(writer, Path(config.run_dir) / "events" / f"rank-{place.rank}.jsonl", rank=place.rank)
     report = Report(run_dir, config, groups)
     try:
         events.emit("start", machine=place.machine, pid=os.getpid(), backend=groups.backend, device=str(groups.device))
@@ -128,7 +132,7 @@ def _with_groups(config: Config, place: Place, groups: process_groups.Groups, ru
         return _train(job, run_dir)
     finally:
         report.close()
-        events.close()
+        writer.close(EVENTS_S)
 
 
 def _train(job: Run, run_dir: RunDir | None) -> int:

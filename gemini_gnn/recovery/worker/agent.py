@@ -41,6 +41,7 @@ from gemini_gnn.snapshot.store import locks
 
 NOBODY_S = 30.0  # then an agent without a job ends
 REAP_ORPHANS_S = 5.0  # until killed children are gone
+JOURNAL_S = 5.0  # until the last records are written
 
 
 @dataclass
@@ -102,6 +103,7 @@ class Agent:
             self._read_shims()
             self._see(decisions.Tick())
             self._look_at_arena()
+            self._look_at_journal()
             if self.state is None and not self.visitors and time.monotonic() > self.nobody_s:
                 break  # the shim that started us died before it registered, or was refused
         self._end()
@@ -142,6 +144,10 @@ class Agent:
             f"agent; to end it, send SIGTERM to process {os.getpid()}. systemd-logind removes it at your last logout, unless "
             "RemoveIPC=no or `loginctl enable-linger`"
         )
+
+    def _look_at_journal(self) -> None:
+        if news := self.journal.news():
+            self._say(news)
 
     def _patience_s(self) -> float:
         if self.children.has_news:
@@ -350,9 +356,7 @@ class Agent:
         claim |= {"world_size": place.world_size, "local_world_size": place.local_world_size}
         self.term = terms.claim_term(self.run_dir, {**claim, "arena_root": os.fspath(self.arena.parent.parent)})
         self.journal.term = self.term
-        self.journal.log(
-            "started", term=self.term, pid=os.getpid(), arena=os.fspath(self.arena), command=request.command
-        )
+        self.journal.log("started", pid=os.getpid(), arena=os.fspath(self.arena), command=request.command)
 
     def _clear_arena(self, request: messages.Register) -> None:
         """Remove snapshots that this job must not resume from. No trainer of an earlier term lives."""
@@ -435,7 +439,8 @@ class Agent:
             self.journal.log("children_left", reason="not reaped in time")
         self.listener.close()
         state = "failed" if outcome.kind == "lost" else outcome.kind
-        self.journal.status(state, reason=outcome.reason, exit_code=outcome.code)  # before the snapshots are removed
+        self.journal.status(state, reason=outcome.reason, exit_code=outcome.code)
+        self.journal.flush(JOURNAL_S)  # before the snapshots are removed: the next agent must see that the work is done
         dropped = (0, 0)
         if not outcome.keep:
             dropped = home.remove_snapshots(self.arena)
@@ -446,6 +451,7 @@ class Agent:
         self.journal.log(
             "ended", outcome=outcome.kind, code=outcome.code, reason=outcome.reason, dropped_bytes=dropped[1]
         )
+        self.journal.close(JOURNAL_S)
         home.leave_arena(self.arena)  # from here on another agent may own the arena
         message = messages.Ended(
             outcome=outcome.kind,
