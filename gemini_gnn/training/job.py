@@ -74,6 +74,7 @@ def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
     here = snapshot_context.installed()
     membership = f"{here.term}.{here.generation}" if here else f"pid {os.getpid()}"
     groups = process_groups.join(place, config.distributed, listen_fd, membership=membership)
+    board.milestone(board.Milestone.JOINED)
     claimed: list[RunDir] = []
     resume = here.resume if here else config.resume  # of an agent's trainers only the first generation forgets
 
@@ -129,6 +130,8 @@ def _with_groups(config: Config, place: Place, groups: process_groups.Groups, ru
         events.emit("graph_open")
         job = build_run(config, graph, groups, report, events, terminal=os.environ.get("GEMINI_GNN_TTY") == "1")
         events.emit("engine_built")
+        board.milestone(board.Milestone.BUILT)
+        board.total_steps(job.total_steps)
         return _train(job, run_dir)
     finally:
         report.close()
@@ -152,6 +155,7 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
                 "undirected and its file lists each edge once, read it with dataset.undirected=true"
             )
     job.snapshots = start_snapshots(job)
+    board.restored(job.state.step)
     job.events.emit("restored" if job.state.step else "first_snapshot", step=job.state.step)
     if run_dir is not None:
         if job.snapshots.restored is None:  # snapshot=none, or a first checkpoint that was not due yet
