@@ -15,11 +15,13 @@ from tests.recovery.jobs import PATIENCE_S, wait_for
 
 @pytest.fixture
 def hanging(tmp_path):
-    """A path that hangs its writer, as a dead file system does, until the test is over."""
-    path = tmp_path / "hanging"
+    """A path that hangs its writer, as a dead file system does, until the test is over; and a writer with room for three."""
+    path, writer = tmp_path / "hanging", Writer("test", room=3)
     os.mkfifo(path)
-    yield path
-    os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))  # the thread's open returns
+    yield path, writer
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # the thread's open returns
+    assert wait_for(lambda: writer.close(PATIENCE_S), "the end of the thread")
+    os.close(reader)
 
 
 def test_work_is_done_in_the_order_of_the_calls(tmp_path):
@@ -33,18 +35,18 @@ def test_work_is_done_in_the_order_of_the_calls(tmp_path):
 
 
 def test_a_full_queue_drops_and_counts_and_never_blocks(hanging):
-    writer = Writer("test", room=3)
-    writer.append(hanging, "a")
+    path, writer = hanging
+    writer.append(path, "a")
     wait_for(lambda: writer._queue.empty(), "the thread to begin")
     begin = time.monotonic()
-    assert [writer.append(hanging, "b") for _ in range(5)] == [True] * 3 + [False] * 2
+    assert [writer.append(path, "b") for _ in range(5)] == [True] * 3 + [False] * 2
     assert time.monotonic() - begin < 1.0 and writer.dropped == 2
 
 
 def test_a_file_system_that_hangs_is_a_problem_and_does_not_hold_up_the_end(hanging, monkeypatch):
     monkeypatch.setattr(module, "SLOW_S", 0.05)
-    writer = Writer("test")
-    writer.append(hanging, "a")
+    path, writer = hanging
+    writer.append(path, "a")
     assert "hanging: its file system does not answer" in wait_for(lambda: writer.problem, "the problem")
     begin = time.monotonic()
     assert not writer.flush(0.1) and not writer.close(0.1)

@@ -5,11 +5,14 @@ One thread writes them (``observe.writer``): a file system that hangs or is full
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gemini_gnn.observe.events import EventLog
+from gemini_gnn.observe.failures import FAILURES
 from gemini_gnn.observe.status import STATUS, read_status, write_status
 from gemini_gnn.observe.writer import Writer
 from gemini_gnn.recovery.worker.decisions import Failure, told_error
@@ -39,6 +42,10 @@ class Journal:
 
     def log(self, kind: str, **fields: Any) -> None:
         self._events.emit(kind, monotonic_s=time.monotonic(), term=self.term, **fields)
+
+    def failure(self, record: Mapping[str, Any]) -> None:
+        """Keep what a failure cost (``recovery.root.accounting``), also for later terms."""
+        self.writer.append(self.run_dir / FAILURES, json.dumps(record) + "\n")
 
     def write_errors(self, first: Failure | None) -> None:
         """Write each trainer's error into its log: the job's first error whole, one line of the others.

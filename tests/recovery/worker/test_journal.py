@@ -44,6 +44,9 @@ def test_a_file_system_that_hangs_holds_up_no_record_and_no_end(tmp_path, monkey
     assert journal.news() == "", "said once"
     begin = time.monotonic()
     assert not journal.close(0.2) and 0.2 <= time.monotonic() - begin < 2.0
+    reader = os.open(tmp_path / "events" / "agent-m.jsonl", os.O_RDONLY | os.O_NONBLOCK)  # it answers again
+    assert journal.close(PATIENCE_S) and read_status(tmp_path)["state"] == "running"
+    os.close(reader)
 
 
 def test_records_are_written_in_order_with_their_term(tmp_path):
