@@ -73,7 +73,10 @@ class Writer:
         return self.submit(tried.set) and tried.wait(deadline_s)
 
     def close(self, deadline_s: float) -> bool:
-        """Try what is left, and end the thread, within ``deadline_s``. Returns whether nothing is left."""
+        """Try what is left, and end the thread, within ``deadline_s``. Returns whether nothing is left.
+
+        What is asked for afterwards is not done.
+        """
         deadline = time.monotonic() + deadline_s
         try:
             self._queue.put(None, timeout=deadline_s)

@@ -2,9 +2,9 @@
 
 Ownership. The agent holds the flock on ``agent.lock`` from before its exec: the shim that starts it passes the descriptor.
 So at most one agent lives per job and machine, and it owns everything in the arena folder. The agent of rank 0's machine
-also holds a lock in the run directory: no other machine, user or arena can run the same job. The agent has one thread: a
-loop over sockets. ``decisions.py`` decides; ``children.py`` handles warm parent and trainers, which are the agent's
-children. The agent itself is a child of init.
+also holds a lock in the run directory: no other machine, user or arena can run the same job. One thread runs a loop over
+sockets; another only writes files (``journal.py``). ``decisions.py`` decides; ``children.py`` handles warm parent and
+trainers, which are the agent's children. The agent itself is a child of init.
 
 Interruptions. The agent may be killed at any instruction. The kernel then kills the warm parent and the trainers
 (PDEATHSIG), closes the shims' sockets and drops the lock. The shims start another agent. Before it forks, that agent waits
