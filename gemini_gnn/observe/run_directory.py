@@ -5,7 +5,8 @@
     losses.csv               step, epoch, loss: each step once, also after a resume
     metrics.jsonl            one line per evaluation
     losses.1.csv ...         RESULTS and config.yaml of earlier runs, numbered; resume=never started this one over
-    result.json              written once, when the run is complete
+    failures.jsonl           what each failure cost (failures.py)
+    result.json              written when the run is complete
     model.safetensors        best weights by validation; model.json says how to build the model
     events/rank-<r>.jsonl    phase times and events of each rank
     logs/rank-<r>.log        output of each rank
@@ -13,7 +14,8 @@
     faults/                  those that were committed on purpose, a file each
     terms/ checkpoints/ tensorboard/
 
-Rank 0 and the worker agent write here; of the files above, the agent writes terms/ (terms.py) and status.json (status.py).
+Rank 0 and the worker agent write here; of the files above, the agent writes terms/ (terms.py), status.json (status.py) and
+failures.jsonl (failures.py), which it also puts into result.json.
 Rank 0 holds an exclusive lock on ``.lock``. The kernel drops it when rank 0 dies, so there are no stale locks. The per-rank
 files belong to their ranks.
 """
@@ -34,6 +36,7 @@ from gemini_gnn.config import Config, from_mapping, to_mapping
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.faults import injection
 from gemini_gnn.files import rename, write_atomically
+from gemini_gnn.observe.failures import FAILURES
 from gemini_gnn.observe.status import write_status
 from gemini_gnn.observe.terms import lock_run_dir, not_writable
 
@@ -116,7 +119,7 @@ class RunDir:
             run.release()
             raise
         if anew:
-            keep_earlier(path, (*RESULTS, "config.yaml", injection.FOLDER))
+            keep_earlier(path, (*RESULTS, FAILURES, "config.yaml", injection.FOLDER))
         if not _has_settings(path, config):
             write_atomically(path / "config.yaml", _to_yaml(config))
         for folder in ("events", "logs", "errors", "terms", "checkpoints"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from gemini_gnn.errors import SnapshotError
 
 
-def _nobody_looks(step: int) -> None:
+def _nobody_looks(*_: int) -> None:
     pass
 
 
@@ -23,7 +23,9 @@ class Context:
         rank, world_size, local_rank, local_world_size: as in ``cluster.Place``.
         term, generation: of the membership this trainer was started for.
         resume: "auto" | "never" | "must".
-        stepped: called with the number of every step that is done, so that a worker agent sees a script go on.
+        attaching, restored, stepped, committed: what ``attach`` and its snapshots tell the process that started this one,
+            so that it sees a script go on: it attaches; it begins with so many steps done; it has done a step; its snapshot
+            of a term, generation and step is committed (said in another thread) or restored.
     """
 
     job: str
@@ -35,7 +37,10 @@ class Context:
     term: int
     generation: int
     resume: str = "auto"
+    attaching: Callable[[], None] = _nobody_looks
+    restored: Callable[[int], None] = _nobody_looks
     stepped: Callable[[int], None] = _nobody_looks
+    committed: Callable[[int, int, int], None] = _nobody_looks
 
 
 _installed: Context | None = None

@@ -77,6 +77,7 @@ def attach(
         raise SnapshotError(
             f"extra_state: expected an object with state_dict() and load_state_dict(); got {type(extra_state).__name__}"
         )
+    here.attaching()
     ranks = connect(group, here.rank, here.world_size, timeout_s)
     state = ranks.together(lambda: collect(engine, extra_state))
     _unlink_buffer(here.rank)
@@ -100,6 +101,7 @@ def attach(
     except BaseException:
         snapshots.close()
         raise
+    here.restored(snapshots.steps)
     snapshots.warm()
     if hook:
         _hook(engine, snapshots, agree or ranks.all_true)
@@ -243,5 +245,4 @@ def _hook(engine: Any, snapshots: Snapshots, agree: Callable[[bool], bool]) -> N
 
 
 def _capture(snapshots: Snapshots, agree: Callable[[bool], bool], step: int) -> None:
-    if snapshots.wants(step):
-        snapshots.after_step(step, agree(snapshots.ready()))
+    snapshots.after_step(step, snapshots.wants(step) and agree(snapshots.ready()))

@@ -29,6 +29,7 @@ from gemini_gnn.observe.errors import forget_errors, record_error
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_directory import RunDir, keep_earlier, steps_done
+from gemini_gnn.observe.writer import Writer
 from gemini_gnn.recovery import board
 from gemini_gnn.recovery.outcome import STOPPED
 from gemini_gnn.snapshot import context as snapshot_context
@@ -36,6 +37,8 @@ from gemini_gnn.training import engine
 from gemini_gnn.training import groups as process_groups
 from gemini_gnn.training.loop import NoSnapshots, Run, build_run, train
 from gemini_gnn.training.report import Report, model_card
+
+EVENTS_S = 5.0  # for the last events, at the end
 
 
 def main(payload: dict[str, Any], place: Place, listen_fd: int | None = None) -> int:
@@ -64,6 +67,7 @@ def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
     here = snapshot_context.installed()
     membership = f"{here.term}.{here.generation}" if here else f"pid {os.getpid()}"
     groups = process_groups.join(place, config.distributed, listen_fd, membership=membership)
+    board.milestone(board.Milestone.JOINED)
     claimed: list[RunDir] = []
     resume = here.resume if here else config.resume  # of an agent's trainers only the first generation forgets
 
@@ -106,7 +110,8 @@ def _speak(rank: int) -> None:
 
 
 def _with_groups(config: Config, place: Place, groups: process_groups.Groups, run_dir: RunDir | None) -> int:
-    events = EventLog(Path(config.run_dir) / "events" / f"rank-{place.rank}.jsonl", place.rank)
+    writer = Writer("events")
+    events = EventLog(writer, Path(config.run_dir) / "events" / f"rank-{place.rank}.jsonl", rank=place.rank)
     report = Report(run_dir, config, groups)
     try:
         events.emit("start", machine=place.machine, pid=os.getpid(), backend=groups.backend, device=str(groups.device))
@@ -120,10 +125,12 @@ def _with_groups(config: Config, place: Place, groups: process_groups.Groups, ru
         events.emit("graph_open")
         job = build_run(config, graph, groups, report, events, terminal=os.environ.get("GEMINI_GNN_TTY") == "1")
         events.emit("engine_built")
+        board.milestone(board.Milestone.BUILT)
+        board.total_steps(job.total_steps)
         return _train(job, run_dir)
     finally:
         report.close()
-        events.close()
+        writer.close(EVENTS_S)
 
 
 def _train(job: Run, run_dir: RunDir | None) -> int:
@@ -142,6 +149,7 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
                 "undirected and its file lists each edge once, read it with dataset.undirected=true"
             )
     job.snapshots = start_snapshots(job)
+    board.restored(job.state.step)
     job.events.emit("restored" if job.state.step else "first_snapshot", step=job.state.step)
     if run_dir is not None:
         if job.snapshots.restored is None:  # snapshot=none, or a first checkpoint that was not due yet

@@ -32,7 +32,7 @@ from gemini_gnn.models.build import build_model
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.progress import Progress
 from gemini_gnn.recovery import board
-from gemini_gnn.recovery.board import Phase
+from gemini_gnn.recovery.board import Milestone, Phase
 from gemini_gnn.recovery.worker.entry import stop_requested
 from gemini_gnn.sampling.sampler import NeighborSampler
 from gemini_gnn.training import engine as deepspeed_engine
@@ -313,6 +313,7 @@ def _one_step(
             f"the loss of step {state.step} is {loss_mean}; lower optimizer.lr, or normalise features "
             "(dataset.normalize=l2)"
         )
+    board.milestone(Milestone.STEPPED)
     with phases.span("report"):
         run.report.loss(state, (state.step - 1) // source.steps_per_epoch + 1, loss_mean)
         run.progress.step(state.step, loss_mean)

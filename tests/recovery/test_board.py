@@ -11,7 +11,7 @@ import time
 import pytest
 
 from gemini_gnn.recovery import board, home
-from gemini_gnn.recovery.board import Page, Phase
+from gemini_gnn.recovery.board import Milestone, Page, Phase
 
 
 @pytest.fixture
@@ -89,6 +89,54 @@ def test_a_trainer_stopped_in_the_middle_of_a_mark_leaves_the_one_before(pages, 
     assert (board.read(view, 0).phase, board.read(view, 0).step) == (Phase.FORWARD, 7)
 
 
+def test_milestones_are_marked_once_and_read_with_the_rest(pages):
+    view, page, _ = pages
+    page.mark(Phase.START_UP, 0)
+    assert board.read(view, 0).milestones == (None,) * len(Milestone)
+    begin = time.monotonic()
+    page.milestone(Milestone.STARTED)
+    page.total_steps(40)
+    page.restored(7)
+    seen = board.read(view, 0)
+    page.milestone(Milestone.STARTED)
+    page.milestone(Milestone.STEPPED)
+    later = board.read(view, 0)
+    assert (seen.total_steps, seen.restored_step) == (40, 7)
+    started, joined, built, restored, stepped = later.milestones
+    assert begin <= started <= restored <= stepped <= time.monotonic() and joined is None and built is None
+    assert seen.milestones == (started, None, None, restored, None)
+    assert board.read(view, 1) is None
+
+
+def test_the_newest_snapshot_is_whole_also_when_its_writer_is_stopped_in_the_middle(pages):
+    view, page, _ = pages
+    page.mark(Phase.FORWARD, 3)
+    assert board.read(view, 0).snapshot is None
+    page.committed(1, 3, 2)
+    page.committed(2, 4, 12)
+    begin = time.monotonic()
+    newest = board.read(view, 0).snapshot
+    assert newest[:3] == (2, 4, 12) and newest.when_s <= begin
+    at = page._offset + 8 * (board._SNAPSHOT_RECORDS + board._RECORD_WORDS)  # of number 3, which is not said yet
+    board._RECORD.pack_into(page._board, at, 3, 2, 4, 13, 1, 0)
+    assert board.read(view, 0).snapshot == newest
+
+
+def test_what_a_script_says_are_its_milestones(pages, monkeypatch):
+    view, page, _ = pages
+    monkeypatch.setattr(board, "_page", page)
+    board.mark(Phase.START_UP, 0)
+    board.attaching()
+    board.stepped(0)  # its first snapshot is taken
+    board.committed(1, 3, 0)
+    board.restored(0)
+    seen = board.read(view, 0)
+    assert [at is not None for at in seen.milestones] == [False, True, True, True, False] and seen.step == 1
+    board.stepped(1)
+    seen = board.read(view, 0)
+    assert seen.milestones[Milestone.STEPPED] is not None and seen.snapshot[:3] == (1, 3, 0) and seen.step == 2
+
+
 WRITER = """
 import sys
 from pathlib import Path
@@ -96,8 +144,9 @@ from gemini_gnn.recovery import board
 page = board.Page(board.open_board(Path(sys.argv[1])), 0, 1)
 rounds = [board.Phase.SAMPLING, board.Phase.FORWARD, board.Phase.BACKWARD, board.Phase.STEP]
 print("here", flush=True)
-for number in range(1_000_000):
+for number in range(400_000):
     page.mark(rounds[number % 4], number // 4)
+    page.committed(number, number + 1, number + 2)
 """
 
 
@@ -112,6 +161,8 @@ def test_a_reader_beside_a_writer_sees_only_marks_that_were_made(tmp_path):
             if (seen := board.read(view, 0)) is not None:
                 number = seen.marks - 1
                 assert (seen.step, seen.place, seen.phase) == (number // 4, number % 4, rounds[number % 4])
+                term, generation, step, _ = seen.snapshot or (0, 1, 2, 0.0)
+                assert (generation, step) == (term + 1, term + 2)
                 read += 1
     assert writer.returncode == 0 and read > 100
     print(f"{read} reads")
@@ -131,13 +182,21 @@ def test_a_mark_costs_microseconds(pages):
     for number in range(10_000):
         page.mark(Phase.FORWARD, number)
     each_s = (time.perf_counter() - begin) / 10_000
-    print(f"{each_s * 1e6:.2f} microseconds per mark")
-    assert each_s < 100e-6
+    begin = time.perf_counter()
+    for _ in range(10_000):
+        page.milestone(Milestone.STEPPED)
+    once_more_s = (time.perf_counter() - begin) / 10_000
+    print(f"{each_s * 1e6:.2f} microseconds per mark, {once_more_s * 1e6:.2f} per milestone that was reached before")
+    assert each_s < 100e-6 and once_more_s < each_s
 
 
 def test_without_an_agent_marks_are_nothing(tmp_path):
     board.mark(Phase.FORWARD, 1)
     board.doing(Phase.EXCHANGE)
+    board.milestone(Milestone.JOINED)
+    board.restored(1)
+    board.total_steps(1)
+    board.committed(1, 1, 1)
     board.attach(tmp_path, 0, 1)
     assert board._page is None
 

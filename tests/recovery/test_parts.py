@@ -321,6 +321,7 @@ def test_a_full_disk_does_not_end_the_agent(tmp_path):
     (tmp_path / "events" / "agent-m.jsonl").symlink_to("/dev/full")
     program = "import sys; from pathlib import Path; from gemini_gnn.recovery.worker.journal import Journal\n"
     program += f"journal = Journal(Path({os.fspath(tmp_path)!r}), 'm'); journal.log('one'); journal.log('two')\n"
+    program += "assert journal.flush(60) and 'No space left' in journal.news() and not journal.close(60)\n"
     program += "print('lives', flush=True); import os; os._exit(0)"
     with open("/dev/full", "w") as full:
         ended = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=full, timeout=PATIENCE_S)
@@ -334,11 +335,13 @@ def test_the_first_error_is_whole_in_its_log_also_when_the_job_goes_on(tmp_path)
     for first in (None, errors[1]):
         journal.errors = [*errors, Failure(2, 1, 3.0, "later", "trace of 2")]
         journal.write_errors(first)
+        assert journal.flush(PATIENCE_S)
         assert journal.log_of(1).read_text() == "error: trace of 1\n" and journal.errors == []
         assert all("ended by" in journal.log_of(rank).read_text() for rank in (0, 2))
         journal.log_of(1).unlink()
     journal.errors = [Failure(rank, 2, 1.0 + rank, "bad", "it is bad") for rank in range(2)]
     journal.write_errors(journal.errors[0])
+    assert journal.close(PATIENCE_S)
     assert journal.log_of(1).read_text() == "[gemini_gnn] ended by the same error as rank 0: see its log\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 
 import psutil
 import pytest
@@ -204,6 +205,22 @@ def test_a_removed_arena_is_said(job):
     run.finish()
     code, _, err = run.end(launch)
     assert code == 0 and "RemoveIPC" in err
+    run.assert_nothing_left()
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["hangs", "full"])
+def test_a_run_directory_that_cannot_be_written_holds_up_no_recovery(job, full):
+    run = job()
+    events = run.run_dir / "events" / f"agent-{os.uname().nodename}.jsonl"
+    events.parent.mkdir(parents=True)
+    events.symlink_to("/dev/full") if full else os.mkfifo(events)  # nobody reads it: its writer hangs
+    launch = run.launch(2, "train")
+    os.kill(run.training(2, generation=1)[0]["pid"], signal.SIGKILL)
+    run.training(2, generation=2)
+    run.finish()
+    code, _, err = run.end(launch)
+    assert code == 0 and "restarting all 2 trainers as generation 2" in err
+    assert not full or f"run_dir is not writable: cannot write {events}: No space left on device" in err
     run.assert_nothing_left()
 
 

@@ -1,8 +1,11 @@
 """attach() around plain PyTorch on one rank: what is captured when, and that training goes on from it bit for bit."""
 
+import functools
 import os
 import threading
 import weakref
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -53,6 +56,29 @@ def test_plain_pytorch_goes_on_bit_for_bit(folder, optimizer, steps):
     snapshots.close()
     assert all(torch.equal(a, b) for a, b in zip(everything(module, opt), everything(module2, opt2), strict=True))
     assert scheduler2.state_dict() == scheduler.state_dict()
+
+
+def test_who_started_the_trainer_is_told_how_far_it_is(folder):
+    """Every step, also one of which no snapshot is taken."""
+
+    def told(generation, steps):
+        said = []
+        calls = {
+            name: functools.partial(lambda name, *values: said.append((name, *values)), name)
+            for name in ("attaching", "restored", "stepped", "committed")
+        }
+        module, opt = parts()
+        here = replace(context_of(folder, generation), **calls)
+        with closing(attach((module, opt), context=here, every=2)) as snapshots:
+            for _ in range(steps):
+                step(module, opt)
+                snapshots.wait()
+        return said
+
+    first = [("attaching",), ("stepped", 0), ("committed", 1, 1, 0), ("restored", 0)]
+    steps = [("stepped", 1), ("stepped", 2), ("committed", 1, 1, 2), ("stepped", 3)]
+    assert told(1, 3) == first + steps
+    assert told(2, 1) == [("attaching",), ("committed", 1, 1, 2), ("restored", 2), ("stepped", 3)]
 
 
 def test_closing_leaves_the_optimizer_as_it_was(folder):

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from gemini_gnn.compose import compose
 from gemini_gnn.graph.datasets import load_dataset
 from gemini_gnn.models.build import build_model
+from gemini_gnn.recovery import board
+from gemini_gnn.training.job import in_process
 from tests.trainers import logs, train_ranks, trained
 
 SMALL = ["dataset.nodes=600", "dataset.feature_dim=16", "model.hidden=16", "dataset.cache={cache}"]
@@ -277,3 +279,15 @@ def test_no_group_of_deepspeed_waits_longer_than_the_settings_say():
     from tests.ranks import run_ranks
 
     assert run_ranks(group_timeouts_s, 2) == [[7.0], [7.0]]
+
+
+def test_the_board_shows_the_milestones_of_a_job(small, tmp_path, monkeypatch):
+    board.make(tmp_path, 1)
+    view = board.open_board(tmp_path)
+    monkeypatch.setattr(board, "_page", None)
+    board.attach(tmp_path, 0, 1)
+    config = compose([*small, "training.epochs=2", "snapshot=none", "logger=quiet", f"run_dir={tmp_path / 'run'}"])
+    assert in_process(config) == 0
+    seen = board.read(view, 0)
+    assert all(seen.milestones) and list(seen.milestones) == sorted(seen.milestones)
+    assert seen.total_steps == 2 * (seen.total_steps // 2) > 0 == seen.restored_step

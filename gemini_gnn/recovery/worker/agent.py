@@ -2,9 +2,9 @@
 
 Ownership. The agent holds the flock on ``agent.lock`` from before its exec: the shim that starts it passes the descriptor.
 So at most one agent lives per job and machine, and it owns everything in the arena folder. The agent of rank 0's machine
-also runs the root (``root/service.py``), in the same loop, and holds the job's term. The agent has one thread: a loop over
-sockets. ``decisions.py`` decides what it does by itself, and the root what it does for the job; ``children.py`` handles warm
-parent and trainers, which are the agent's children. The agent itself is a child of init.
+also runs the root (``root/service.py``), in the same loop, and holds the job's term. One thread runs a loop over sockets;
+another only writes files (``journal.py``). ``decisions.py`` decides what it does by itself, and the root what it does for
+the job; ``children.py`` handles warm parent and trainers, which are the agent's children. The agent is a child of init.
 
 Interruptions. The agent may be killed at any instruction. The kernel then kills the warm parent and the trainers
 (PDEATHSIG), closes its sockets and drops the lock. The shims start another agent. Before it joins the root, that agent waits
@@ -49,6 +49,7 @@ NOBODY_S = 30.0  # then an agent without a job ends
 REAP_ORPHANS_S = 5.0  # until killed children are gone
 RETRY_S = 0.1  # between two attempts to reach the root
 WAITS_S = 5.0  # then it says what it waits for
+JOURNAL_S = 5.0  # until the last records are written
 ROOT_LIMITS = root_decisions.Limits()
 
 
@@ -118,6 +119,7 @@ class Agent:
             self._see(decisions.Tick())
             self._look_at_root(time.monotonic())
             self._look_at_arena()
+            self._look_at_journal()
             if self.state is None and not self.visitors and time.monotonic() > self.nobody_s:
                 break  # the shim that started us died before it registered, or was refused
         self._end()
@@ -162,6 +164,10 @@ class Agent:
             f"agent; to end it, send SIGTERM to process {os.getpid()}. systemd-logind removes it at your last logout, unless "
             "RemoveIPC=no or `loginctl enable-linger`"
         )
+
+    def _look_at_journal(self) -> None:
+        if news := self.journal.news():
+            self._say(news)
 
     def _see(self, event: decisions.Event) -> None:
         """Decide on ``event`` and act."""
@@ -294,7 +300,7 @@ class Agent:
                     self._lose_root(f"an older root agent, of term {term} < {self.term}, answers", now)
                     return
                 self.welcome, self.term, self.journal.term = message, term, term
-                self.journal.log("welcome", term=term)
+                self.journal.log("welcome")
             case messages.Refused(_, text):
                 self.outcome = failed(text, now, 2)
             case messages.RootBeat(ending):
@@ -518,7 +524,7 @@ class Agent:
         if place.machines > 1:
             claim |= {"address": place.master_addr, "port": place.master_port}
         term = terms.claim_term(self.run_dir, {**claim, "arena_root": os.fspath(self.arena.parent.parent)})
-        self.journal.log("started", term=term, pid=os.getpid(), arena=os.fspath(self.arena), command=request.command)
+        self.journal.log("started", pid=os.getpid(), arena=os.fspath(self.arena), command=request.command)
         return term
 
     def _clear_arena(self, request: messages.Register) -> None:
@@ -603,7 +609,8 @@ class Agent:
             self.root.close()
         self.listener.close()
         state = "failed" if outcome.kind == "lost" else outcome.kind
-        self.journal.status(state, reason=outcome.reason, exit_code=outcome.code)  # before the snapshots are removed
+        self.journal.status(state, reason=outcome.reason, exit_code=outcome.code)
+        self.journal.flush(JOURNAL_S)  # before the snapshots are removed: the next agent must see that the work is done
         dropped = (0, 0)
         if not outcome.keep:
             dropped = home.remove_snapshots(self.arena)
@@ -614,6 +621,7 @@ class Agent:
         self.journal.log(
             "ended", outcome=outcome.kind, code=outcome.code, reason=outcome.reason, dropped_bytes=dropped[1]
         )
+        self.journal.close(JOURNAL_S)
         home.leave_arena(self.arena)  # from here on another agent may own the arena
         message = messages.Ended(
             outcome=outcome.kind,

@@ -150,7 +150,10 @@ def _become(task: messages.Task, agent: messages.Channel, added: dict[str, str])
             term=task.term,
             generation=task.generation,
             resume=task.resume,
+            attaching=board.attaching,
+            restored=board.restored,
             stepped=board.stepped,
+            committed=board.committed,
         )
     )
 

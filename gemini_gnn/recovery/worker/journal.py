@@ -1,19 +1,20 @@
 """The records of a worker agent: its events, the errors in the trainers' logs, ``status.json``. Files only.
 
-A full or lost disk does not end a job: if an event cannot be written, the agent tries its own log once.
+One thread writes them (``observe.writer``): a file system that hangs or is full costs the agent no time and ends no job.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from gemini_gnn.observe.status import read_status, write_status
+from gemini_gnn.observe.events import EventLog
+from gemini_gnn.observe.failures import FAILURES
+from gemini_gnn.observe.status import STATUS, read_status, write_status
+from gemini_gnn.observe.writer import Writer
 from gemini_gnn.recovery.outcome import Failure, told_error
 
 
@@ -23,6 +24,7 @@ class Journal:
         term: written with every event; 0 before it is claimed.
         speaks_for_job: rank 0 runs on this machine.
         errors: of this generation's trainers, not yet in their logs.
+        writer: the thread; all that this agent writes into the run directory goes through it.
     """
 
     def __init__(self, run_dir: Path, machine: str):
@@ -30,19 +32,20 @@ class Journal:
         self.term = 0
         self.speaks_for_job = False
         self.errors: list[Failure] = []
-        self._events = open(run_dir / "events" / f"agent-{machine}.jsonl", "a")  # as long as the agent lives
+        self.writer = Writer("journal")
+        self._events = EventLog(self.writer, run_dir / "events" / f"agent-{machine}.jsonl")
+        self._newest_status = 0
+        self._told = ""
 
     def log_of(self, rank: int) -> Path:
         return self.run_dir / "logs" / f"rank-{rank}.log"
 
     def log(self, kind: str, **fields: Any) -> None:
-        record = {"t": time.time(), "monotonic_s": time.monotonic(), "term": self.term, "kind": kind, **fields}
-        try:
-            self._events.write(json.dumps(record) + "\n")
-            self._events.flush()
-        except OSError as error:
-            with contextlib.suppress(OSError):  # most often on the same disk
-                print(f"cannot write {self._events.name}: {error.strerror}: {record}", file=sys.stderr, flush=True)
+        self._events.emit(kind, monotonic_s=time.monotonic(), term=self.term, **fields)
+
+    def failure(self, record: Mapping[str, Any]) -> None:
+        """Keep what a failure cost (``recovery.root.accounting``), also for later terms."""
+        self.writer.append(self.run_dir / FAILURES, json.dumps(record) + "\n")
 
     def write_errors(self, first: Failure | None, ranks: Collection[int] = ()) -> None:
         """Write the errors of this machine's trainers into their logs: the job's first error whole, one line of the others.
@@ -64,22 +67,47 @@ class Journal:
                 text = f"[gemini_gnn] ended by {failure.summary} (after another trainer)"
                 if whole is not None and failure.summary == whole.summary:
                     text = f"[gemini_gnn] ended by the same error as rank {whole.rank}: see its log"
-            try:
-                with open(self.log_of(failure.rank), "a") as log:
-                    log.write(text.rstrip("\n") + "\n")
-            except OSError as error:  # the outcome has it too
-                self.log("log_failed", rank=failure.rank, error=error.strerror)
+            self.writer.submit(_add, self.log_of(failure.rank), text.rstrip("\n") + "\n")
         self.errors.clear()
 
     def status(self, state: str, **fields: Any) -> None:
-        if not self.speaks_for_job:
-            return
-        try:
-            was_done = read_status(self.run_dir).get("state") == "done"
-            if was_done and state == "done":
-                return  # the trainer has written so, and more
-            if was_done and (self.run_dir / "result.json").exists():
-                return  # complete: the start that was refused changes nothing
-            write_status(self.run_dir, state, machine=self.machine, term=self.term, **fields)
-        except OSError as error:
-            self.log("status_failed", error=error.strerror)
+        if self.speaks_for_job:
+            number = self._newest_status + 1
+            fields = {"time": time.time(), "machine": self.machine, "term": self.term, **fields}
+            if self.writer.submit(self._write_status, self.run_dir / STATUS, number, state, fields):
+                self._newest_status = number
+
+    def _write_status(self, path: Path, number: int, state: str, fields: dict[str, Any]) -> None:
+        """In the writer's thread. The file is read here, not when the status was asked for: others write it meanwhile."""
+        if number < self._newest_status:
+            return  # the next one is waiting already
+        was_done = read_status(path.parent).get("state") == "done"
+        if was_done and state == "done":
+            return  # the trainer has written so, and more
+        if was_done and (path.parent / "result.json").exists():
+            return  # complete: the start that was refused changes nothing
+        write_status(path.parent, state, **fields)
+
+    def news(self) -> str:
+        """What a person must hear of these files: once when they cannot be written, once when they can; else empty."""
+        problem = self.writer.problem
+        if bool(problem) == bool(self._told):
+            return ""
+        self._told = problem
+        if not problem:
+            return "run_dir is writable again"
+        return f"run_dir is not writable: {problem}. Training goes on; what cannot be kept until then will be missing"
+
+    def flush(self, deadline_s: float) -> bool:
+        """Wait until all of the above has been written, or could not be; False after ``deadline_s``."""
+        return self.writer.flush(deadline_s)
+
+    def close(self, deadline_s: float) -> bool:
+        """Write what is left; False if that was not possible within ``deadline_s``."""
+        return self.writer.close(deadline_s)
+
+
+def _add(path: Path, text: str) -> None:
+    """Trainers write to the same file, and a person may remove it: it does not stay open."""
+    with open(path, "a") as file:
+        file.write(text)

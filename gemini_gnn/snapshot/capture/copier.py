@@ -182,6 +182,7 @@ class Copier:
         for shard in self._own:
             data_checksum = self._seal(shard, capture, present[shard.name])
             compared = data_checksum if shard.name == COMMON else compared
+        self._here.committed(*capture.identity)
         free = {s.name: catalog.writable(s.views(), capture.identity) for s in self._own}
         self.next_slots = {name: slot for name, slot in free.items() if slot is not None}
         if capture.compare:

@@ -183,6 +183,7 @@ class Snapshots:
         """``attach`` calls this when all ranks have restored ``identity``."""
         self.restored = self.recoverable = self._last = identity
         self.steps = identity.step
+        self._here.committed(*identity)
 
     def first(self) -> None:
         """``attach`` calls this at a fresh start: from here on there is always a snapshot to restore. Collective.
