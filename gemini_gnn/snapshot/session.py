@@ -120,7 +120,7 @@ def _unlink_buffer(rank: int) -> None:
 def _one_term(ranks: Ranks, here: Context) -> Context:
     """The newest (term, generation) of any machine, for all: shards are combined only under one identity.
 
-    Each machine's agent claims terms of its own; until there is one root agent the ranks agree here. Agreed values never
+    The agent of rank 0's machine claims a term; those of other machines may have read an older one. Agreed values never
     decrease: each rank's own are at most the maximum.
     """
     term, generation = max(tuple(said) for said in ranks.exchange([here.term, here.generation]))

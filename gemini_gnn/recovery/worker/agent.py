@@ -2,9 +2,9 @@
 
 Ownership. The agent holds the flock on ``agent.lock`` from before its exec: the shim that starts it passes the descriptor.
 So at most one agent lives per job and machine, and it owns everything in the arena folder. The agent of rank 0's machine
-also holds a lock in the run directory: no other machine, user or arena can run the same job. The agent has one thread: a
-loop over sockets. ``decisions.py`` decides; ``children.py`` handles warm parent and trainers, which are the agent's
-children. The agent itself is a child of init.
+also holds the newest term of the run directory (``terms.py``): no other machine, user or arena can run the same job. The
+agent is a loop over sockets, with a thread for the beats of its term. ``decisions.py`` decides; ``children.py`` handles warm
+parent and trainers, which are the agent's children. The agent itself is a child of init.
 
 Interruptions. The agent may be killed at any instruction. The kernel then kills the warm parent and the trainers
 (PDEATHSIG), closes the shims' sockets and drops the lock. The shims start another agent. Before it forks, that agent waits
@@ -27,6 +27,7 @@ import socket
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gemini_gnn.cluster.place import Place, check_place, launcher_variables
 from gemini_gnn.errors import GeminiError
@@ -63,7 +64,7 @@ class Agent:
         self.outcome: Outcome | None = None
         self.nobody = Outcome("stopped", 1, "no slot process came")  # the outcome if there is never a job
         self.nobody_s = time.monotonic() + NOBODY_S
-        self.run_dir_lock: int | None = None
+        self.beats: terms.Beats | None = None  # of the agent that holds the term
         self.arena_gone = False
         self.request: messages.Register | None = None  # of the first shim; all share most of it
         self.shims: dict[int, Shim] = {}
@@ -102,6 +103,7 @@ class Agent:
             self._read_shims()
             self._see(decisions.Tick())
             self._look_at_arena()
+            self._look_at_term()
             if self.state is None and not self.visitors and time.monotonic() > self.nobody_s:
                 break  # the shim that started us died before it registered, or was refused
         self._end()
@@ -142,6 +144,13 @@ class Agent:
             f"agent; to end it, send SIGTERM to process {os.getpid()}. systemd-logind removes it at your last logout, unless "
             "RemoveIPC=no or `loginctl enable-linger`"
         )
+
+    def _look_at_term(self) -> None:
+        """End the job if another start took the run directory while this agent looked dead."""
+        if self.beats is not None and self.beats.lost and self.journal.speaks_for_job:
+            self.journal.speaks_for_job = False
+            text = "another start took run_dir while this worker agent did not run or could not write there"
+            self._see(decisions.StopAsked(text, 2, force=True))
 
     def _patience_s(self) -> float:
         if self.children.has_news:
@@ -304,7 +313,6 @@ class Agent:
             RunDirError, RecoveryError: the run directory or the arena refuses; nothing has begun.
         """
         place, limits = request.place, replace(self.limits, max_restarts=request.max_restarts)
-        self._take_run_dir(place)
         # If the agent before us died while it cleaned up, the work is done: a script must not begin again.
         before, status = terms.newest_term(self.run_dir), read_status(self.run_dir)
         if request.deaths > 0 and status.get("state") == "done" and status.get("term") == before.get("term"):
@@ -336,19 +344,19 @@ class Agent:
             return
         self.children.start_warm(request.preload, request.path)
 
-    def _take_run_dir(self, place: Place) -> None:
-        """If rank 0 is on this machine, lock the run directory: no other machine, user or arena may run the job."""
-        leads = place.rank == place.local_rank
-        if leads and self.run_dir_lock is None:
-            owner = f"the worker agent on {self.machine}, pid {os.getpid()}, with its snapshots in {self.arena.parent}"
-            self.run_dir_lock = terms.take_run_dir(self.run_dir, owner)
-        self.journal.speaks_for_job = leads
-
     def _claim_term(self, request: messages.Register) -> None:
+        """If rank 0 is on this machine, take the run directory: no other machine, user or arena may run the job."""
         place = request.place
-        claim = {"machine": self.machine, "pid": os.getpid(), "time": time.time(), "launch": request.launch}
-        claim |= {"world_size": place.world_size, "local_world_size": place.local_world_size}
-        self.term = terms.claim_term(self.run_dir, {**claim, "arena_root": os.fspath(self.arena.parent.parent)})
+        if place.rank != place.local_rank:
+            # The ranks agree on the newest term of any machine (snapshot/session.py): on that of rank 0's.
+            self.term = terms.newest_term(self.run_dir).get("term", 0)
+        elif self.beats is None:
+            owner = f"the worker agent on {self.machine}, pid {os.getpid()}, with its snapshots in {self.arena.parent}"
+            claim: dict[str, Any] = {"owner": owner, "launch": request.launch, "world_size": place.world_size}
+            claim |= {"local_world_size": place.local_world_size, "arena_root": os.fspath(self.arena.parent.parent)}
+            self.term = terms.claim_term(self.run_dir, claim, say=self._say)
+            self.beats = terms.Beats(self.run_dir, self.term)
+            self.journal.speaks_for_job = True
         self.journal.term = self.term
         self.journal.log(
             "started", term=self.term, pid=os.getpid(), arena=os.fspath(self.arena), command=request.command
@@ -446,6 +454,8 @@ class Agent:
         self.journal.log(
             "ended", outcome=outcome.kind, code=outcome.code, reason=outcome.reason, dropped_bytes=dropped[1]
         )
+        if self.beats is not None:
+            self.beats.stop()  # from here on another agent may write into the run directory
         home.leave_arena(self.arena)  # from here on another agent may own the arena
         message = messages.Ended(
             outcome=outcome.kind,
@@ -463,9 +473,9 @@ class Agent:
 
     def _say(self, text: str) -> None:
         self.journal.log("say", text=text)
-        for shim in self.shims.values():
-            if shim.request.place.local_rank == 0:
-                shim.channel.send(messages.Say(text))
+        speaking = [shim.channel for shim in self.shims.values() if shim.request.place.local_rank == 0]
+        for channel in speaking or self.visitors:  # a start that has to wait has no registered shim yet
+            channel.send(messages.Say(text))
 
 
 def _size_bytes(path: Path) -> int:
