@@ -182,7 +182,7 @@ def _living_holder(
             asked, answer = True, ask(record) if record else None
             if answer is not None:
                 return record if answer else None
-            say(f"checking for {PATIENCE * beat_s:.0f} s whether {_owner(record)} still lives")
+            say(f"checking for {PATIENCE * beat_s:g} s whether {_owner(record)} still lives")
         # A process on this machine lives, but may have been killed a moment ago: it is seen until the kernel is done.
         if unchanged_s > (beat_s / 2 if lives else PATIENCE * beat_s):
             return record if lives else None

@@ -214,6 +214,15 @@ def test_locks_that_a_file_server_keeps_do_not_stop_the_same_command(job):
     run.assert_nothing_left()
 
 
+def test_a_start_that_has_to_watch_the_last_holder_says_so(job):
+    run = job()
+    terms.make_run_dir(run.run_dir)
+    (run.run_dir / "terms" / "1.json").write_text('{"term": 1, "machine": "h1", "pid": 7}')
+    code, _, err = run.end(run.launch(1, "report", impatient=True))
+    assert code == 0 and "checking for 0.3 s whether process 7 on h1 still lives" in err
+    assert [note["term"] for note in run.notes("report")] == [2]
+
+
 def test_an_agent_that_lost_its_term_ends_its_job_and_leaves_the_status_alone(job):
     run = job()
     launch = run.launch(1, "train")
