@@ -50,17 +50,21 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o666, durabl
         os.replace(temporary, path)
 
 
-def create(path: Path, text: str) -> bool:
-    """Write a new file; False, and nothing is changed, where ``path`` exists. Of all that try at once, one succeeds."""
+def create(path: Path, text: str, mode: int = 0o666) -> bool:
+    """Write a new file; False, and nothing is changed, where ``path`` exists. Of all that try at once, one succeeds.
+
+    Args:
+        mode: cut by the umask.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        _write_new(temporary, text)
+        _write_new(temporary, text, mode)
         try:
             os.link(temporary, path)
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
-            _write_new(path, text)  # a file system without links: a reader may see a part
+            _write_new(path, text, mode)  # a file system without links: a reader may see a part
     except FileExistsError:
         return False
     finally:
@@ -69,8 +73,9 @@ def create(path: Path, text: str) -> bool:
     return True
 
 
-def _write_new(path: Path, text: str) -> None:
-    with open(path, "x") as file:
+def _write_new(path: Path, text: str, mode: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    with open(descriptor, "w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -52,12 +52,13 @@ def test_terms_checkpoints_weights_and_results_are_there_after_a_loss_of_power(d
     for make, folder in (
         (lambda: terms.claim_term(tmp_path, {}), tmp_path / "terms"),
         (lambda: terms.run_id(tmp_path), tmp_path / "terms"),
+        (lambda: terms.token(tmp_path), tmp_path / "terms"),
         (lambda: save_weights({"a": torch.zeros(2)}, tmp_path / "model.safetensors"), tmp_path),
     ):
         done.clear()
         make()
         assert done[-1] == ("sync", folder) and done[0][1].parent == folder and done[0][1] != folder
-    run = RunDir.claim(Config(run_dir=str(tmp_path)))
+    run = RunDir.claim(Config(run_dir=str(tmp_path)), held=True)
     done.clear()
     run.finish({})
     run.release()

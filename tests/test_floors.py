@@ -69,6 +69,16 @@ def test_only_the_engine_imports_deepspeed():
     assert users == {"training/engine.py"}
 
 
+def test_only_what_is_local_or_a_data_set_is_locked():
+    """A file server keeps the locks of a machine that lost its power: there are none in a run directory."""
+    users = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if {"fcntl", "filelock", "portalocker"} & set(imports_of(path))
+    }
+    assert users == {"snapshot/store/arena.py", "snapshot/store/locks.py", "graph/array_folder.py"}
+
+
 def test_the_store_of_snapshots_stands_on_its_own():
     """Agents load it: nothing of a snapshot's other rooms, no torch."""
     allowed = {"gemini_gnn.cgroups", "gemini_gnn.errors", "gemini_gnn.snapshot.store", "gemini_gnn.snapshot"}

@@ -15,9 +15,8 @@
     terms/ checkpoints/ tensorboard/
 
 Rank 0 and the worker agent write here; of the files above, the agent writes terms/ (terms.py), status.json (status.py) and
-failures.jsonl (failures.py), which it also puts into result.json.
-Rank 0 holds an exclusive lock on ``.lock``. The kernel drops it when rank 0 dies, so there are no stale locks. The per-rank
-files belong to their ranks.
+failures.jsonl (failures.py), which it also puts into result.json. Rank 0 writes while its worker agent holds the newest
+term. Without an agent rank 0 claims a term itself. The per-rank files belong to their ranks.
 """
 
 from __future__ import annotations
@@ -37,8 +36,9 @@ from gemini_gnn.errors import RunDirError
 from gemini_gnn.faults import injection
 from gemini_gnn.files import rename, write_atomically
 from gemini_gnn.observe.failures import FAILURES
+from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.status import write_status
-from gemini_gnn.observe.terms import lock_run_dir, not_writable
+from gemini_gnn.observe.terms import Beats, claim_term, make_run_dir
 
 # Settings that may change between two starts of one run: none of them changes the losses of its steps. snapshot.mode may
 # not change: one mode does not find what another has kept.
@@ -92,27 +92,25 @@ def differences(old: dict[str, Any], new: dict[str, Any], path: str = "") -> lis
 class RunDir:
     """A run directory that this process has claimed."""
 
-    def __init__(self, path: Path, lock: int | None):
+    def __init__(self, path: Path, beats: Beats | None):
         self.path = path
-        self._lock = lock
+        self._beats = beats
 
     @classmethod
-    def claim(cls, config: Config, anew: bool = False) -> RunDir:
+    def claim(cls, config: Config, anew: bool = False, held: bool = False) -> RunDir:
         """Take the folder for this run, or raise and leave the files of the run in it as they are.
 
         Args:
             anew: this start begins at step 0 (``resume=never``): the files of the run before are kept under other names.
+            held: by the worker agent that started this process.
 
         Raises:
             RunDirError: unwritable, in use by a living job, or holding a finished or a different run.
         """
         path = Path(config.run_dir).absolute()
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise not_writable(path, error) from None
+        make_run_dir(path)
         owner = f"pid {os.getpid()} on {os.uname().nodename} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        run = cls(path, lock_run_dir(path, ".lock", owner, patience_s=0.0))
+        run = cls(path, None if held else Beats(path, claim_term(path, {"owner": owner}, say=say)))
         try:
             cls.check_earlier_run(path, config)
         except RunDirError:
@@ -122,7 +120,7 @@ class RunDir:
             keep_earlier(path, (*RESULTS, FAILURES, "config.yaml", injection.FOLDER))
         if not _has_settings(path, config):
             write_atomically(path / "config.yaml", _to_yaml(config))
-        for folder in ("events", "logs", "errors", "terms", "checkpoints"):
+        for folder in ("errors", "checkpoints"):
             (path / folder).mkdir(exist_ok=True)
         return run
 
@@ -147,16 +145,29 @@ class RunDir:
                 )
 
     def status(self, state: str, **fields: Any) -> None:
+        self.expect_ours()
         write_status(self.path, state, **fields)
 
     def finish(self, result: dict[str, Any]) -> None:
+        self.expect_ours()
         write_atomically(self.path / "result.json", json.dumps(result, indent=1))
         self.status("done")
 
+    def expect_ours(self) -> None:
+        """
+        Raises:
+            RunDirError: another start took the folder while this process looked dead: this one may not write any more.
+        """
+        if self._beats is not None and self._beats.lost:
+            raise RunDirError(
+                f"run_dir {self.path} was taken by another start while this process did not run or could not write there; "
+                "end one of the two, or give another run_dir=..."
+            )
+
     def release(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        if self._beats is not None:
+            self._beats.stop()
+            self._beats = None
 
 
 def changed_settings(path: Path, config: Config) -> list[str]:

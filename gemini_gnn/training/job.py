@@ -72,7 +72,7 @@ def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
     resume = here.resume if here else config.resume  # of an agent's trainers only the first generation forgets
 
     def claim() -> None:
-        claimed.append(RunDir.claim(config, anew=resume == "never"))
+        claimed.append(RunDir.claim(config, anew=resume == "never", held=here is not None))
         forget_errors(claimed[0].path)
 
     # Only after rank 0 holds the run directory may others write into it.

@@ -56,7 +56,8 @@ class Report:
 
     def loss(self, state: RunState, epoch: int, loss: float) -> None:
         self._loss = loss
-        if self._losses is not None:
+        if self.run_dir is not None and self._losses is not None:
+            self.run_dir.expect_ours()
             self._losses.append(state.step, epoch, loss)
             state.losses = self._losses.unsynced
         if self._board is not None:

@@ -1,9 +1,12 @@
 """The run directory of a training: its owner, its settings, its losses."""
 
+import os
+
 import pytest
 
 from gemini_gnn.config import Config, to_mapping
 from gemini_gnn.errors import RunDirError
+from gemini_gnn.observe import terms
 from gemini_gnn.observe.run_directory import (
     LossLog,
     RunDir,
@@ -13,6 +16,7 @@ from gemini_gnn.observe.run_directory import (
     resume_of,
     steps_done,
 )
+from tests.observe.locks import held_locks
 
 
 def test_losses_each_step_once_after_a_resume(tmp_path):
@@ -71,6 +75,39 @@ def test_a_run_dir_belongs_to_one_run(tmp_path):
     again.release()
     with pytest.raises(RunDirError, match="finished run"):
         RunDir.claim(config)
+
+
+def test_locks_that_a_file_server_keeps_do_not_stop_a_run(tmp_path):
+    config = Config(run_dir=str(tmp_path))
+    RunDir.claim(config).release()
+    with held_locks(tmp_path):
+        RunDir.claim(config).release()
+
+
+def test_a_worker_agent_and_a_run_of_this_process_refuse_each_other(tmp_path):
+    config = Config(run_dir=str(tmp_path))
+    run = RunDir.claim(config)
+    with pytest.raises(RunDirError, match=f"in use by pid {os.getpid()} on"):
+        terms.claim_term(tmp_path, {"owner": "the worker agent"}, beat_s=0.1)
+    run.release()
+    term = terms.claim_term(tmp_path, {"owner": "the worker agent"})
+    with pytest.raises(RunDirError, match="in use by the worker agent"):
+        RunDir.claim(config)
+    RunDir.claim(config, held=True).release()  # the agent's own trainer
+    assert terms.newest_term(tmp_path)["term"] == term
+    terms.leave_term(tmp_path, term)
+    RunDir.claim(config).release()
+
+
+def test_a_run_that_lost_its_folder_writes_nothing_any_more(tmp_path):
+    run = RunDir.claim(Config(run_dir=str(tmp_path)))
+    run.status("running")
+    run._beats.lost = True
+    for write in (lambda: run.status("failed"), lambda: run.finish({}), run.expect_ours):
+        with pytest.raises(RunDirError, match="was taken by another start"):
+            write()
+    assert not (tmp_path / "result.json").exists()
+    run.release()
 
 
 def test_settings_may_be_mended_until_the_first_step(tmp_path):

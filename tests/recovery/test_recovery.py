@@ -13,6 +13,7 @@ import pytest
 from gemini_gnn.observe import terms
 from gemini_gnn.recovery.stop import stop
 from gemini_gnn.snapshot.store.locks import agent_lives
+from tests.observe.locks import held_locks
 from tests.recovery.jobs import PATIENCE_S, job, wait_for
 
 __all__ = ["job"]  # the fixture
@@ -151,9 +152,9 @@ def test_a_trainer_that_cannot_begin_says_why(job, tmp_path, monkeypatch):
 def test_a_start_that_is_refused_says_so_and_leaves_nothing(job):
     run = job()
     terms.make_run_dir(run.run_dir)
-    (run.run_dir / "terms" / "lock").mkdir()
+    (run.run_dir / "terms" / "1.beat").mkdir()
     code, _, err = run.end(run.launch(2, "report"))
-    assert code == 2 and "cannot lock" in err and "Traceback" not in err
+    assert code == 2 and "cannot claim a term" in err and "Traceback" not in err
     run.assert_nothing_left()
 
 
@@ -191,6 +192,47 @@ def test_two_starts_at_the_same_moment_are_one_job(job):
     assert run.end(other)[0] == 0
     assert len(run.notes("training")) == 2 and len(list((run.run_dir / "terms").glob("*.json"))) == 1
     run.assert_nothing_left()
+
+
+def test_locks_that_a_file_server_keeps_do_not_stop_the_same_command(job):
+    """Everything is killed at once, as by a loss of power; then each file that a start could have locked stays locked."""
+    run = job()
+    launch = run.launch(1, "train")
+    run.training(1)
+    agent = run.pid_of("agent")
+    os.kill(agent, signal.SIGSTOP)  # so that it does not see its shims die, and end in order
+    os.killpg(launch.pid, signal.SIGKILL)
+    os.kill(agent, signal.SIGKILL)
+    wait_for(lambda: not run.processes(), "the end of all processes")
+    with held_locks(run.run_dir):
+        again = run.launch(1, "train")
+        run.training(1, term=2)
+        assert not run.events("say"), "nothing is waited for: the process of the last term is gone"
+        run.finish()
+        code, _, err = run.end(again)
+    assert code == 0, err
+    run.assert_nothing_left()
+
+
+def test_a_start_that_has_to_watch_the_last_holder_says_so(job):
+    run = job()
+    terms.make_run_dir(run.run_dir)
+    (run.run_dir / "terms" / "1.json").write_text('{"term": 1, "machine": "h1", "pid": 7}')
+    code, _, err = run.end(run.launch(1, "report", impatient=True))
+    assert code == 0 and "checking for 0.3 s whether process 7 on h1 still lives" in err
+    assert [note["term"] for note in run.notes("report")] == [2]
+
+
+def test_an_agent_that_lost_its_term_ends_its_job_and_leaves_the_status_alone(job):
+    run = job()
+    launch = run.launch(1, "train")
+    run.training(1)
+    wait_for(lambda: (run.run_dir / "status.json").exists(), "the status")
+    before = (run.run_dir / "status.json").read_text()
+    (run.run_dir / "terms" / "2.json").write_text('{"term": 2}')  # of a start on another machine
+    code, _, err = run.end(launch)
+    assert code == 2 and "another start took run_dir" in err
+    assert (run.run_dir / "status.json").read_text() == before
 
 
 def test_a_removed_arena_is_said(job):
@@ -236,7 +278,7 @@ def test_a_removed_run_directory_is_a_new_run(job, another_machine_is_first):
     if another_machine_is_first:
         terms.make_run_dir(run.run_dir)
         terms.run_id(run.run_dir)
-        terms.claim_term(run.run_dir, {})
+        terms.leave_term(run.run_dir, terms.claim_term(run.run_dir, {}))
     launch = run.launch(1, "train")
     assert "old" not in run.training(1, term=1 + another_machine_is_first)[0]["found"]
     run.finish()

@@ -2,8 +2,9 @@
 
 Ownership. The agent holds the flock on ``agent.lock`` from before its exec: the shim that starts it passes the descriptor.
 So at most one agent lives per job and machine, and it owns everything in the arena folder. The agent of rank 0's machine
-also runs the root (``root/service.py``), in the same loop, and holds the job's term. One thread runs a loop over sockets;
-another only writes files (``journal.py``). ``decisions.py`` decides what it does by itself, and the root what it does for
+also runs the root (``root/service.py``), in the same loop, and holds the newest term of the run directory (``terms.py``): no
+other machine, user or arena can run the same job. One thread runs a loop over sockets; another only writes files
+(``journal.py``), and one beats for the term. ``decisions.py`` decides what it does by itself, and the root what it does for
 the job; ``children.py`` handles warm parent and trainers, which are the agent's children. The agent is a child of init.
 
 Interruptions. The agent may be killed at any instruction. The kernel then kills the warm parent and the trainers
@@ -30,6 +31,7 @@ import signal
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gemini_gnn.cluster.place import Place, check_master, check_place, launcher_variables
 from gemini_gnn.errors import GeminiError
@@ -73,6 +75,7 @@ class Agent:
         self.outcome: Outcome | None = None
         self.nobody = Outcome("stopped", 1, "no slot process came")  # the outcome if there is never a job
         self.nobody_s = time.monotonic() + NOBODY_S
+        self.beats: terms.Beats | None = None  # of the agent that holds the term
         self.arena_gone = False
         self.request: messages.Register | None = None  # of the first shim; all share most of it
         self.shims: dict[int, Shim] = {}  # by slot
@@ -120,6 +123,7 @@ class Agent:
             self._look_at_root(time.monotonic())
             self._look_at_arena()
             self._look_at_journal()
+            self._look_at_term()
             if self.state is None and not self.visitors and time.monotonic() > self.nobody_s:
                 break  # the shim that started us died before it registered, or was refused
         self._end()
@@ -168,6 +172,13 @@ class Agent:
     def _look_at_journal(self) -> None:
         if news := self.journal.news():
             self._say(news)
+
+    def _look_at_term(self) -> None:
+        """End the job if another start took the run directory while this agent looked dead."""
+        if self.beats is not None and self.beats.lost and self.journal.speaks_for_job:
+            self.journal.speaks_for_job = False
+            text = "another start took run_dir while this worker agent did not run or could not write there"
+            self._stop(messages.Stop(text, 2, force=True))
 
     def _see(self, event: decisions.Event) -> None:
         """Decide on ``event`` and act."""
@@ -455,7 +466,6 @@ class Agent:
         place = request.place
         check_master(place)
         leads = place.rank < place.local_world_size
-        self.journal.speaks_for_job = leads
         self.token = terms.token(self.run_dir) if place.machines > 1 else b""
         if leads:
             self.root = self._root(request)
@@ -498,8 +508,7 @@ class Agent:
                 self.journal.term = before.get("term", 0)
                 state = replace(state, phase=root_decisions.Phase.ENDED, outcome=Outcome("done", 0, "done", keep=False))
             else:
-                self.journal.term = self._claim_term(request)
-                self.journal.status("starting")
+                self._claim_term(request)
         except BaseException:
             if listener is not None:
                 listener.close()
@@ -517,15 +526,21 @@ class Agent:
             now=time.monotonic(),
         )
 
-    def _claim_term(self, request: messages.Register) -> int:
+    def _claim_term(self, request: messages.Register) -> None:
+        """Take the run directory: no other machine, user or arena may run the job."""
+        if self.beats is not None:
+            return  # of a shim that was refused after the claim
         place = request.place
-        claim = {"machine": self.machine, "pid": os.getpid(), "time": time.time(), "launch": request.launch}
-        claim |= {"world_size": place.world_size, "local_world_size": place.local_world_size}
+        owner = f"the worker agent on {self.machine}, pid {os.getpid()}, with its snapshots in {self.arena.parent}"
+        claim: dict[str, Any] = {"owner": owner, "launch": request.launch, "world_size": place.world_size}
+        claim |= {"local_world_size": place.local_world_size, "arena_root": os.fspath(self.arena.parent.parent)}
         if place.machines > 1:
             claim |= {"address": place.master_addr, "port": place.master_port}
-        term = terms.claim_term(self.run_dir, {**claim, "arena_root": os.fspath(self.arena.parent.parent)})
+        self.journal.term = terms.claim_term(self.run_dir, claim, say=self._say)
+        self.beats = terms.Beats(self.run_dir, self.journal.term)
+        self.journal.speaks_for_job = True
         self.journal.log("started", pid=os.getpid(), arena=os.fspath(self.arena), command=request.command)
-        return term
+        self.journal.status("starting")
 
     def _clear_arena(self, request: messages.Register) -> None:
         """Remove snapshots that this job must not resume from. No trainer of an earlier term lives."""
@@ -622,6 +637,8 @@ class Agent:
             "ended", outcome=outcome.kind, code=outcome.code, reason=outcome.reason, dropped_bytes=dropped[1]
         )
         self.journal.close(JOURNAL_S)
+        if self.beats is not None:
+            self.beats.stop()  # from here on another agent may write into the run directory
         home.leave_arena(self.arena)  # from here on another agent may own the arena
         message = messages.Ended(
             outcome=outcome.kind,
@@ -640,9 +657,9 @@ class Agent:
 
     def _say(self, text: str) -> None:
         self.journal.log("say", text=text)
-        for shim in self.shims.values():
-            if shim.request.place.local_rank == 0:
-                shim.channel.send(messages.Say(text))
+        speaking = [shim.channel for shim in self.shims.values() if shim.request.place.local_rank == 0]
+        for channel in speaking or self.visitors:  # a start that has to wait has no registered shim yet
+            channel.send(messages.Say(text))
 
 
 def _aged(failure: Failure, now: float) -> Failure:
