@@ -94,7 +94,7 @@ class RunDir:
 
     def __init__(self, path: Path, beats: Beats | None):
         self.path = path
-        self._beats = beats
+        self._beats = beats  # None: an agent holds the folder
 
     @classmethod
     def claim(cls, config: Config, anew: bool = False, held: bool = False) -> RunDir:
@@ -145,8 +145,10 @@ class RunDir:
                 )
 
     def status(self, state: str, **fields: Any) -> None:
-        self.expect_ours()
-        write_status(self.path, state, **fields)
+        """Where an agent holds the folder, it writes the status."""
+        if self._beats is not None:
+            self.expect_ours()
+            write_status(self.path, state, **fields)
 
     def finish(self, result: dict[str, Any]) -> None:
         self.expect_ours()

@@ -52,7 +52,7 @@ class Register:
         preload: modules that trainers are forked with.
         resume: "auto" | "never" | "must".
         recovery: the settings. start_timeout_s: from the first machine of the job to the last.
-        deaths: number of this launch's agents that have died.
+        deaths: number of this launch's agents that have died. died_s: when the last one did, on the machine's monotonic clock.
         environment, folder, path, command: of the slot process; the trainer gets the same.
         cores: of the slot process; the trainer runs on the same.
         launch: the same for all slot processes of one launch on one machine.
@@ -67,6 +67,7 @@ class Register:
     recovery: RecoveryConfig
     start_timeout_s: float
     deaths: int
+    died_s: float
     environment: dict[str, str]
     folder: str
     path: list[str]

@@ -88,6 +88,7 @@ def run(
         recovery=recovery,
         start_timeout_s=start_timeout_s,
         deaths=0,
+        died_s=0.0,
         environment=dict(os.environ),
         folder=os.getcwd(),
         cores=sorted(os.sched_getaffinity(0)),  # srun and numactl bind each rank to its own
@@ -126,7 +127,7 @@ def run(
                             f"the worker agent died {MAX_DEATHS} times within {DEATHS_S:.0f} s; {_see(run_dir)}"
                         )
                     resume = "auto" if request.resume == "never" else request.resume
-                    request = replace(request, deaths=len(deaths), resume=resume)
+                    request = replace(request, deaths=len(deaths), died_s=now, resume=resume)
                     screen.say(
                         "the worker agent died; starting another, which resumes from the snapshots in host memory"
                     )

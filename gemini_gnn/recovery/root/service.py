@@ -2,7 +2,7 @@
 
 Ownership. The root holds the job's term, the listening socket at which the other machines' workers join, and one connection
 per worker. The worker of its own machine is connected by a socket pair: one machine is a root with one worker, by the same
-code. The root owns no process and no file but ``status.json``. It has no thread.
+code. The root owns no process, and of files ``status.json`` and ``failures.jsonl``, which the journal's thread writes.
 
 Interruptions. The root may be killed at any instruction; its worker dies with it. The slot processes of that machine start
 another agent, which claims the next term. The other workers lose their connection, keep their trainers, and join again:
@@ -21,18 +21,23 @@ from __future__ import annotations
 
 import selectors
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gemini_gnn.config import RecoveryConfig
+from gemini_gnn.observe.failures import add_to_result
 from gemini_gnn.recovery import messages, wire
 from gemini_gnn.recovery.board import Board, dated
+from gemini_gnn.recovery.outcome import Outcome
 from gemini_gnn.recovery.root import decisions, hangs
+from gemini_gnn.recovery.root.ledger import Ledger
 from gemini_gnn.recovery.worker.journal import Journal
 
 LEAVE_S = 10.0  # from the outcome to the end of the last other worker
 STATUS_S = 1.0  # between two versions of status.json while nothing changes
+SHOWN = 20  # failures in status.json; failures.jsonl has all
 
 
 @dataclass
@@ -63,13 +68,14 @@ class Root:
         master_addr: str,
         token: bytes,
         listener: socket.socket | None,
+        ledger: Ledger,
         journal: Journal,
         selector: selectors.BaseSelector,
         now: float,
     ):
         self.term, self.state, self.settings, self.resume = term, state, settings, resume
         self.master_addr, self.token = master_addr, token
-        self.listener, self.journal, self.selector = listener, journal, selector
+        self.listener, self.ledger, self.journal, self.selector = listener, ledger, journal, selector
         self.links: list[Link] = []
         self.finished = False
         self._began = state.generation  # generations after the first one of this start resume
@@ -80,6 +86,9 @@ class Root:
         self._hang_limits = hangs.Limits(settings.hang_factor, settings.hang_floor_s)
         self._watch: hangs.Watch | None = None
         self._fresh = set[int]()  # machines that have beaten since the last look for hangs
+        self._word_s: float | None = None  # when the first sign of a failure of this generation came
+        self._heard_last_s = now  # from the worker that was lost last
+        self._total_steps = 0
         if listener is not None:
             selector.register(listener, selectors.EVENT_READ)
 
@@ -111,7 +120,8 @@ class Root:
         for link in list(self.links):
             if now - link.heard_s > self.settings.silence_s and link in self.links:
                 self._lost(link, "silent", f"is silent for {now - link.heard_s:.1f} s (recovery.silence_s)", now)
-        self._look_at_boards(now)
+        if self._fresh:
+            self._read_boards(now)
         self._see(decisions.Tick(), now)
         if now - self._beaten_s >= self.settings.heartbeat_s:
             self._beat(now)
@@ -146,6 +156,7 @@ class Root:
 
     def _lost(self, link: Link, kind: str, how: str, now: float) -> None:
         self._drop(link)
+        self._heard_last_s = link.heard_s
         if self._ended_s is not None and link.machine is not None:
             self._leaving.discard(link.machine)
         elif link.machine is not None:
@@ -222,7 +233,13 @@ class Root:
 
     def _see(self, event: decisions.Event, now: float) -> None:
         before = self.state
+        if before.phase is decisions.Phase.RUNNING and self._word_s is None and _tells_of_failure(event):
+            self._word_s = now
         self.state, actions = decisions.decide(before, event, now)
+        if self.state.cause is not before.cause:
+            self._count(before, now)
+        if not self.state.alive:
+            self.ledger.reaped(now)
         if self.state.phase is not before.phase:
             cause = self.state.cause.text if self.state.cause else ""
             self.journal.log("phase", phase=self.state.phase, generation=self.state.generation, cause=cause)
@@ -236,7 +253,7 @@ class Root:
     def _act(self, action: decisions.Action, now: float) -> None:
         match action:
             case decisions.Begin(generation):
-                self._begin(generation)
+                self._begin(generation, now)
             case decisions.Close():
                 self._tell(messages.Close())
             case decisions.AskToStop():
@@ -247,6 +264,7 @@ class Root:
                 self._tell(messages.Say(text), lambda link: link.machine == 0)
             case decisions.Finish(outcome):
                 self._ended_s = now
+                self._account(outcome, now)
                 self._leaving = {link.machine for link in self.links if link.machine}
                 self._tell(messages.Finish(outcome), lambda link: link.machine != 0)
 
@@ -255,9 +273,10 @@ class Root:
             if link.machine is not None and whom(link):
                 link.channel.send(message)
 
-    def _begin(self, generation: int) -> None:
+    def _begin(self, generation: int, now: float) -> None:
         """Have all machines fork a generation. The store listens already: a client that came first would lose half a second."""
-        self._watch, self._fresh = None, set()
+        self._watch, self._fresh, self._word_s = None, set(), None
+        self.ledger.begun(now)
         # `never` removed the snapshots when this start began, so a later generation resumes.
         resume = "auto" if generation > 1 and self.resume == "never" else self.resume
         address = self.master_addr if len(self.state.machines) > 1 else "127.0.0.1"
@@ -283,18 +302,54 @@ class Root:
         self._beaten_s = now
         self._tell(messages.RootBeat(decisions.may_be_ending(self.state)))
 
+    # --- what failures cost -------------------------------------------------------------------------------------------
+
+    def _count(self, before: decisions.State, now: float) -> None:
+        """The root has given up generation ``before.generation``, for ``self.state.cause``."""
+        cause, seen_s = self.state.cause, self._word_s or now
+        assert cause is not None
+        told_s = [failure.time_s for failure in before.failures]
+        failed_s = min([seen_s, *told_s])
+        board = self._boards().get(-1 if cause.rank is None else cause.rank)
+        if cause.kind == "hang" and board is not None:
+            failed_s = board.since_s
+        elif cause.kind == "silent":
+            failed_s = self._heard_last_s
+        machine = "" if cause.machine is None else self.state.name(cause.machine)
+        reached = self.state.reached
+        kept = self.ledger.failed(cause, machine, before.generation, reached, failed_s, seen_s, now, time.time())
+        if kept is not None:
+            self.journal.failure(kept)
+
+    def _account(self, outcome: Outcome, now: float) -> None:
+        """The job has ended: what its failures cost goes into its result."""
+        if (kept := self.ledger.end(now)) is not None:
+            self.journal.failure(kept)
+        if outcome.kind == "done":
+            failures = list(self.ledger.failures)
+            self.journal.writer.submit(add_to_result, self.journal.run_dir, failures, self.ledger.totals(now))
+
     # --- hangs, and what people see -----------------------------------------------------------------------------------
 
     def _boards(self) -> dict[int, Board]:
-        return {rank: board for link in self.links if link.beat for rank, board in link.beat.boards.items()}
+        """The newest of each rank of this generation."""
+        boards = {rank: board for link in self.links if link.beat for rank, board in link.beat.boards.items()}
+        return {rank: board for rank, board in boards.items() if board.generation == self.state.generation}
 
-    def _look_at_boards(self, now: float) -> None:
-        """Look for a hang when every machine has beaten since the last look: an old board stands still by itself."""
-        if self.state.phase is not decisions.Phase.RUNNING or len(self._fresh) < len(self.state.machines):
-            return
-        self._fresh.clear()
-        current = {rank: board for rank, board in self._boards().items() if board.generation == self.state.generation}
-        boards = {rank: current.get(rank) for rank in self.state.alive}
+    def _read_boards(self, now: float) -> None:
+        """Some machine has beaten. A hang is looked for once all have: an old board stands still by itself."""
+        boards = self._boards()
+        if (kept := self.ledger.look(boards, self.state.world, now)) is not None:
+            self.journal.failure(kept)
+        total_steps = max((board.total_steps for board in boards.values()), default=0)
+        if total_steps != self._total_steps:
+            self._total_steps = total_steps
+            self._report(now)
+        if self.state.phase is decisions.Phase.RUNNING and len(self._fresh) == len(self.state.machines):
+            self._fresh.clear()
+            self._look_for_hang({rank: boards.get(rank) for rank in self.state.alive}, now)
+
+    def _look_for_hang(self, boards: dict[int, Board | None], now: float) -> None:
         self._watch, hang = hangs.look(self._watch, boards, now, self._hang_limits)
         if hang is not None and self.state.deadline is None:
             seen = {rank: one and {**vars(one), "phase": one.phase.word} for rank, one in boards.items()}
@@ -328,18 +383,32 @@ class Root:
             for number, one in enumerate(state.machines)
         ]
         ranks = [
-            {"rank": rank, "step": board.step, "phase": board.phase.word, "phase_s": round(now - board.since_s, 3)}
+            {
+                "rank": rank,
+                "machine": state.name(rank // state.local),
+                "step": board.step,
+                "phase": board.phase.word,
+                "phase_s": round(now - board.since_s, 3),
+                "snapshot": None if board.snapshot is None else list(board.snapshot[:3]),
+                "snapshot_s": None if board.snapshot is None else round(now - board.snapshot.when_s, 3),
+            }
             for rank, board in sorted(self._boards().items())
-            if board.generation == state.generation and rank in state.alive
+            if rank in state.alive
         ]
+        current = self.ledger.current
         return {
             "state": words.get(state.phase, str(state.phase)),
             "generation": state.generation,
-            "cause": state.cause.text if state.cause else None,
             "step": state.reached,
+            "total_steps": self._total_steps or None,
+            "step_s": round(self.ledger.step_s, 6),
             "world_size": state.world,
             "machines": machines,
             "ranks": ranks,
+            "recovers_from": current.cause if current else None,
+            "failures": self.ledger.failures[-SHOWN:],
+            **self.ledger.totals(now),
+            "began_s": None if self.ledger.began_s is None else round(now - self.ledger.began_s, 3),
         }
 
     def close(self) -> None:
@@ -350,3 +419,9 @@ class Root:
             self.selector.unregister(self.listener)
             self.listener.close()
             self.listener = None
+
+
+def _tells_of_failure(event: decisions.Event) -> bool:
+    if isinstance(event, decisions.Exited):
+        return event.code != 0
+    return isinstance(event, decisions.Failed | decisions.Gone | decisions.Hung)

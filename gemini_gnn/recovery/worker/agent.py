@@ -36,10 +36,12 @@ from typing import Any
 from gemini_gnn.cluster.place import Place, check_master, check_place, launcher_variables
 from gemini_gnn.errors import GeminiError
 from gemini_gnn.observe import terms
+from gemini_gnn.observe.failures import read_failures
 from gemini_gnn.observe.status import read_status
 from gemini_gnn.recovery import board, home, messages, processes, wire
 from gemini_gnn.recovery.outcome import Failure, Outcome, failed
 from gemini_gnn.recovery.root import decisions as root_decisions
+from gemini_gnn.recovery.root.ledger import Ledger
 from gemini_gnn.recovery.root.service import Root
 from gemini_gnn.recovery.worker import decisions, out_of_memory
 from gemini_gnn.recovery.worker.children import Children
@@ -513,6 +515,19 @@ class Agent:
             if listener is not None:
                 listener.close()
             raise
+        if state.outcome is None and request.deaths == 0 and request.resume == "never":
+            failures: list[dict[str, Any]] = []
+        else:
+            failures = read_failures(self.run_dir)
+        now, began_s = time.monotonic(), status.get("began_s")
+        # How long ago the first step began, as the last root said, and how long ago that was on this machine's clock.
+        ago_s = (
+            None if began_s is None or (not failures and not request.deaths) else began_s + time.time() - status["time"]
+        )
+        ledger = Ledger(self.journal.term, failures, None if ago_s is None else now - ago_s)
+        if request.deaths:
+            step, generation = status.get("step") or 0, request.deaths
+            ledger.root_died(self.machine, request.died_s, step, generation, now, time.time())
         return Root(
             term=self.journal.term,
             state=state,
@@ -521,9 +536,10 @@ class Agent:
             master_addr=place.master_addr,
             token=self.token,
             listener=listener,
+            ledger=ledger,
             journal=self.journal,
             selector=self.selector,
-            now=time.monotonic(),
+            now=now,
         )
 
     def _claim_term(self, request: messages.Register) -> None:
