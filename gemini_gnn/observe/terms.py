@@ -95,7 +95,7 @@ def claim_term(
                     f"run_dir={run_dir}`, or give another run_dir=..."
                 )
             term = highest + 1
-            # Made before the term: whoever sees a term sees its beat, also where "no such file" is cached.
+            # Made before the term: a start that sees a term sees its beat, also where "no such file" is cached.
             os.close(os.open(_beat_file(folder, term), os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
             if create(folder / f"{term}.json", json.dumps({"term": term, **_this_process(), **record})):
                 beat(run_dir, term, 0)
