@@ -17,8 +17,8 @@ nobody takes an older term for the highest.
 Interruptions. A start may be killed at any instruction:
 
 - before it creates the number: its empty beat file serves the next one that tries;
-- before it writes the record, which only a file system without links shows: an empty record names no process, and the
-  number stays taken. It is free when no record and no beat has come for ``PATIENCE`` beats;
+- before it writes the record, which only a file system without links shows: an empty record names no process. The number
+  is used up, and the next one is free when neither record nor beat has come for ``PATIENCE`` beats;
 - before its first beat or its "over": its process is gone, or its beat stays the same.
 
 A holder may be slow and look dead: its file system hung, or its machine slept. After each beat it looks for the next number.
@@ -95,7 +95,7 @@ def claim_term(
                     f"run_dir={run_dir}`, or give another run_dir=..."
                 )
             term = highest + 1
-            # Made before the term: whoever sees a term sees its beat, also where "no such file" is cached.
+            # Made before the term: a start that sees a term sees its beat, also where "no such file" is cached.
             os.close(os.open(_beat_file(folder, term), os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
             if create(folder / f"{term}.json", json.dumps({"term": term, **_this_process(), **record})):
                 beat(run_dir, term, 0)
