@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from gemini_gnn.errors import RecoveryError
+from gemini_gnn.observe.status import read_status
 from gemini_gnn.recovery import home, messages
 from gemini_gnn.recovery.stop import stop
 from tests.recovery.jobs import Job, wait_for
@@ -48,10 +49,11 @@ def test_the_reason_is_said_although_the_slot_that_speaks_comes_last(living):
 
 def test_the_same_run_directory_with_another_arena_is_told_who_has_it(living, short_path):
     """As another machine or user would be: nothing of the living job is touched, not even its status."""
-    agent, before = living.pid_of("agent"), (living.run_dir / "status.json").read_text()
+    agent = living.pid_of("agent")
     code, _, err = living.end(living.launch(1, "train", arena=os.fspath(short_path)))
     assert code == 2 and "is in use by the worker agent on" in err and f"pid {agent}," in err
-    assert (living.run_dir / "status.json").read_text() == before
+    status = read_status(living.run_dir)
+    assert (status["state"], status["pid"], status["term"]) == ("running", agent, 1)
     wait_for(lambda: list(living.processes().values()).count("agent") == 1, "the end of the other agent")
 
 

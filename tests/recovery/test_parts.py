@@ -17,12 +17,13 @@ from dataclasses import replace
 import pytest
 
 from gemini_gnn.cluster.place import Place
+from gemini_gnn.config import RecoveryConfig
 from gemini_gnn.errors import RecoveryError, RunDirError
 from gemini_gnn.observe import terms
-from gemini_gnn.recovery import home, messages, shim
+from gemini_gnn.recovery import board, home, messages, shim
+from gemini_gnn.recovery.outcome import Failure, Outcome
 from gemini_gnn.recovery.screen import Screen
 from gemini_gnn.recovery.worker import children, decisions
-from gemini_gnn.recovery.worker.decisions import Failure
 from gemini_gnn.recovery.worker.journal import Journal
 from gemini_gnn.snapshot.store import locks
 from gemini_gnn.snapshot.store.arena import SlotFile
@@ -174,17 +175,35 @@ def test_nonsense_of_a_trainer_closes_its_connection_and_harms_nobody(below):
     assert below.trainers[0].channel.fileno() < 0 < below.trainers[1].channel.fileno()
 
 
+A_BOARD = board.Board(
+    9, 1, 3, 2, board.Phase.FORWARD, 0.5, 7, 0.25, (1.5, None, None, None, None), 2, 40, board.Newest(1, 1, 2, 0.25)
+)
 EXAMPLES = [
     messages.Register(
-        Place(0, 1, 0, 1, "m", "h0", 1, "plain"), "m:f", {"a": [1, None, 2.5]}, ["m"], "auto", 3, 10.0, 30.0, 0,
+        Place(0, 1, 0, 1, "m", "h0", 1, "plain"), "m:f", {"a": [1, None, 2.5]}, ["m"], "auto", RecoveryConfig(), 30.0, 0, 0.0,
         {"A": "\udc80"}, "/", ["/x"], ["c"], [0, 1], "token", 7,
     ),
     messages.Stop("why", 130, keep=False, force=True),
-    messages.Accepted(1, "/log", 7),
+    messages.Accepted("/log", 7),
     messages.Refused(2, "no"),
     messages.Ending(),
     messages.Say("news"),
     messages.Ended("failed", 1, "r", 0, "t", 2, 3),
+    messages.Join(0, "h0", 7, 4, 2, [1], True, Failure(-1, 1, 0.5, "s", "t")),
+    messages.Able(True),
+    messages.Unable(Failure(0, 1, 0.5, "s", "t", True)),
+    messages.Stuck("why"),
+    messages.RankListens(1, 2),
+    messages.RankFailed(Failure(0, 1, 0.5, "s", "t", True), 2),
+    messages.RankExited(1, 2, -9, "why"),
+    messages.Beat({3: A_BOARD}, [3], 7),
+    messages.Welcome(1, 0.5, 5.0),
+    messages.RootBeat(True),
+    messages.Begin(2, [2, 3], "h0", 7, "auto"),
+    messages.Close(),
+    messages.AskToStop(),
+    messages.DumpStacks(),
+    messages.Finish(Outcome("failed", 1, "r", True, Failure(0, 1, 0.5, "s", "t"))),
     messages.Preload(["m"], ["/x"]),
     messages.Fork([]),
     messages.Ready(0.5),

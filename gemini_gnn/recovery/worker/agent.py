@@ -220,8 +220,8 @@ class Agent:
     # --- the root -----------------------------------------------------------------------------------------------------
 
     def _tell(self, message: messages.Message) -> None:
-        """Dropped if there is no root: whoever joins says how things stand."""
-        if self.uplink is not None and self.welcome is not None:
+        """Dropped if there is no connection: Join, the first message on the next one, says how things stand."""
+        if self.uplink is not None:
             self.uplink.send(message)
 
     def _look_at_root(self, now: float) -> None:
@@ -404,7 +404,7 @@ class Agent:
 
     def _stop(self, message: messages.Stop) -> None:
         """Ask the root to end the job. Without a root it ends here."""
-        if self.uplink is not None and self.welcome is not None:
+        if self.uplink is not None and (self.welcome is not None or self.root is not None):
             self._tell(message)
         elif self.outcome is None:
             self.outcome = Outcome("stopped", message.code, message.reason, keep=message.keep)
@@ -642,6 +642,7 @@ class Agent:
         state = "failed" if outcome.kind == "lost" else outcome.kind
         self.journal.status(state, reason=outcome.reason, exit_code=outcome.code)
         self.journal.flush(JOURNAL_S)  # before the snapshots are removed: the next agent must see that the work is done
+        self._look_at_journal()
         dropped = (0, 0)
         if not outcome.keep:
             dropped = home.remove_snapshots(self.arena)
