@@ -181,14 +181,14 @@ def decide(state: State, event: Event, now: float) -> Step:
         case Registered(slot):
             return _registered(state, slot, now)
         case WarmReady():
-            return _ready(replace(state, warm_ready=True, warm_deaths=0, deadline=None))
+            return _ready(_waits(replace(state, warm_ready=True, warm_deaths=0), now))
         case WarmDied(reason):
             return _warm_died(state, reason, now)
         case WarmRefused(failure):
             return _unable(state, failure)
         case Begin(generation, ranks):
             assert not state.alive, "a generation began before the last one was reaped"
-            state = replace(state, generation=generation, alive=ranks, closing=False)
+            state = replace(state, generation=generation, alive=ranks, closing=False, deadline=None)
             return state, [Fork(generation, ranks)]
         case Close() if state.alive:
             return replace(state, closing=True, deadline=now + state.limits.reap_s), [Kill(state.alive)]
@@ -205,11 +205,16 @@ def decide(state: State, event: Event, now: float) -> Step:
 
 def _registered(state: State, slot: int, now: float) -> Step:
     first, state = not state.registered, replace(state, registered=state.registered | {slot})
-    if len(state.registered) == state.slots:
-        state = replace(state, deadline=None if state.warm_ready else now + state.limits.start_s)
-    elif first:
+    if first:
         state = replace(state, deadline=now + state.limits.gather_s)
-    return _ready(state)
+    return _ready(_waits(state, now))
+
+
+def _waits(state: State, now: float) -> State:
+    """Where nothing runs, a warm parent that is lacking has a deadline. While slot processes are lacking, theirs stays."""
+    if state.alive or len(state.registered) < state.slots:
+        return state
+    return replace(state, deadline=None if state.warm_ready else now + state.limits.start_s)
 
 
 def _ready(state: State) -> Step:
@@ -220,8 +225,10 @@ def _ready(state: State) -> Step:
 
 def _exited(state: State, exited: Exited, now: float) -> Step:
     told: list[Action] = [Tell(exited, state.generation)]
-    if not state.closing or state.alive:
+    if state.alive:
         return state, told
+    if not state.closing:  # by itself; the root may have gone, and another one may want a generation
+        return _waits(state, now), told
     state, actions = _closed(state, now)
     return state, told + actions
 
@@ -230,13 +237,14 @@ def _closed(state: State, now: float) -> Step:
     """Nothing of the generation lives, and another may begin: the warm parent must come."""
     if state.warm_deaths > MAX_WARM_DEATHS:
         return _without_warm(replace(state, closing=False), now)
-    return replace(state, closing=False, deadline=None if state.warm_ready else now + state.limits.start_s), []
+    return _waits(replace(state, closing=False), now), []
 
 
 def _warm_died(state: State, reason: str, now: float) -> Step:
     """Start another one: it is needed before the next generation, while the trainers run on."""
     state, actions = _ready(replace(state, warm_ready=False, warm_deaths=state.warm_deaths + 1))
     if state.warm_deaths <= MAX_WARM_DEATHS:
+        state = _waits(state, now)
         return state, [*actions, Say(f"the warm parent died ({reason}); starting another"), StartWarm()]
     if state.alive:
         return state, actions
@@ -264,6 +272,8 @@ def _tick(state: State, now: float) -> Step:
             "or restart it"
         )
         return state, [TellStuck(text)]
+    if state.warm_deaths > MAX_WARM_DEATHS:
+        return _without_warm(state, now)
     if len(state.registered) < state.slots:
         text = (
             f"only {len(state.registered)} of {state.slots} slot processes of this machine came within "
