@@ -158,7 +158,7 @@ def test_an_agent_forgets_who_vanished_while_it_spoke(job):
 
     before = []
     for generation in range(1, 5):
-        if generation == 2:  # failures.jsonl, which stays open, is written for the first time; other files open for a moment
+        if generation == 3:  # failures.jsonl, which stays open, has its first record; other files open for a moment
             wait_for(lambda: read_failures(run.run_dir), "the first record")
             before = min(descriptors() for _ in range(50))
         visitor = messages.connect(run.arena / home.AGENT_SOCKET)

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from gemini_gnn.observe import terms
+from gemini_gnn.observe.status import read_status
 from gemini_gnn.recovery.stop import stop
 from gemini_gnn.snapshot.store.locks import agent_lives
 from tests.observe.locks import held_locks
