@@ -30,9 +30,13 @@ def header(rank: int, machine: str, pid: int, when: str) -> str:
     return f"--- rank {rank} on {machine}, pid {pid}, {when} ---\n"
 
 
+ENDED = "[gemini_gnn] ended by "  # how a line begins that an agent adds about a consequence
+
+
 def without_headers(output: bytes) -> bytes:
-    """The output of the program alone: a person who watches one rank needs no lines between starts."""
-    return re.sub(rb"(?m)^--- rank \d+ on \S+, pid \d+, [^\n]* ---\n", b"", output)
+    """The output of the program alone: a person who watches one rank needs neither lines between starts nor consequences."""
+    added = rb"--- rank \d+ on \S+, pid \d+, [^\n]* ---\n|" + re.escape(ENDED.encode()) + rb"[^\n]*\n"
+    return re.sub(rb"(?m)^(?:" + added + rb")", b"", output)
 
 
 def machine_of(log_text: str) -> str | None:

@@ -135,6 +135,7 @@ class Ended:
     Attributes:
         outcome: "done" | "stopped" | "failed" | "lost". code: exit code. reason: one line.
         rank: of the trainer with the first error; -1: the agent's own error; None: no error. text: of that error.
+        machine: of that trainer; empty if the job has only one.
         kept_files: number of snapshot files left in host memory. dropped_bytes: size of the removed ones.
         told: rank 0's machine says the same, on the same terminal.
     """
@@ -144,6 +145,7 @@ class Ended:
     reason: str
     rank: int | None = None
     text: str = ""
+    machine: str = ""
     kept_files: int = 0
     dropped_bytes: int = 0
     told: bool = False

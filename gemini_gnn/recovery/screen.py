@@ -84,7 +84,8 @@ class Screen:
 
 def _last_words(message: messages.Ended, shown: bool) -> str:
     """Why the job ended, and what to do next. ``shown``: the screen has the error already."""
-    rank = f"rank {message.rank}: " if message.rank not in (None, -1) else ""
+    where = f" on {message.machine}" if message.machine else ""
+    rank = f"rank {message.rank}{where}: " if message.rank not in (None, -1) else ""
     text = f"{rank}{(message.text or message.reason).rstrip()}"
     words = f"{message.outcome}: {'the error above' if shown else text}"
     if message.kept_files:

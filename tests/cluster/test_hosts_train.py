@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from gemini_gnn.cluster.launcher import DEEPSPEED
-from gemini_gnn.observe.errors import first_error, read_errors
+from gemini_gnn.observe.errors import first_error
 from gemini_gnn.observe.run_directory import read_losses
 from tests.lab.lab import kill_group
 from tests.trainers import trained
@@ -170,7 +170,7 @@ def test_the_error_of_one_rank_ends_the_job_everywhere(lab, graph, tmp_path):
     )
     said = terminal(run_dir)
     assert "InjectedFault: injected fault: raise-rank 1 @ step 6, in sampling of step 6" in said
-    assert "rank 0 on h2: stopped, because rank 1 on h3 failed: InjectedFault" in said
+    assert "failed: rank 1 on h3: Traceback" in said
     assert "Connection closed by peer" not in said, "what the survivors see is in their logs"
     assert nobody_trains(lab)
 
@@ -179,7 +179,7 @@ def test_a_machine_that_loses_power_is_named_and_the_launcher_ends(lab, graph, t
     """A bare launcher, whose ssh would wait for ever. And, while the job runs, its run directory is refused to a second."""
     run_dir = tmp_path / "run"
     launcher = [*DEEPSPEED, "--hostfile", str(lab.hostfile(["h0", "h1"], slots=2))]
-    settings = [*graph, "training.epochs=100000", "distributed.timeout_s=10"]
+    settings = [*graph, "training.epochs=100000", "recovery.silence_s=2", "recovery.wait_s=5"]
     process = train(lab, "h0", launcher, *settings, run_dir=run_dir)
     wait_until(lambda: len(losses(run_dir)) > 5 or process.poll() is not None, run_dir)
     assert process.poll() is None, terminal(run_dir)[-6000:]
@@ -188,28 +188,27 @@ def test_a_machine_that_loses_power_is_named_and_the_launcher_ends(lab, graph, t
     second = lab.run("h3", again, 60, cwd=ROOT)
     assert second.returncode == 2 and "is in use by" in second.stdout and "on h0" in second.stdout
 
-    off = time.time()
     lab.power_off("h1")
-    # 10 s until the collective gives up, 3 s for last words, 11 s until the launcher's ssh is ended; the rest is load
+    # 2 s of silence, 5 s until it is given up, 11 s until the launcher's ssh is ended; the rest is load
     assert ended(process, run_dir, 60) != 0
-    noticed_s = min(record.time_s for record in read_errors(run_dir)) - off
-    assert noticed_s < 10 + 10, "within distributed.timeout_s, and what a busy machine needs"
     said = terminal(run_dir)
-    assert "lost rank 2 on h1, rank 3 on h1: no answer and no last words" in said and "ssh h1 true" in said, said[
-        -6000:
-    ]
+    assert "the worker agent on h1 (ranks 2, 3) is silent for 2." in said, said[-6000:]
+    assert "h1 (ranks 2, 3) did not come back within 5 s (recovery.wait_s)" in said and "ssh NAME true" in said
     assert "nothing of this job runs on h1: ended the launcher's ssh, which waited for it" in said
     assert nobody_trains(lab)
 
 
-def test_a_killed_trainer_and_the_command_typed_again(lab, graph, losses_here, tmp_path):
-    """No machine restarts a job of several by itself yet, but each has its snapshots: the same command goes on, bit for bit."""
+def test_everything_is_killed_and_the_command_typed_again(lab, graph, losses_here, tmp_path):
+    """Each machine has its snapshots: the same command goes on, bit for bit."""
     run_dir = tmp_path / "run"
     launcher = [PYTHON, "launch/hosts.py", "run", str(lab.hostfile(["h0", "h1"], slots=2))]
-    fault = "faults.at=kill-rank 1 @ step 6"
-    first = train(lab, "h0", launcher, *graph, "training.epochs=8", fault, run_dir=run_dir)
+    fault = ["faults.allow=true", "faults.at=hang-collective 1 @ step 6"]
+    first = train(lab, "h0", launcher, *graph, "training.epochs=8", *fault, run_dir=run_dir)
+    wait_until(lambda: len(losses(run_dir)) == 5 or first.poll() is not None, run_dir)
+    for host in ("h0", "h1"):
+        lab.run(host, ["pkill", "-9", "-f", str(run_dir)])
     assert ended(first, run_dir, 90) != 0
-    assert 0 < len(losses(run_dir)) < len(losses_here)
+    assert len(losses(run_dir)) == 5 < len(losses_here)
     again = train(lab, "h0", launcher, *graph, "training.epochs=8", "resume=must", run_dir=run_dir)
     assert ended(again, run_dir, 90) == 0, terminal(run_dir)[-6000:]
     assert "going on after step" in terminal(run_dir)
@@ -229,9 +228,9 @@ def test_hosts_in_another_order_lose_no_step(lab, graph, losses_here, tmp_path):
         listed = ["sh", "-c", "cd /dev/shm && find . -type f -path '*/r*.[0-9]' | sort | xargs sha256sum"]
         return [lab.run(host, listed).stdout for host in ("h0", "h1")]
 
-    fault = "faults.at=kill-rank 1 @ step 6"
+    fault = ["faults.at=kill-rank 1 @ step 6", "recovery.same_step_failures=0"]
     right = [*command, str(lab.hostfile(["h0", "h1"], slots=2))]
-    assert ended(train(lab, "h0", right, *settings, fault, run_dir=run_dir), run_dir, 90) != 0
+    assert ended(train(lab, "h0", right, *settings, *fault, run_dir=run_dir), run_dir, 90) != 0
     done, before = losses(run_dir), memory()
     assert 0 < len(done) < len(losses_here) and all("rank-0000" in held for held in before)
 
@@ -260,8 +259,10 @@ def test_a_machine_that_dies_while_the_job_starts_is_named(lab, graph, tmp_path)
     wait_until(lambda: starts() or process.poll() is not None, run_dir)
     lab.power_off("h3")
     assert ended(process, run_dir, 90) != 0
-    assert "ranks [1] of 2 did not come within 3 s" in terminal(run_dir)
-    assert "machine 2 in the order of the hostfile" in terminal(run_dir)
+    said = terminal(run_dir)
+    assert "machine 2 in the order of the hostfile (rank 1) did not come within 3 s" in said or (
+        "h3 (rank 1) did not come" in said
+    ), said[-6000:]
     assert nobody_trains(lab)
     checked = lab.run("h0", [PYTHON, "launch/hosts.py", "check", str(lab.hostfile(["h0", "h3"]))], 60, cwd=ROOT)
     assert checked.returncode == 2 and "1 of 2 hosts cannot take part: h3" in checked.stdout

@@ -188,7 +188,7 @@ EXAMPLES = [
     messages.Refused(2, "no"),
     messages.Ending(),
     messages.Say("news"),
-    messages.Ended("failed", 1, "r", 0, "t", 2, 3),
+    messages.Ended("failed", 1, "r", 0, "t", "h1", 2, 3),
     messages.Join(0, "h0", 7, 4, 2, [1], True, Failure(-1, 1, 0.5, "s", "t")),
     messages.Able(True),
     messages.Unable(Failure(0, 1, 0.5, "s", "t", True)),

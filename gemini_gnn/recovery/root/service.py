@@ -276,6 +276,7 @@ class Root:
     def _begin(self, generation: int, now: float) -> None:
         """Have all machines fork a generation. The store listens already: a client that came first would lose half a second."""
         self._watch, self._fresh, self._word_s = None, set(), None
+        self.ledger.reaped(now)
         self.ledger.begun(now)
         # `never` removed the snapshots when this start began, so a later generation resumes.
         resume = "auto" if generation > 1 and self.resume == "never" else self.resume

@@ -663,12 +663,19 @@ class Agent:
             reason=outcome.reason,
             rank=failure.rank if failure else None,
             text=failure.text if failure else "",
+            machine=self._machine_of(failure.rank) if failure else "",
             kept_files=kept,
             dropped_bytes=dropped[1],
             told=self.told and self.root is None,
         )
         for channel in [shim.channel for shim in self.shims.values()] + self.visitors:
             channel.send(message)
+
+    def _machine_of(self, rank: int) -> str:
+        """Where this machine knows it, and the job has several."""
+        if self.root is None or len(self.root.state.machines) == 1 or rank < 0:
+            return ""
+        return self.root.state.name(rank // self.root.state.local)
 
     # --- saying what happens ------------------------------------------------------------------------------------------
 

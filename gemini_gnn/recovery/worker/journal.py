@@ -13,6 +13,7 @@ from typing import Any
 
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.failures import FAILURES
+from gemini_gnn.observe.logs import ENDED
 from gemini_gnn.observe.status import STATUS, read_status, write_status
 from gemini_gnn.observe.writer import Writer
 from gemini_gnn.recovery.outcome import Failure, told_error
@@ -64,9 +65,9 @@ class Journal:
         for failure in self.errors:
             text = failure.text if failure.text.startswith("Traceback") else f"error: {failure.text}"
             if failure is not whole:
-                text = f"[gemini_gnn] ended by {failure.summary} (after another trainer)"
+                text = f"{ENDED}{failure.summary} (after another trainer)"
                 if whole is not None and failure.summary == whole.summary:
-                    text = f"[gemini_gnn] ended by the same error as rank {whole.rank}: see its log"
+                    text = f"{ENDED}the same error as rank {whole.rank}: see its log"
             self.writer.submit(_add, self.log_of(failure.rank), text.rstrip("\n") + "\n")
         self.errors.clear()
 
