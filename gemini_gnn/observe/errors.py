@@ -1,10 +1,9 @@
 """The errors of a job's ranks: which error came first, and which are consequences.
 
 When one rank fails, the others lose their connection to it and fail too; their errors only say so. Each rank writes
-``errors/rank-<r>.json`` and marks such *consequences*. A rank with a consequence waits a moment for the cause, and prints
-nothing if another rank has named it. If none has, the lowest rank that can still write names the silent ones: their
-machines have lost power or network, or they were killed. Machines have different clocks, so an error that is no
-consequence counts before one that is, whatever its time.
+``errors/rank-<r>.json`` and marks such *consequences*. The root agent tells causes from them as they come; these files are
+for people, and for jobs without an agent. Machines have different clocks, so an error that is no consequence counts before
+one that is, whatever its time.
 
 A record names its membership (:func:`begin`): a record that an earlier start left does not explain an error of this one.
 """
@@ -26,7 +25,6 @@ import msgspec
 
 from gemini_gnn.errors import GeminiError, PeerLost
 from gemini_gnn.files import write_atomically
-from gemini_gnn.observe.logs import machine_of
 
 SETTLE_S = 3.0  # how long a rank with a consequence waits for the record of the cause
 
@@ -150,48 +148,8 @@ def first_error(run_dir: Path) -> str | None:
     return None if record is None else f"rank {record.rank} on {record.machine}: {record.type}: {record.message}"
 
 
-def verdict(records: list[Record], rank: int, world_size: int, machines: dict[int, str]) -> str | None:
-    """The error message of rank ``rank``, which has failed; None if another rank prints one. Pure.
-
-    Args:
-        records: of all ranks so far, that of ``rank`` among them.
-        machines: rank -> machine, as far as known.
-    """
-    own = next(record for record in records if record.rank == rank)
-    if not own.consequence:
-        return own.message if own.expected else f"{own.type}: {own.message}\n{own.traceback.rstrip()}"
-    cause = first(records)
-    assert cause is not None
-    if not cause.consequence:
-        if rank != 0:
-            return None
-        return f"stopped, because rank {cause.rank} on {cause.machine} failed: {cause.type}: {cause.message}"
-    if rank != min(record.rank for record in records):
-        return None
-    silent = [r for r in range(world_size) if r not in {record.rank for record in records}]
-    if not silent:
-        return f"{own.message}\nevery rank lost its peers and none names another cause: is the network cut?"
-    speaking = {record.machine for record in records}
-    lost = [r for r in silent if machines.get(r) not in speaking]
-    saw = f"Rank {rank} saw: {own.message.splitlines()[0] if own.message else own.type}"
-    names = ", ".join(f"rank {r} on {machines.get(r, 'an unknown machine')}" for r in lost or silent)
-    if not lost:
-        return (
-            f"{names} ended without a word, or hangs; other ranks of the machine are well. Killed, out of memory "
-            f"(`dmesg`)? See logs/rank-{silent[0]}.log. {saw}"
-        )
-    tries = "; ".join(f"ssh {name} true" for name in dict.fromkeys(machines[r] for r in lost if r in machines))
-    return (
-        f"lost {names}: no answer and no last words. The machine has no power or no network, or the process was killed "
-        f"(out of memory?). Try: {tries or 'the hostfile, with `python launch/hosts.py check hostfile`'}. If the launcher "
-        f"does not come back, its ssh waits for that machine: Ctrl-C, and next time `launch/hosts.py run`. {saw}"
-    )
-
-
-def understood(
-    run_dir: Path, rank: int, world_size: int, error: BaseException, settle_s: float = SETTLE_S
-) -> tuple[str | None, int]:
-    """Record ``error``. Returns this rank's message (None if another rank prints one), and the exit code of the first error.
+def first_exit_code(run_dir: Path, rank: int, world_size: int, error: BaseException, settle_s: float = SETTLE_S) -> int:
+    """Record ``error``, and return the exit code of the first error of any rank: of a job on one machine without an agent.
 
     If ``error`` is a consequence, this waits up to ``settle_s`` for the record of the cause.
     """
@@ -203,20 +161,6 @@ def understood(
         records = read_errors(run_dir, _membership)
     if all(r.rank != rank for r in records):  # the run directory cannot be written
         records.append(_record(rank, error))
-    said = verdict(records, rank, world_size, _machines(run_dir, world_size))
     cause = first(records)
     assert cause is not None
-    place = f"rank {rank} on {socket.gethostname()}: " if world_size > 1 else ""
-    return None if said is None else place + said, cause.exit_code
-
-
-def _machines(run_dir: Path, world_size: int) -> dict[int, str]:
-    found = {}
-    for rank in range(world_size):
-        try:
-            text = (run_dir / "logs" / f"rank-{rank}.log").read_text(errors="replace")
-        except OSError:
-            continue
-        if (machine := machine_of(text)) is not None:
-            found[rank] = machine
-    return found
+    return cause.exit_code

@@ -19,7 +19,7 @@ from typing import Any
 from gemini_gnn.cluster.place import Place, threads
 from gemini_gnn.config import Config, from_mapping, to_mapping
 from gemini_gnn.errors import ClusterError, GeminiError, RunDirError
-from gemini_gnn.observe.errors import understood
+from gemini_gnn.observe.errors import first_exit_code
 
 _context = multiprocessing.get_context("forkserver")
 
@@ -42,8 +42,7 @@ def _trainer(payload: dict[str, Any], place: Place, listener: socket.socket | No
         )
         if isinstance(error, RunDirError):  # the folder is not ours: nothing is written there
             sys.exit(2)
-        _, code = understood(Path(payload["run_dir"]), place.rank, place.world_size, error)
-        sys.exit(code)
+        sys.exit(first_exit_code(Path(payload["run_dir"]), place.rank, place.world_size, error))
 
 
 def train_local(config: Config, ranks: int, *, timeout_s: float = 24 * 3600.0) -> list[int]:
