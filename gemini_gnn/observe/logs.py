@@ -26,7 +26,7 @@ class _Tolerant(io.FileIO):
 
 
 def header(rank: int, machine: str, pid: int, when: str) -> str:
-    """The line that begins a start in a log; :func:`machine_of` reads it."""
+    """The line that begins a start in a log."""
     return f"--- rank {rank} on {machine}, pid {pid}, {when} ---\n"
 
 
@@ -37,12 +37,6 @@ def without_headers(output: bytes) -> bytes:
     """The output of the program alone: a person who watches one rank needs neither lines between starts nor consequences."""
     added = rb"--- rank \d+ on \S+, pid \d+, [^\n]* ---\n|" + re.escape(ENDED.encode()) + rb"[^\n]*\n"
     return re.sub(rb"(?m)^(?:" + added + rb")", b"", output)
-
-
-def machine_of(log_text: str) -> str | None:
-    """The machine in the last header of a log."""
-    found = re.findall(r"^--- rank \d+ on (\S+), pid \d+, ", log_text, re.MULTILINE)
-    return found[-1] if found else None
 
 
 def redirect(log: Path) -> None:

@@ -32,10 +32,10 @@ def graph(tmp_path_factory):
     return ["dataset.nodes=2000", cache]
 
 
-def train(lab, host, launcher, *settings, run_dir, environ=None):
-    """Start a training from ``host``; its output goes to a file beside the run directory."""
+def train(lab, host, launcher, *settings, run_dir, environ=None, output=None):
+    """Start a training from ``host``; what it prints goes to a file beside ``output``, or the run directory."""
     command = [*launcher, "launch/train.py", f"run_dir={run_dir}", "training.threads=1", *settings]
-    output = open(f"{run_dir}-terminal.txt", "w")
+    output = open(f"{output or run_dir}-terminal.txt", "w")
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", **(environ or {})}
     with output:
         return lab.popen(host, command, stdout=output, stderr=output, cwd=ROOT, env=environment)

@@ -5,12 +5,14 @@ import subprocess
 import sys
 
 from gemini_gnn.observe import logs
-from gemini_gnn.observe.logs import machine_of
 
 
-def test_the_last_header_of_a_log_names_the_machine():
-    text = logs.header(2, "h2", 10, "then") + "words --- rank 1 on h9\n" + logs.header(2, "h4", 11, "now")
-    assert machine_of(text) == "h4" and machine_of("nothing") is None
+def test_a_person_sees_the_output_alone():
+    """Neither the lines between starts nor what an agent says of a consequence: the cause is shown once, by itself."""
+    output = (
+        f"one\n{logs.header(2, 'h2', 10, 'then')}two\n{logs.ENDED}RuntimeError: gone (after another trainer)\nthree"
+    )
+    assert logs.without_headers(output.encode()) == b"one\ntwo\nthree"
 
 
 START = (
