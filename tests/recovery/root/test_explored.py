@@ -33,6 +33,7 @@ from gemini_gnn.recovery.root import decisions as root
 from gemini_gnn.recovery.worker import decisions as worker
 
 SETTLE_S = root.Limits().settle_s
+MANY = 200_000  # states: a circle of ever new generations would have more; the largest job below has 58,000
 SHORT_S = 5.0  # shorter deadlines pass without a fault
 FAULTS = frozenset({"kill", "error", "agent", "cut", "warm", "hang", "stop", "drop", "slow", "stall", "stuck", "lost"})
 EXCUSES = frozenset(
@@ -519,6 +520,7 @@ def explore(start: World) -> Counter[str | None]:
         assert found or worlds[number].ended, (
             f"(c) nothing can happen\n{worlds[number]}\nafter\n{path_to(number, came)}"
         )
+        assert len(worlds) < MANY, f"(c) it goes on and on\nafter\n{path_to(number, came)}"
         after.append([])
         for label, world in found:
             other = numbers.setdefault(world, len(worlds))
