@@ -292,6 +292,9 @@ def decide(state: State, event: Event, now: float) -> Step:
         case Ready(machine, ready):
             return _next(_with(state, machine, ready=ready), now)
         case Unable(_, failure):
+            if state.outcome is not None:  # nobody needs another generation
+                return state, []
+            failure = (told_error(state.failures) if state.phase is Phase.RUNNING else None) or failure
             return _close(state, Outcome("failed", failure.code, failure.summary, failure=failure), now)
         case Gone():
             return _gone(state, event, now)
