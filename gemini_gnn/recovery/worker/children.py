@@ -215,6 +215,7 @@ class Children:
         return events
 
     def _reaped(self, pid: int, code: int, now: float) -> list[Event]:
+        self.spared.discard(pid)
         if self.warm is not None and pid == self.warm.pid:
             events = self._reports(self.warm, now)  # its last messages
             return events + self._lost(self.warm, exit_name(code))
