@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -47,3 +49,10 @@ def test_it_comes_up_again_whatever_signal_comes_and_however_often_that_fails(tm
     assert os.waitpid(pid, 0)[1] == 0
     assert (tmp_path / "said").read_text().splitlines() == ["link set dev eth7 down"] + 2 * ["link set dev eth7 up"]
     assert os.getsid(0) != pid and time.monotonic() - begin >= 0.5
+
+
+def test_a_job_that_cannot_cut_it_is_refused_before_it_begins(tmp_path):
+    settings = [f"run_dir={tmp_path / 'run'}", "faults.allow=true", "faults.at=[cut-link h1 for 2 s @ step 5]"]
+    done = subprocess.run([sys.executable, "launch/train.py", *settings], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "cut-link: expected a job on several machines" in done.stderr, done
+    assert not (tmp_path / "run").exists()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from gemini_gnn.errors import ConfigError, RecoveryError
 from gemini_gnn.observe import terms
 from gemini_gnn.observe.status import write_status
-from gemini_gnn.recovery import board
+from gemini_gnn.recovery import board, messages, wire
 from gemini_gnn.recovery.inject import inject
 from gemini_gnn.recovery.stop import stop
 from tests.recovery.jobs import PATIENCE_S, job, wait_for
@@ -207,6 +209,34 @@ def test_a_root_that_does_not_answer(tmp_path, monkeypatch):
     assert time.monotonic() - begin < 10.0
     write_status(tmp_path, "stopped")
     assert "run this command on each" in stop(tmp_path, keep=False)
+
+
+@pytest.mark.parametrize("call", [stop, lambda run_dir: inject(run_dir, ["kill-root"])], ids=["stop", "inject"])
+def test_a_root_that_goes_without_an_answer_is_asked_to_stop_again_but_gets_a_fault_once(tmp_path, call):
+    listener = wire.listen("127.0.0.1", 0)
+    elsewhere(tmp_path, "running", local_world_size=1, address="127.0.0.1", port=listener.getsockname()[1])
+    token, asked = terms.token(tmp_path), []
+
+    def serve() -> None:
+        while len(asked) < 2:
+            select.select([listener], [], [], PATIENCE_S)
+            root = wire.accept(listener, messages.TO_ROOT, token)
+            asked.extend(wait_for(lambda r=root: r.receive() or r.closed, "a request"))
+            if len(asked) == 2:
+                root.send(messages.Ended("stopped", 143, "launch/stop.py"))
+            root.close()
+
+    root = threading.Thread(target=serve, daemon=True)
+    root.start()
+    if call is stop:
+        assert "has ended: stopped" in stop(tmp_path)
+    else:
+        with pytest.raises(RecoveryError, match="does not answer .it went without an answer.*running, step 7"):
+            call(tmp_path)
+        assert asked == [messages.Inject("kill-root")]
+        assert "has ended: stopped" in stop(tmp_path)
+    root.join(10.0)
+    listener.close()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to become another user")

@@ -65,8 +65,18 @@ class Faults:
         elapsed_s: float | None = None,
     ) -> list[str]:
         """Have the faults committed that are due. Returns what is wrong with those that never can be."""
-        seen = [board for board in boards if board.generation == state.generation]
-        if self._left and self._begun_s is None and any(board.phase is not Phase.START_UP for board in seen):
+        try:
+            return self._look(
+                [board for board in boards if board.generation == state.generation], state, agents, elapsed_s
+            )
+        except OSError as error:
+            self._left.clear()
+            return [f"no more faults on purpose: {self.run_dir / injection.FOLDER}: {error.strerror}"]
+
+    def _look(
+        self, boards: list[Board], state: decisions.State, agents: Mapping[int, Agent], elapsed_s: float | None
+    ) -> list[str]:
+        if self._left and self._begun_s is None and any(board.phase is not Phase.START_UP for board in boards):
             self._begun_s = injection.begun(self.run_dir)
             for name in injection.committed(self.run_dir) & self._left.keys():
                 del self._left[name]
@@ -75,7 +85,7 @@ class Faults:
         problems = []
         elapsed_s = time.time() - self._begun_s if elapsed_s is None else elapsed_s
         for name, fault in list(self._left.items()):
-            if not any(schedule.due(fault, board.step, elapsed_s, board.phase.word) for board in seen):
+            if not any(schedule.due(fault, board.step, elapsed_s, board.phase.word) for board in boards):
                 continue
             try:
                 machine = machine_of(fault, state)

@@ -321,7 +321,7 @@ class Agent:
         place, done = self.request.place, True
         try:
             said = harm.commit(order.fault, self.children, master_addr=place.master_addr, machines=place.machines)
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:  # a program of another user by now, or no more processes
             said, done = str(error), False
         self._tell(messages.Committed(order.ask, done, said))
 

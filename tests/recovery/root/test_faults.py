@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import selectors
 import socket
 from dataclasses import replace
 
 import pytest
 
-from gemini_gnn.config import FaultsConfig
+from gemini_gnn.config import FaultsConfig, RecoveryConfig
 from gemini_gnn.errors import ConfigError
 from gemini_gnn.faults import injection
 from gemini_gnn.faults.schedule import parse_command
@@ -15,6 +16,7 @@ from gemini_gnn.recovery import messages
 from gemini_gnn.recovery.board import Board, Phase
 from gemini_gnn.recovery.root import decisions
 from gemini_gnn.recovery.root.faults import Agent, Faults, check_able, machine_of, reads_orders
+from gemini_gnn.recovery.root.service import Root
 from gemini_gnn.recovery.worker.journal import Journal
 
 HERE = decisions.Machine(here=True, ready=True)
@@ -180,3 +182,53 @@ def test_a_machine_of_the_schedule_that_does_not_exist_is_said_once(parts):
     faults = make(at=["kill-agent h7 @ step 1"])
     assert "h7" in faults.look([board(2)], STATE, agents)[0]
     assert faults.look([board(2)], STATE, agents) == []
+
+
+def test_a_run_directory_that_is_lost_ends_the_faults_and_not_the_job(parts, monkeypatch):
+    make, agents, workers, *_ = parts
+    faults = make(at=["kill-agent h1 @ step 5"])
+
+    def refuse(*_args, **_details):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(injection, "claim", refuse)
+    (said,) = faults.look([board(6)], STATE, agents, 0.0)
+    assert "faults: No space left on device" in said and workers[1].receive() == []
+    assert faults.look([board(7)], STATE, agents, 1.0) == []
+
+
+# --- visitors of the root -----------------------------------------------------------------------------------------------
+
+
+def test_a_visitor_may_wait_for_longer_than_a_worker_may_be_silent(tmp_path):
+    (tmp_path / "events").mkdir()
+    journal = Journal(tmp_path, "h0")
+    root = Root(
+        term=1,
+        state=decisions.forming(1, 2),
+        settings=RecoveryConfig(),
+        resume="auto",
+        master_addr="127.0.0.1",
+        token=b"",
+        listener=None,
+        journal=journal,
+        faults=Faults(FaultsConfig(), 2, tmp_path, journal),
+        selector=selectors.DefaultSelector(),
+        now=0.0,
+    )
+    ours, theirs = socket.socketpair()
+    person = messages.Channel(theirs, messages.TO_SLOT)
+    root.visit(messages.Channel(ours, messages.TO_AGENT), messages.Inject("kill-rank 0"), 0.0)
+    (answer,) = person.receive()
+    assert not answer.done and "machine 1 is away" in answer.text
+    silent = root.local_end(0.0)
+    for tick in range(41):
+        root.tick(tick / 2)
+    assert len(root.links) == 1, "20 s later: one that never said what it is has gone"
+    assert messages.Channel(silent, messages.TO_WORKER).receive() == []
+    (visitor,) = root.close()
+    visitor.send(messages.Ended("stopped", 143, "launch/stop.py"))
+    assert [type(one) for one in person.receive()] == [messages.Ended]
+    visitor.close()
+    person.close()
+    silent.close()
