@@ -1,7 +1,8 @@
 """End a job in order: ``python launch/stop.py run_dir=runs/my_run [keep=false]``.
 
-The trainers finish their step, then every process of the job on this machine exits. The snapshots in host memory stay: the
-command that started the job resumes from them. ``keep=false`` removes them, also those of a job that no longer runs.
+The trainers finish their step, then every process of the job exits, on all its machines. Any machine that sees the run
+directory will do; a job on one machine is stopped there. The snapshots in host memory stay: the command that started the
+job resumes from them. ``keep=false`` removes them on all machines. If the job no longer runs, it removes those of this one.
 """
 
 import sys

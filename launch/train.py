@@ -16,6 +16,7 @@ from gemini_gnn.cluster.place import discover
 from gemini_gnn.compose import command, compose
 from gemini_gnn.config import to_mapping
 from gemini_gnn.errors import RunDirError
+from gemini_gnn.faults import link, schedule
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_directory import RunDir, resume_of
 from gemini_gnn.recovery import shim
@@ -33,6 +34,8 @@ def main(arguments: list[str]) -> int:
     with launcher.first_speaks(place):
         config = compose(arguments)
         config.run_dir = str(Path(config.run_dir).absolute())
+        if any(fault.kind == "cut-link" for fault in schedule.planned(config.faults, place.world_size).values()):
+            link.check(place.machines)
         # Again under the lock, later; here it costs no imports, and every machine ends at once. A living job answers for
         # itself: its worker agent is asked below. Every slot looks: one that went on would start a worker agent.
         try:
@@ -54,6 +57,7 @@ def main(arguments: list[str]) -> int:
         terminal=sys.stdout.isatty(),
         arena_root=config.snapshot.arena,
         recovery=replace(config.recovery, same_step_failures=0) if config.snapshot.mode == "none" else config.recovery,
+        faults=config.faults,
         start_timeout_s=config.distributed.start_timeout_s,
     )
     if code not in (0, STOPPED):

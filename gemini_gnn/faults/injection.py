@@ -64,6 +64,18 @@ def arm(fault: Fault, claim: Path | None = None) -> None:
     armed.append((fault, claim))
 
 
+def order(fault: Fault) -> None:
+    """Commit the fault of an ``inject`` command: at the next mark of its phase, else at once.
+
+    Raises:
+        InjectedFault: see :func:`commit`.
+    """
+    if fault.phase is None:
+        commit(fault, "as ordered")
+    else:
+        arm(fault)
+
+
 def at(phase: str, step: int | None = None) -> None:
     """This trainer is in ``phase`` of ``step`` (None: of the same). Only called where something is armed."""
     global _step

@@ -194,12 +194,12 @@ class Page:
         self._board, self._offset, self._generation = board, page * PAGE_BYTES, generation
         self._words = memoryview(board)[self._offset : self._offset + PAGE_BYTES].cast("Q")
         self._marks, self._place, self._since_ns = 0, 0, 0
-        self._step = self._phase = -1
+        self.step = self._phase = -1
 
     def mark(self, phase: Phase, step: int | None = None) -> None:
         """From now on this trainer is in ``phase`` of ``step`` (None: of the same). Nothing new is no mark."""
-        words, step = self._words, self._step if step is None else step
-        if phase == self._phase and step == self._step:
+        words, step = self._words, self.step if step is None else step
+        if phase == self._phase and step == self.step:
             return
         now = time.monotonic_ns()
         if self._marks:
@@ -207,8 +207,8 @@ class Page:
             longest = words[entry + 1]
             words[entry + 1] = max(now - self._since_ns, longest - (longest >> FADES))
             words[entry] += 1
-        self._place = self._place + 1 if step == self._step else 0
-        self._phase, self._step, self._since_ns = phase, step, now
+        self._place = self._place + 1 if step == self.step else 0
+        self._phase, self.step, self._since_ns = phase, step, now
         marks = self._marks = self._marks + 1
         at = self._offset + 8 * (_RECORDS + _RECORD_WORDS * (marks % 2))
         _RECORD.pack_into(self._board, at, marks, self._generation, step, self._place, phase, now)
@@ -257,7 +257,7 @@ def mark(phase: Phase, step: int | None = None) -> None:
     if _page is not None:
         _page.mark(phase, step)
     if injection.armed:
-        injection.at(phase.word, step)
+        injection.at(phase.word, step if _page is None else _page.step)
 
 
 def doing(phase: Phase) -> None:

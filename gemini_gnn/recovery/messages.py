@@ -28,7 +28,8 @@ from typing import Any
 import msgspec
 
 from gemini_gnn.cluster.place import Place
-from gemini_gnn.config import RecoveryConfig
+from gemini_gnn.config import FaultsConfig, RecoveryConfig
+from gemini_gnn.faults.schedule import Fault
 from gemini_gnn.recovery.board import Board
 from gemini_gnn.recovery.outcome import Failure, Outcome
 
@@ -38,7 +39,7 @@ MAX_DESCRIPTORS = 253  # the kernel's limit for one message
 PROTOCOL = 4  # of messages to an agent, which may be of an older installation: count up with every change
 
 
-# --- slot process (or stop.py) -> agent -------------------------------------------------------------------------------
+# --- slot process (or stop.py, inject.py) -> agent --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Register:
         payload: JSON for the function.
         preload: modules that trainers are forked with.
         resume: "auto" | "never" | "must".
-        recovery: the settings. start_timeout_s: from the first machine of the job to the last.
+        recovery, faults: the settings. start_timeout_s: from the first machine of the job to the last.
         deaths: number of this launch's agents that have died. died_s: when the last one did, on the machine's monotonic clock.
         environment, folder, path, command: of the slot process; the trainer gets the same.
         cores: of the slot process; the trainer runs on the same.
@@ -65,6 +66,7 @@ class Register:
     preload: list[str]
     resume: str
     recovery: RecoveryConfig
+    faults: FaultsConfig
     start_timeout_s: float
     deaths: int
     died_s: float
@@ -93,7 +95,14 @@ class Stop:
     force: bool = False
 
 
-# --- agent -> slot process (or stop.py) -------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Inject:
+    """Commit the fault of ``text`` (``faults.schedule.parse_command``) now. The answer is Committed."""
+
+    text: str
+
+
+# --- agent -> slot process (or stop.py, inject.py) --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,7 @@ class Ended:
         machine: of that trainer; empty if the job has only one.
         kept_files: number of snapshot files left in host memory. dropped_bytes: size of the removed ones.
         told: rank 0's machine says the same, on the same terminal.
+        away: machines that do not know of the end. They keep their snapshots.
     """
 
     outcome: str
@@ -149,6 +159,7 @@ class Ended:
     kept_files: int = 0
     dropped_bytes: int = 0
     told: bool = False
+    away: list[str] = field(default_factory=list)
 
 
 # --- worker -> root ---------------------------------------------------------------------------------------------------
@@ -232,6 +243,15 @@ class Beat:
     memory_bytes: int
 
 
+@dataclass(frozen=True)
+class Committed:
+    """The answer to Commit, and to Inject. ``text``: the harm that was done to which process, or why none (``done``)."""
+
+    ask: int
+    done: bool
+    text: str
+
+
 # --- root -> worker ---------------------------------------------------------------------------------------------------
 
 
@@ -286,9 +306,18 @@ class DumpStacks:
 
 @dataclass(frozen=True)
 class Finish:
-    """The job has ended; its machines clean up."""
+    """The job has ended; its machines clean up. ``away``: those that do not hear of it."""
 
     outcome: Outcome
+    away: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Commit:
+    """Do the harm of ``fault`` to this machine, one of its processes, or (to a trainer) itself."""
+
+    fault: Fault
+    ask: int = 0
 
 
 # --- agent <-> warm parent --------------------------------------------------------------------------------------------
@@ -393,19 +422,31 @@ class Failed:
 
 
 Message = (
-    Register | Stop | Accepted | Refused | Ending | Say | Ended
-    | Join | Able | Unable | Stuck | RankListens | RankFailed | RankExited | Beat
-    | Welcome | RootBeat | Begin | Close | AskToStop | DumpStacks | Finish
+    Register | Stop | Inject | Accepted | Refused | Ending | Say | Ended
+    | Join | Able | Unable | Stuck | RankListens | RankFailed | RankExited | Beat | Committed
+    | Welcome | RootBeat | Begin | Close | AskToStop | DumpStacks | Commit | Finish
     | Preload | Fork | Ready | Unfit | Forked | Task | Started | Listens | StopAsked | Failed
 )  # fmt: skip
-TO_AGENT = (Register, Stop)  # from slot processes and stop.py, of any installation
-TO_SLOT = (Accepted, Refused, Ending, Say, Ended)
-TO_ROOT = (Join, Able, Unable, Stuck, RankListens, RankFailed, RankExited, Beat, Stop)  # from workers
-TO_WORKER = (Welcome, Refused, RootBeat, Begin, Close, AskToStop, DumpStacks, Say, Finish)  # from the root
+TO_AGENT = (Register, Stop, Inject)  # from slot processes and visitors, of any installation
+TO_SLOT = (Accepted, Refused, Ending, Say, Ended, Committed)  # and to visitors
+TO_ROOT = (
+    Join,
+    Able,
+    Unable,
+    Stuck,
+    RankListens,
+    RankFailed,
+    RankExited,
+    Beat,
+    Committed,
+    Stop,
+    Inject,
+)  # from workers, visitors
+TO_WORKER = (Welcome, Refused, RootBeat, Begin, Close, AskToStop, DumpStacks, Commit, Say, Finish)  # from the root
 FROM_WARM = (Ready, Unfit)
 TO_WARM = (Preload, Fork)
 FROM_TRAINER = (Forked, Started, Listens, Failed)
-TO_TRAINER = (Task, StopAsked)
+TO_TRAINER = (Task, StopAsked, Commit)
 
 
 def kind_of(message: type) -> str:

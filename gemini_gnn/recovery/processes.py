@@ -7,6 +7,7 @@ import ctypes
 import os
 import signal
 import time
+from collections.abc import Set
 from pathlib import Path
 
 from gemini_gnn.errors import RecoveryError
@@ -93,12 +94,12 @@ def reap_child(pid: int, patience_s: float) -> int | None:
         time.sleep(0.001)
 
 
-def kill_and_reap_children(patience_s: float) -> bool:
-    """Kill all children, and the orphans that then become ours. Returns whether all of them were reaped in time."""
+def kill_and_reap_children(patience_s: float, spared: Set[int] = frozenset()) -> bool:
+    """Kill all children but the ``spared``, and the orphans that then become ours. Returns whether all were reaped in time."""
     deadline = time.monotonic() + patience_s
     while True:
         reap_children()
-        left = children()
+        left = set(children()) - spared
         if not left:
             return True
         if time.monotonic() > deadline:

@@ -27,7 +27,7 @@ from typing import Any
 
 from gemini_gnn.cluster.launcher import let_the_first_speak
 from gemini_gnn.cluster.place import Place
-from gemini_gnn.config import RecoveryConfig
+from gemini_gnn.config import FaultsConfig, RecoveryConfig
 from gemini_gnn.errors import RecoveryError, RunDirError
 from gemini_gnn.observe import terms
 from gemini_gnn.recovery import home, messages
@@ -38,6 +38,7 @@ ANSWER_S = 60.0  # until the agent of an earlier start is gone and ours answers
 MAX_DEATHS = 4  # so many agents that accepted this shim may not die within DEATHS_S: something else is wrong
 DEATHS_S = 120.0
 AGENT = "gemini_gnn.recovery.worker.agent"
+NO_FAULTS = FaultsConfig()
 UNKNOWN_SCRIPT = RecoveryConfig(hang_factor=0.0)  # it may do anything between two steps, for any time
 
 
@@ -52,6 +53,7 @@ def run(
     terminal: bool,
     arena_root: str | os.PathLike[str] = "/dev/shm",
     recovery: RecoveryConfig = UNKNOWN_SCRIPT,
+    faults: FaultsConfig = NO_FAULTS,
     start_timeout_s: float = 300.0,
 ) -> int:
     """Run ``target`` as the trainer of ``place`` under this machine's worker agent; returns the exit code of the job.
@@ -69,6 +71,7 @@ def run(
         arena_root: RAM file system for the snapshots.
         terminal: stdout is a terminal, where a progress bar may stand in the current line.
         recovery: when a machine counts as silent and a trainer as hung, and which failure ends the job.
+        faults: what the agents break on purpose.
         start_timeout_s: from the first machine of the job to the last.
 
     Raises:
@@ -86,6 +89,7 @@ def run(
         preload=[*preload, target.partition(":")[0]],
         resume=resume,
         recovery=recovery,
+        faults=faults,
         start_timeout_s=start_timeout_s,
         deaths=0,
         died_s=0.0,

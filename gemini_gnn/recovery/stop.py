@@ -1,4 +1,4 @@
-"""Ask a job on this machine to end in order, from another process."""
+"""Ask a job to end in order, from another process, on any machine that sees its run directory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from typing import Any
 
 from gemini_gnn.errors import RecoveryError
 from gemini_gnn.observe import terms
-from gemini_gnn.recovery import home, messages, processes
+from gemini_gnn.observe.status import read_status
+from gemini_gnn.recovery import home, messages, processes, visits
 from gemini_gnn.recovery.root import decisions as root
 from gemini_gnn.recovery.worker.decisions import Limits
 
+KEEP = "keep their snapshots in host memory"
+
 
 def stop(run_dir: Path, *, keep: bool = True, arena_root: str | os.PathLike[str] | None = None) -> str:
-    """Ask the job's worker agent to end, and wait until it has. Returns a report for people.
+    """Ask the job to end on all its machines, and wait until it has. Returns a report for people.
+
+    The worker agent of this machine is asked, which asks the root. Without one here the root is asked itself, if the job has
+    several machines.
 
     Args:
         keep: leave the snapshots in host memory, so that the same command resumes from them. Otherwise remove them, also
@@ -24,27 +30,34 @@ def stop(run_dir: Path, *, keep: bool = True, arena_root: str | os.PathLike[str]
         arena_root: folder of the arenas; default the one in the job's newest term, else /dev/shm.
 
     Raises:
-        RecoveryError: the job does not end in time, or its agent is of another version.
+        RecoveryError: the job does not end in time, runs where this machine cannot reach it, or is another user's; or its
+            agent is of another version.
     """
     run_dir = Path(os.path.realpath(run_dir))
-    newest = terms.newest_term(run_dir)
-    arena = home.arena_of(run_dir, arena_root or newest.get("arena_root", "/dev/shm"))
-    elsewhere = "" if keep else _elsewhere(newest)
-    deadline = time.monotonic() + root.Limits().stop_s + Limits().reap_s + 15.0
-    asked = None
+    term = terms.newest_term(run_dir)
+    arena = home.arena_of(run_dir, arena_root or term.get("arena_root", "/dev/shm"))
+    deadline = time.monotonic() + root.Limits().stop_s + root.Limits().end_s + Limits().reap_s + 15.0
+    request = messages.Stop("launch/stop.py", 128 + signal.SIGTERM, keep=keep)
+    asked, root_asked, silent = None, False, ""
     while time.monotonic() < deadline:
         agent = messages.connect(arena / home.AGENT_SOCKET)
         if agent is not None:
             asked = messages.peer(agent.sock)[0]
-            outcome = _ask(agent, keep, deadline)
+            agent.send(request, timeout_s=5.0)
+            outcome = visits.wait_for(agent, messages.Ended, deadline)
             agent.close()
             if outcome is not None and (keep or not outcome.kept_files):  # else it was ending already and kept them
-                return _said(run_dir, outcome) + elsewhere
+                return _said(run_dir, outcome, keep)
+        elif "port" in term and not root_asked:
+            answer, root_asked = visits.ask_root(run_dir, term, request, messages.Ended, deadline), True
+            if isinstance(answer, messages.Ended):
+                return _said(run_dir, answer, keep)
+            silent = answer
         elif not arena.exists():
-            return _nothing_runs(run_dir) + elsewhere
+            return _nothing_runs(run_dir, term, keep, silent)
         elif (lock := home.take_lock(arena)) is not None:
             try:
-                return _nothing_runs(run_dir) + _clear(arena, keep) + elsewhere
+                return _nothing_runs(run_dir, term, keep, silent, _clear(arena, keep))
             finally:
                 os.close(lock)
         time.sleep(0.05)  # the agent is just starting, or ended before it read our request
@@ -65,24 +78,30 @@ def drop_finished(run_dir: Path, arena_root: str | os.PathLike[str]) -> None:
             os.close(lock)
 
 
-def _ask(agent: messages.Channel, keep: bool, deadline: float) -> messages.Ended | None:
-    """The outcome that the agent reports; None if it dies without one, or the deadline passes.
+def _nothing_runs(run_dir: Path, term: dict[str, Any], keep: bool, silent: str, cleared: str | None = None) -> str:
+    """
+    Args:
+        silent: why the root agent, on another machine, did not answer; empty if it was not asked.
+        cleared: what was done here; None: this machine has nothing of the job.
 
     Raises:
-        RecoveryError: it refuses.
+        RecoveryError: it seems to run elsewhere, and this command has changed nothing.
     """
-    agent.send(messages.Stop("launch/stop.py", 128 + signal.SIGTERM, keep=keep), timeout_s=5.0)
-    while not agent.closed and time.monotonic() < deadline:
-        for message in agent.wait(0.1):
-            if isinstance(message, messages.Refused):
-                raise RecoveryError(message.text)
-            if isinstance(message, messages.Ended):
-                return message
-    return None
-
-
-def _nothing_runs(run_dir: Path) -> str:
-    return f"no job of {run_dir} runs on {os.uname().nodename}"
+    machine = os.uname().nodename
+    words = f"no job of {run_dir} runs on {machine}{cleared or ''}"
+    runs = read_status(run_dir).get("state", "done") not in visits.OVER
+    if runs and (silent or visits.is_away(term)):
+        elsewhere = f"{visits.news(run_dir)}. If it runs, type this command on {term['machine']}"
+        if silent:
+            words += f"\nits root agent, on {term['machine']}, does not answer: {silent}"
+        if cleared is None:
+            raise RecoveryError(f"{words}; {elsewhere}")
+        words += f"\n{elsewhere}"
+    if not keep and term.get("world_size", 1) > term.get("local_world_size", 1):
+        words += f"\nthe other machines of this job {KEEP}: run this command on each of them too"
+    elif not keep and visits.is_away(term):
+        words += f"\n{term['machine']}, where the job was, may hold its snapshots: run this command there"
+    return words
 
 
 def _clear(arena: Path, keep: bool) -> str:
@@ -102,14 +121,7 @@ def _clear(arena: Path, keep: bool) -> str:
     return words
 
 
-def _elsewhere(term: dict[str, Any]) -> str:
-    """Advice to run this command on the job's other machines too; empty for a job on one machine."""
-    if term.get("world_size", 1) <= term.get("local_world_size", 1):
-        return ""
-    return "\nthe other machines of this job keep their snapshots in host memory: run this command on each of them too"
-
-
-def _said(run_dir: Path, outcome: messages.Ended) -> str:
+def _said(run_dir: Path, outcome: messages.Ended, keep: bool) -> str:
     words = f"the job of {run_dir} has ended: {outcome.outcome}"
     if outcome.dropped_bytes:
         words += (
@@ -118,4 +130,6 @@ def _said(run_dir: Path, outcome: messages.Ended) -> str:
         )
     elif outcome.kept_files:
         words += "; the same command resumes from the snapshot in host memory"
+    if outcome.away and not keep:
+        words += f"\n{', '.join(outcome.away)} did not hear of it and {KEEP}: run this command there too"
     return words

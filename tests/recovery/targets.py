@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gemini_gnn.cluster.place import Place
-from gemini_gnn.config import RecoveryConfig
+from gemini_gnn.config import FaultsConfig, RecoveryConfig
 from gemini_gnn.recovery import board
 from gemini_gnn.recovery.board import Phase
 from gemini_gnn.recovery.worker import entry
@@ -144,6 +144,20 @@ def beats(payload: dict, place: Place, listen_fd: int | None) -> int:
             _wait_until(lambda: now.generation > 1 or payload["rank"] < 0)
     board.mark(Phase.WRITING)
     note("finished")
+    return 0
+
+
+def steps(payload: dict, place: Place, listen_fd: int | None) -> int:
+    """Steps of 10 ms until the file `finish` appears, each with a look for requests and orders. No rank waits for another."""
+    note("training")
+    step = 0
+    while not (Path(os.environ["NOTES"]).parent / "finish").exists():
+        step += 1
+        board.mark(Phase.FORWARD, step)
+        time.sleep(0.01)
+        if entry.stop_requested():
+            return entry.STOPPED
+        board.mark(Phase.AGREEMENT)
     return 0
 
 
@@ -279,6 +293,7 @@ def slot(run_dir: str, target: str, payload: str) -> int:
             resume=options.get("resume", "auto"),
             terminal=True,
             recovery=RecoveryConfig(**{"hang_factor": 0.0, **options.get("recovery", {})}),
+            faults=FaultsConfig(**options.get("faults", {})),
             arena_root=options.get("arena", "/dev/shm"),
         )
     except GeminiError as error:

@@ -48,9 +48,9 @@ def test_the_longest_time_of_a_phase_fades(pages, monkeypatch):
     clock = [0]
     monkeypatch.setattr(time, "monotonic_ns", lambda: clock[0])
     for seconds in (1, 1, 64, 1, 1):
-        page.mark(Phase.STEP, page._step + 1)
+        page.mark(Phase.STEP, page.step + 1)
         clock[0] += seconds * 10**9
-    page.mark(Phase.STEP, page._step + 1)
+    page.mark(Phase.STEP, page.step + 1)
     seen = board.read(view, 0)
     assert seen.seen == 5 and seen.longest_s == pytest.approx(64 * (63 / 64) ** 2)
 

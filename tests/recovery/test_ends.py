@@ -217,6 +217,15 @@ def test_stop_drops_what_an_end_that_was_under_way_has_kept(tmp_path, short_path
     going.join(10.0)
 
 
+def test_stop_names_the_machines_that_did_not_hear_of_the_end(tmp_path, short_path):
+    for keep in (True, False):
+        arena = home.arena_of(tmp_path / "run", short_path)
+        going = agent_that(arena, messages.Ended("stopped", 143, "launch/stop.py", away=["h3"]))
+        said = stop(tmp_path / "run", keep=keep, arena_root=short_path)
+        assert ("h3 did not hear of it and keep" in said) is not keep
+        going.join(10.0)
+
+
 def test_a_complete_run_that_was_killed_while_it_cleaned_up_is_cleaned_by_the_same_command(tmp_path, short_path):
     run_dir = tmp_path / "run"
     terms.make_run_dir(run_dir)

@@ -32,6 +32,7 @@ from gemini_gnn.recovery import messages, wire
 from gemini_gnn.recovery.board import Board, dated
 from gemini_gnn.recovery.outcome import Outcome
 from gemini_gnn.recovery.root import decisions, hangs
+from gemini_gnn.recovery.root.faults import Agent, Faults
 from gemini_gnn.recovery.root.ledger import Ledger
 from gemini_gnn.recovery.worker.journal import Journal
 
@@ -42,11 +43,13 @@ SHOWN = 20  # failures in status.json; failures.jsonl has all
 
 @dataclass
 class Link:
-    """A worker's connection. ``machine`` is None until it has joined."""
+    """A worker's connection, or a visitor's, who waits for an answer. ``machine`` is None until it has joined."""
 
     channel: messages.Channel
     heard_s: float
     machine: int | None = None
+    pid: int = 0
+    visits: bool = False
     beat: messages.Beat | None = None
 
 
@@ -70,14 +73,17 @@ class Root:
         listener: socket.socket | None,
         ledger: Ledger,
         journal: Journal,
+        faults: Faults,
         selector: selectors.BaseSelector,
         now: float,
     ):
         self.term, self.state, self.settings, self.resume = term, state, settings, resume
         self.master_addr, self.token = master_addr, token
         self.listener, self.ledger, self.journal, self.selector = listener, ledger, journal, selector
+        self.faults = faults
         self.links: list[Link] = []
         self.finished = False
+        self.away: list[str] = []  # machines that did not hear of the end
         self._began = state.generation  # generations after the first one of this start resume
         ended = state.phase is decisions.Phase.ENDED
         self._ended_s = now if ended else None
@@ -118,10 +124,12 @@ class Root:
             if link.channel.closed and link in self.links:
                 self._lost(link, "agent", "is gone", now)
         for link in list(self.links):
-            if now - link.heard_s > self.settings.silence_s and link in self.links:
+            if now - link.heard_s > self.settings.silence_s and link in self.links and not link.visits:
                 self._lost(link, "silent", f"is silent for {now - link.heard_s:.1f} s (recovery.silence_s)", now)
         if self._fresh:
             self._read_boards(now)
+        for problem in self.faults.look(self._boards().values(), self.state, self._agents()):
+            self._act(decisions.Say(problem), now)
         self._see(decisions.Tick(), now)
         if now - self._beaten_s >= self.settings.heartbeat_s:
             self._beat(now)
@@ -160,6 +168,7 @@ class Root:
         if self._ended_s is not None and link.machine is not None:
             self._leaving.discard(link.machine)
         elif link.machine is not None:
+            self.faults.lost(link.machine, self.state.name(link.machine))
             ranks = ", ".join(map(str, sorted(self.state.ranks_of(link.machine))))
             words = f"the worker agent on {self.state.name(link.machine)} (ranks {ranks}) {how}"
             self.journal.log("worker_lost", machine=link.machine, text=words)
@@ -170,6 +179,10 @@ class Root:
     def _hear(self, link: Link, message: messages.Message, now: float) -> None:
         if isinstance(message, messages.Join):
             self._join(link, message, now)
+            return
+        link.visits |= link.machine is None and isinstance(message, messages.Stop | messages.Inject)
+        if isinstance(message, messages.Inject):
+            self.faults.ask(message.text, link.channel, self.state, self._agents())
             return
         if isinstance(message, messages.Stop):
             self.journal.log("stop_asked", machine=link.machine, reason=message.reason, force=message.force)
@@ -192,6 +205,8 @@ class Root:
                 self._see(decisions.Failed(failure, generation), now)
             case messages.RankExited(rank, generation, code, why):
                 self._see(decisions.Exited(rank, generation, code, why), now)
+            case messages.Committed():
+                self.faults.answered(message)
             case messages.Beat():
                 boards = {rank: dated(board, now) for rank, board in message.boards.items()}
                 link.beat = replace(message, boards=boards)
@@ -212,13 +227,13 @@ class Root:
             return
         for old in [one for one in self.links if one.machine == number and one is not link]:
             self._lost(old, "agent", "has come again", now)
-        link.machine = number
+        link.machine, link.pid = number, join.pid
         self.journal.log("worker_joined", machine=number, name=join.name, pid=join.pid, alive=join.alive)
         link.channel.send(messages.Welcome(self.term, self.settings.heartbeat_s, self.settings.silence_s))
         if self.state.phase is decisions.Phase.ENDED:
             assert self.state.outcome is not None
             if number != 0 or self.finished:
-                link.channel.send(messages.Finish(self.state.outcome))
+                link.channel.send(messages.Finish(self.state.outcome, self.away))
             return
         self._see(decisions.Joined(number, join.name, frozenset(join.alive)), now)
         if join.unable is not None:
@@ -228,8 +243,14 @@ class Root:
 
     # --- what the root does -------------------------------------------------------------------------------------------
 
-    def ask(self, event: decisions.StopAsked, now: float) -> None:
-        self._see(event, now)
+    def visit(self, channel: messages.Channel, message: messages.Message, now: float) -> None:
+        """A visitor came to the worker of this machine with ``message``. The root takes the connection over."""
+        channel.expects = messages.TO_ROOT
+        self._adopt(channel, now)
+        self._hear(self.links[-1], message, now)
+
+    def _agents(self) -> dict[int, Agent]:
+        return {link.machine: Agent(link.channel, link.pid) for link in self.links if link.machine is not None}
 
     def _see(self, event: decisions.Event, now: float) -> None:
         before = self.state
@@ -265,8 +286,9 @@ class Root:
             case decisions.Finish(outcome):
                 self._ended_s = now
                 self._account(outcome, now)
+                self.away = [self.state.name(i) for i, one in enumerate(self.state.machines) if not one.here]
                 self._leaving = {link.machine for link in self.links if link.machine}
-                self._tell(messages.Finish(outcome), lambda link: link.machine != 0)
+                self._tell(messages.Finish(outcome, self.away), lambda link: link.machine != 0)
 
     def _tell(self, message: messages.Message, whom: Callable[[Link], bool] = lambda link: True) -> None:
         for link in self.links:
@@ -296,7 +318,7 @@ class Root:
     def _finish(self) -> None:
         """Now the worker of this machine, too."""
         assert self.state.outcome is not None
-        self._tell(messages.Finish(self.state.outcome), lambda link: link.machine == 0)
+        self._tell(messages.Finish(self.state.outcome, self.away), lambda link: link.machine == 0)
         self.finished = True
 
     def _beat(self, now: float) -> None:
@@ -412,14 +434,16 @@ class Root:
             "began_s": None if self.ledger.began_s is None else round(now - self.ledger.began_s, 3),
         }
 
-    def close(self) -> None:
-        """Let go of every connection; the workers that are left are on their own."""
+    def close(self) -> list[messages.Channel]:
+        """Let go of the workers, which are on their own now. Returns the visitors' connections: the end is still to be said."""
         for link in list(self.links):
-            self._drop(link)
+            if not link.visits:
+                self._drop(link)
         if self.listener is not None:
             self.selector.unregister(self.listener)
             self.listener.close()
             self.listener = None
+        return [link.channel for link in self.links]
 
 
 def _tells_of_failure(event: decisions.Event) -> bool:

@@ -34,16 +34,17 @@ from pathlib import Path
 from typing import Any
 
 from gemini_gnn.cluster.place import Place, check_master, check_place, launcher_variables
-from gemini_gnn.errors import GeminiError
+from gemini_gnn.errors import ConfigError, GeminiError
 from gemini_gnn.observe import terms
 from gemini_gnn.observe.failures import read_failures
 from gemini_gnn.observe.status import read_status
 from gemini_gnn.recovery import board, home, messages, processes, wire
 from gemini_gnn.recovery.outcome import Failure, Outcome, failed
 from gemini_gnn.recovery.root import decisions as root_decisions
+from gemini_gnn.recovery.root.faults import Faults
 from gemini_gnn.recovery.root.ledger import Ledger
 from gemini_gnn.recovery.root.service import Root
-from gemini_gnn.recovery.worker import decisions, out_of_memory
+from gemini_gnn.recovery.worker import decisions, harm, out_of_memory
 from gemini_gnn.recovery.worker.children import Children
 from gemini_gnn.recovery.worker.decisions import Limits
 from gemini_gnn.recovery.worker.journal import Journal
@@ -101,6 +102,7 @@ class Agent:
         self.welcome: messages.Welcome | None = None  # of the root that the uplink leads to
         self.ending = False  # a shim that comes now should ask again
         self.told = False  # the root said how the job ended
+        self.away = ["the others"]  # machines that do not know of it
         self.token = b""
         self.heard_s = self.beaten_s = self.away_s = self.retry_s = self.looped_s = time.monotonic()
         self.complaint = ""  # of the last uplink
@@ -328,8 +330,19 @@ class Agent:
                 self.children.dump_stacks(list(self.children.trainers))
             case messages.Say(text):
                 self._say(text)
-            case messages.Finish(outcome):
-                self.outcome, self.told = outcome, True
+            case messages.Commit():
+                self._commit(message)
+            case messages.Finish(outcome, away):
+                self.outcome, self.away, self.told = outcome, away, True
+
+    def _commit(self, order: messages.Commit) -> None:
+        assert self.request is not None
+        place, done = self.request.place, True
+        try:
+            said = harm.commit(order.fault, self.children, master_addr=place.master_addr, machines=place.machines)
+        except (ConfigError, OSError) as error:  # a program of another user by now, or no more processes
+            said, done = str(error), False
+        self._tell(messages.Committed(order.ask, done, said))
 
     def _beat(self, now: float) -> None:
         """Say that this machine lives, and what its trainers do."""
@@ -374,6 +387,8 @@ class Agent:
                     self._register(channel, message)
                 elif isinstance(message, messages.Stop):
                     self._stop_asked(channel, message)
+                elif isinstance(message, messages.Inject):
+                    self._inject(channel, message)
             if isinstance(channel.complaint, messages.OtherProtocol):
                 text = (
                     f"the worker agent of this job (pid {os.getpid()} on {self.machine}) speaks protocol "
@@ -385,6 +400,14 @@ class Agent:
             if channel.closed and channel in self.visitors:
                 self.visitors.remove(channel)
                 self._forget(channel)
+
+    def _inject(self, channel: messages.Channel, message: messages.Inject) -> None:
+        if self.root is None:
+            self._refuse(channel, "no job has begun here yet, or its root agent is on another machine; try again")
+            return
+        self.visitors.remove(channel)
+        self.selector.unregister(channel)
+        self.root.visit(channel, message, time.monotonic())
 
     def _read_shims(self) -> None:
         for slot, shim in list(self.shims.items()):
@@ -538,6 +561,7 @@ class Agent:
             listener=listener,
             ledger=ledger,
             journal=self.journal,
+            faults=Faults(request.faults, place.world_size, self.run_dir, self.journal),
             selector=self.selector,
             now=now,
         )
@@ -637,7 +661,7 @@ class Agent:
             self.journal.log("children_left", reason="not reaped in time")
         self.journal.write_errors(outcome.failure, set(self.ranks))
         if self.root is not None:
-            self.root.close()
+            self.visitors += self.root.close()
         self.listener.close()
         state = "failed" if outcome.kind == "lost" else outcome.kind
         self.journal.status(state, reason=outcome.reason, exit_code=outcome.code)
@@ -667,6 +691,7 @@ class Agent:
             kept_files=kept,
             dropped_bytes=dropped[1],
             told=self.told and self.root is None,
+            away=self.away if self.request is not None and self.request.place.machines > 1 else [],
         )
         for channel in [shim.channel for shim in self.shims.values()] + self.visitors:
             channel.send(message)

@@ -64,12 +64,14 @@ class Children:
     Attributes:
         warm: the warm parent; None if there is none or it was forgotten.
         trainers: by rank, until their exit has been reported.
+        spared: pids of children that must outlive the agent.
     """
 
     def __init__(self, arena: Path, job: str, journal: Journal, selector: selectors.BaseSelector):
         self.arena, self.job, self.journal, self.selector = arena, job, journal, selector
         self.warm: Warm | None = None
         self.trainers: dict[int, Trainer] = {}
+        self.spared: set[int] = set()
         self._given_up: list[int] = []  # ranks given up before a pid was known; to be reported
 
     @property
@@ -136,8 +138,8 @@ class Children:
         return trainer is not None and trainer.pid is not None and processes.is_stopped(trainer.pid)
 
     def end(self, patience_s: float) -> bool:
-        """Kill all processes below. Returns whether all of them were reaped within ``patience_s``."""
-        return processes.kill_and_reap_children(patience_s)
+        """Kill all processes below but the spared. Returns whether all of them were reaped within ``patience_s``."""
+        return processes.kill_and_reap_children(patience_s, self.spared)
 
     # --- what has happened --------------------------------------------------------------------------------------------
 
@@ -213,6 +215,7 @@ class Children:
         return events
 
     def _reaped(self, pid: int, code: int, now: float) -> list[Event]:
+        self.spared.discard(pid)
         if self.warm is not None and pid == self.warm.pid:
             events = self._reports(self.warm, now)  # its last messages
             return events + self._lost(self.warm, exit_name(code))

@@ -28,6 +28,7 @@ from typing import Any, NoReturn
 
 from gemini_gnn.cluster.place import threads
 from gemini_gnn.errors import GeminiError, RecoveryError
+from gemini_gnn.faults import injection
 from gemini_gnn.observe import logs
 from gemini_gnn.observe.errors import is_consequence
 from gemini_gnn.recovery import board, messages, processes
@@ -50,14 +51,19 @@ def stop_requested() -> bool:
 
     A caller promises to go on calling it. If one trainer has never called it, the agent kills all without waiting. Ranks
     may see the request at different steps, so they must agree on the last one (a reduced flag) before they act on it.
-    Then they return :data:`STOPPED`, or 0 if that was the end of the work anyway. False without an agent.
+    Then they return :data:`STOPPED`, or 0 if that was the end of the work anyway. False without an agent. Faults that
+    ``inject.py`` wants from this trainer strike here.
     """
     global _listening, _stop
     if _agent is None or _stop:
         return _stop
     if not _listening:
         _listening = _agent.send(messages.Listens(), timeout_s=1.0)
-    _stop = any(isinstance(message, messages.StopAsked) for message in _agent.receive())
+    received = _agent.receive()
+    _stop = messages.StopAsked() in received
+    for message in received:
+        if isinstance(message, messages.Commit):
+            injection.order(message.fault)
     return _stop
 
 
