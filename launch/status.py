@@ -1,10 +1,11 @@
-"""Show a job: ``python launch/status.py [--watch] [--json] run_dir=runs/my_run``.
+"""Show a job: ``python launch/status.py [--watch] [--json] run_dir=runs/my_run``; or draw it: ``plot=FILE.png``.
 
 Any machine that sees the run directory can look, also when the job is over. It shows the state of the job, its machines
 and ranks, and what each failure has cost; and it says from when the news is.
 
 --watch   refresh in place until the job ends; Ctrl-C ends only the look
 --json    one JSON document; with --watch a line at each change. Its fields: gemini_gnn/observe/status.py
+plot=     draw what each failure has cost, and the steps by the clock
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from gemini_gnn.compose import exit_with
 from gemini_gnn.observe import news
 
 PIPE_COLUMNS = 120  # of a pipe nobody knows the width
-USAGE = "usage: python launch/status.py [--watch] [--json] run_dir=RUN_DIR"
+USAGE = """usage: python launch/status.py [--watch] [--json] run_dir=RUN_DIR
+       python launch/status.py plot=FILE.png run_dir=RUN_DIR"""
 
 
 def main(arguments: list[str]) -> int:
@@ -28,10 +30,16 @@ def main(arguments: list[str]) -> int:
         return 0
     flags = {a for a in arguments if a in ("--watch", "--json")}
     settings = {name: value for name, _, value in (a.partition("=") for a in arguments if a not in flags)}
-    if not settings.get("run_dir") or not settings.keys() <= {"run_dir"}:
+    expected = ({"run_dir"},) if flags else ({"run_dir"}, {"run_dir", "plot"})
+    if settings.keys() not in expected or not all(settings.values()):
         print(USAGE, file=sys.stderr)
         return 2
     run_dir = Path(settings["run_dir"])
+    if "plot" in settings:
+        from gemini_gnn.observe.waterfall import draw
+
+        print(f"written: {draw(run_dir, Path(settings['plot']))}")
+        return 0
     watch = "--watch" in flags
     # Ctrl-C is the usual end of a watch.
     with contextlib.suppress(KeyboardInterrupt) if watch else contextlib.nullcontext():

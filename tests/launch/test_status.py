@@ -81,6 +81,9 @@ def test_a_living_job_is_shown_and_followed_to_its_end(job):
     assert shown.returncode == 0 and "done" in shown.stdout and "the job has ended" in " ".join(shown.stdout.split())
     assert "killed" in shown.stdout and "\x1b" not in shown.stdout
 
+    drawn = status(where, f"plot={run.run_dir / 'failures.png'}")
+    assert drawn.returncode == 0 and (run.run_dir / "failures.png").stat().st_size > 5_000, drawn.stderr
+
 
 def test_a_root_that_is_gone_is_named_and_ctrl_c_ends_the_watch(job):
     run = job()
