@@ -59,3 +59,26 @@ def test_machines_and_ranks_that_never_came_are_shown(root):
         (None, [2, 3], False, None),
     ]
     assert status["ranks"][3] == {"rank": 3, "machine": "machine 2", "alive": False}
+
+
+def test_reaping_is_not_taken_for_waiting_until_all_are_ready():
+    """Where all machines are ready, the next generation begins as soon as the last trainer is reaped."""
+    ledger, state = Ledger(1, [], 0.0), decisions.forming(1, 2)
+    now = 10.0
+
+    def see(event):
+        nonlocal state
+        before = state
+        state, actions = decisions.decide(state, event, now)
+        if state.cause is not before.cause:
+            ledger.failed(state.cause, "", before.generation, 5, now, now, now, 0.0)
+        if any(isinstance(action, decisions.Begin) for action in actions):
+            ledger.begun(now)
+
+    for event in (decisions.Joined(0, "h0"), decisions.Ready(0), decisions.Exited(1, 1, -9, "")):
+        see(event)
+    now = 10.25
+    see(decisions.Exited(0, 1, -9, ""))
+    assert (state.phase, state.generation) == (Phase.RUNNING, 2)
+    parts = ledger.end(11.0)["parts"]
+    assert (parts["reap_s"], parts["ready_s"]) == (0.25, 0.0)
