@@ -38,6 +38,7 @@ def main(arguments: list[str]) -> int:
     if "plot" in settings:
         from gemini_gnn.observe.waterfall import draw
 
+        news.look(run_dir)  # there is a job
         print(f"written: {draw(run_dir, Path(settings['plot']))}")
         return 0
     watch = "--watch" in flags

@@ -24,8 +24,8 @@ def picture(document: Mapping[str, Any]) -> Group:
     first, *more = head(document)
     lines = [Text(first, style=f"bold {STYLES.get(document.get('state', ''), '')}".strip()), *map(Text, more)]
     tables = [
-        _table(machine_rows(document), ("machine", "ranks", "is", "snapshots")),
-        _table(rank_rows(document), ("rank", "machine", "step", "does", "newest snapshot", "age")),
+        _table(machine_rows(document), ("machine", "ranks", "state", "snapshots")),
+        _table(rank_rows(document), ("rank", "machine", "step", "doing", "newest snapshot", "age")),
         _table(failure_rows(document), ("failure", "of", "step", "lost", "took", "of which")),
     ]
     return Group(*lines, *(table for table in tables if table.row_count), *map(Text, foot(document)))
@@ -53,7 +53,7 @@ def head(document: Mapping[str, Any]) -> list[str]:
     if state and document.get("root") != "ended" and document.get("state_s") is not None:
         line += f" for {span(document['state_s'])}"
     lines = [line]
-    if document.get("reason"):
+    if document.get("reason") not in (None, state):
         lines.append(f"reason: {document['reason']}")
     if document.get("recovers_from"):
         lines.append(f"recovers from: {document['recovers_from']}")

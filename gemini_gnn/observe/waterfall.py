@@ -98,7 +98,7 @@ def draw_waterfall(
     from matplotlib.figure import Figure  # without pyplot: no backend to choose, half the import
 
     kept = bars[-MOST:]
-    heights = [0.8 + 0.28 * len(kept), *([3.0] if done else [])]
+    heights = [max(2.2, 0.8 + 0.28 * len(kept)), *([3.0] if done else [])]
     figure = Figure(figsize=(11, sum(heights) + 0.8), dpi=120, layout="constrained")
     rows = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     axes = rows[0]
@@ -118,12 +118,12 @@ def draw_waterfall(
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if done:
         axes, begin = rows[1], done[0][0]
-        axes.plot([t - begin for t, _ in done], [step for _, step in done], ".", markersize=3, label="a step was done")
+        axes.plot([t - begin for t, _ in done], [step for _, step in done], ".", markersize=3, label="a step")
         for number, (failed, over) in enumerate(outages):
-            label = None if number else "a failure, until the first new step"
+            label = None if number else "failure"
             axes.axvspan(failed - begin, over - begin, color=RED, alpha=0.25, label=label)
         axes.set(xlabel="seconds since the first step", ylabel="optimizer step", title="the run by the clock")
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     for axes in rows:
         axes.grid(alpha=0.25, axis="x")
     figure.savefig(path)

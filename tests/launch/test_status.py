@@ -116,5 +116,6 @@ def test_a_wrong_command_line_is_told_the_right_one(arguments):
 
 def test_no_job_is_an_error_that_says_what_to_give(tmp_path):
     for folder, words in ((tmp_path, "no job has begun"), (tmp_path / "no", "there is no folder")):
-        done = status(f"run_dir={folder}")
-        assert done.returncode == 2 and done.stdout == "" and words in done.stderr and "run_dir=" in done.stderr
+        for more in ([], ["--watch", "--json"], ["plot=a.png"]):
+            done = status(f"run_dir={folder}", *more)
+            assert done.returncode == 2 and done.stdout == "" and words in done.stderr and "run_dir=" in done.stderr
