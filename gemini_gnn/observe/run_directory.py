@@ -1,7 +1,7 @@
 """The run directory: the record of a run, readable without the terminal.
 
     config.yaml              resolved settings
-    status.json              state (starting | running | done | failed | stopped), step; replaced atomically
+    status.json              the job now, or its end (status.py)
     losses.csv               step, epoch, loss: each step once, also after a resume
     metrics.jsonl            one line per evaluation
     losses.1.csv ...         RESULTS and config.yaml of earlier runs, numbered; resume=never started this one over

@@ -258,6 +258,16 @@ def newest_term(run_dir: Path) -> dict[str, Any]:
     return next((record for record in map(read_record, newest_first) if record), {})
 
 
+def newest_holder(run_dir: Path) -> tuple[dict[str, Any], str, bool | None]:
+    """The record of the newest term, its beat, and whether its process lives; None: only a change of the beat can tell.
+
+    Raises:
+        OSError: of the file system.
+    """
+    record = newest_term(run_dir)
+    return record, _read_beat(run_dir / "terms", record.get("term", 0)), _lives_here(record)
+
+
 def _terms(run_dir: Path) -> list[Path]:
     return [path for path in (run_dir / "terms").glob("*.json") if path.stem.isdigit()]
 

@@ -87,7 +87,7 @@ def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
         code = _with_groups(config, place, groups, run_dir)
     except BaseException as error:
         if run_dir is not None:
-            run_dir.status("failed", error=f"{type(error).__name__}: {error}"[:2000])
+            run_dir.status("failed", reason=f"{type(error).__name__}: {error}"[:2000])
         raise
     finally:
         if run_dir is not None:

@@ -12,7 +12,8 @@ def test_a_reader_gets_the_last_state_or_nothing(tmp_path):
     for state in ("starting", "running"):
         write_status(tmp_path, state, step=3, machine="m")
     status = read_status(tmp_path)
-    assert status == {"state": "running", "step": 3, "machine": "m", "pid": os.getpid(), "time": status["time"]}
+    writer = {"run_dir": str(tmp_path), "machine": "m", "pid": os.getpid(), "time": status["time"]}
+    assert status == {"state": "running", "step": 3, **writer}
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
     for text in ("", "{", "[]", json.dumps("running")):
         (tmp_path / "status.json").write_text(text)

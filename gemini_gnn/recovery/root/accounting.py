@@ -123,7 +123,7 @@ def totals(failures: Iterable[Mapping[str, Any]], began_s: float, now: float, st
     lost_work_s = sum(failure["steps_lost"] for failure in failures) * step_s
     passed_s = now - began_s
     return {
-        "number": len(failures),
+        "failure_count": len(failures),
         "recovery_total_s": round(recovery_s, 6),
         "lost_work_s": round(lost_work_s, 6),
         "goodput": max(0.0, 1.0 - (recovery_s + lost_work_s) / passed_s) if passed_s > 0 else None,

@@ -85,6 +85,7 @@ class Ledger:
             self._current = replace(self._current, reaped_s=now)
 
     def begun(self, now: float) -> None:
+        self.reaped(now)  # where all machines are ready, nothing lies in between
         if self._current is not None:
             self._current = replace(self._current, begun_s=now)
 

@@ -38,6 +38,15 @@ from gemini_gnn.recovery.worker.journal import Journal
 
 LEAVE_S = 10.0  # from the outcome to the end of the last other worker
 STATUS_S = 1.0  # between two versions of status.json while nothing changes
+STATES = {  # the words of observe/status.py for a job that has not ended
+    decisions.Phase.FORMING: "starting",
+    decisions.Phase.RUNNING: "running",
+    decisions.Phase.RECOVERING: "recovering",
+    decisions.Phase.WAITING: "waiting",
+    decisions.Phase.STOPPING: "stopping",
+    decisions.Phase.ENDING: "stopping",
+    decisions.Phase.ENDED: "stopping",
+}
 SHOWN = 20  # failures in status.json; failures.jsonl has all
 
 
@@ -88,7 +97,9 @@ class Root:
         ended = state.phase is decisions.Phase.ENDED
         self._ended_s = now if ended else None
         self._leaving = set(range(1, len(state.machines))) if ended else set[int]()  # are to be told the outcome
-        self._ticked_s = self._beaten_s = self._reported_s = now
+        self._ticked_s = self._beaten_s = self._reported_s = self._phase_s = now
+        self._since = time.time()
+        self._last: dict[str, Any] | None = None  # the status at the end
         self._hang_limits = hangs.Limits(settings.hang_factor, settings.hang_floor_s)
         self._watch: hangs.Watch | None = None
         self._fresh = set[int]()  # machines that have beaten since the last look for hangs
@@ -262,6 +273,7 @@ class Root:
         if not self.state.alive:
             self.ledger.reaped(now)
         if self.state.phase is not before.phase:
+            self._phase_s = now
             cause = self.state.cause.text if self.state.cause else ""
             self.journal.log("phase", phase=self.state.phase, generation=self.state.generation, cause=cause)
         for action in actions:
@@ -287,6 +299,7 @@ class Root:
                 self._ended_s = now
                 self._account(outcome, now)
                 self.away = [self.state.name(i) for i, one in enumerate(self.state.machines) if not one.here]
+                self._last = self.status(now)  # before the other machines leave
                 self._leaving = {link.machine for link in self.links if link.machine}
                 self._tell(messages.Finish(outcome, self.away), lambda link: link.machine != 0)
 
@@ -390,49 +403,60 @@ class Root:
             self.journal.status(**self.status(now))
 
     def status(self, now: float) -> dict[str, Any]:
-        """The job now, for people and scripts."""
-        state, words = self.state, {"forming": "starting", "ending": "stopping", "ended": "stopping"}
-        links = {link.machine: link for link in self.links if link.machine is not None}
-        beats = {number: link.beat for number, link in links.items() if link.beat is not None}
-        machines = [
-            {
-                "machine": one.name or None,
-                "ranks": sorted(state.ranks_of(number)),
-                "here": one.here,
-                "ready": one.ready,
-                "silent_s": round(now - links[number].heard_s, 2) if number in links else None,
-                "memory_bytes": beats[number].memory_bytes if number in beats else None,
-            }
-            for number, one in enumerate(state.machines)
-        ]
-        ranks = [
-            {
-                "rank": rank,
-                "machine": state.name(rank // state.local),
-                "step": board.step,
-                "phase": board.phase.word,
-                "phase_s": round(now - board.since_s, 3),
-                "snapshot": None if board.snapshot is None else list(board.snapshot[:3]),
-                "snapshot_s": None if board.snapshot is None else round(now - board.snapshot.when_s, 3),
-            }
-            for rank, board in sorted(self._boards().items())
-            if rank in state.alive
-        ]
-        current = self.ledger.current
+        """The job now, in the fields of ``observe.status``. After the end, as it was then."""
+        if self._last is not None:
+            return self._last
+        state, current = self.state, self.ledger.current
+        replaces = state.phase is decisions.Phase.FORMING and current is not None  # a root that died
         return {
-            "state": words.get(state.phase, str(state.phase)),
+            "state": "recovering" if replaces else STATES[state.phase],
+            "state_s": round(now - self._phase_s, 3),
+            "reason": state.outcome.reason if state.outcome else None,
+            "address": None if self.listener is None else f"{self.master_addr}:{self.listener.getsockname()[1]}",
+            "since": self._since,
             "generation": state.generation,
-            "step": state.reached,
+            "step": max(state.reached, current.step if current else 0),
             "total_steps": self._total_steps or None,
             "step_s": round(self.ledger.step_s, 6),
             "world_size": state.world,
-            "machines": machines,
-            "ranks": ranks,
+            "machines": self._machines(now),
+            "ranks": self._ranks(now),
             "recovers_from": current.cause if current else None,
             "failures": self.ledger.failures[-SHOWN:],
             **self.ledger.totals(now),
             "began_s": None if self.ledger.began_s is None else round(now - self.ledger.began_s, 3),
         }
+
+    def _machines(self, now: float) -> list[dict[str, Any]]:
+        links = {link.machine: link for link in self.links}
+        beats = {number: link.beat for number, link in links.items() if link.beat is not None}
+        return [
+            {
+                "machine": one.name or None,
+                "ranks": sorted(self.state.ranks_of(number)),
+                "here": one.here,
+                "ready": one.ready,
+                "here_s": round(now - one.since_s, 3) if one.name else None,
+                "silent_s": round(now - links[number].heard_s, 3) if number in links else None,
+                "memory_bytes": beats[number].memory_bytes if number in beats else None,
+            }
+            for number, one in enumerate(self.state.machines)
+        ]
+
+    def _ranks(self, now: float) -> list[dict[str, Any]]:
+        """Of the newest generation; of a rank whose trainer has not been heard of, what is known."""
+        boards, found = self._boards(), []
+        for rank in range(self.state.world):
+            one: dict[str, Any] = {"rank": rank, "machine": self.state.name(rank // self.state.local)}
+            one["alive"] = rank in self.state.alive
+            board = boards.get(rank)
+            if board is not None:
+                one |= {"step": board.step, "phase": board.phase.word, "phase_s": round(now - board.since_s, 3)}
+            if board is not None and board.snapshot is not None:
+                one["snapshot"] = list(board.snapshot[:3])
+                one["snapshot_s"] = round(now - board.snapshot.when_s, 3)
+            found.append(one)
+        return found
 
     def close(self) -> list[messages.Channel]:
         """Let go of the workers, which are on their own now. Returns the visitors' connections: the end is still to be said."""

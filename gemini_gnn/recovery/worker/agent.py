@@ -551,7 +551,7 @@ class Agent:
         if request.deaths:
             step, generation = status.get("step") or 0, request.deaths
             ledger.root_died(self.machine, request.died_s, step, generation, now, time.time())
-        return Root(
+        root = Root(
             term=self.journal.term,
             state=state,
             settings=settings,
@@ -565,6 +565,8 @@ class Agent:
             selector=self.selector,
             now=now,
         )
+        self.journal.status(**root.status(now))
+        return root
 
     def _claim_term(self, request: messages.Register) -> None:
         """Take the run directory: no other machine, user or arena may run the job."""
@@ -580,7 +582,6 @@ class Agent:
         self.beats = terms.Beats(self.run_dir, self.journal.term)
         self.journal.speaks_for_job = True
         self.journal.log("started", pid=os.getpid(), arena=os.fspath(self.arena), command=request.command)
-        self.journal.status("starting")
 
     def _clear_arena(self, request: messages.Register) -> None:
         """Remove snapshots that this job must not resume from. No trainer of an earlier term lives."""
@@ -660,11 +661,13 @@ class Agent:
         if not self.children.end(REAP_ORPHANS_S):
             self.journal.log("children_left", reason="not reaped in time")
         self.journal.write_errors(outcome.failure, set(self.ranks))
+        status: dict[str, Any] = {}
         if self.root is not None:
+            status = self.root.status(time.monotonic())
             self.visitors += self.root.close()
         self.listener.close()
-        state = "failed" if outcome.kind == "lost" else outcome.kind
-        self.journal.status(state, reason=outcome.reason, exit_code=outcome.code)
+        status |= {"state": "failed" if outcome.kind == "lost" else outcome.kind}
+        self.journal.status(**status | {"reason": outcome.reason, "exit_code": outcome.code})
         self.journal.flush(JOURNAL_S)  # before the snapshots are removed: the next agent must see that the work is done
         self._look_at_journal()
         dropped = (0, 0)

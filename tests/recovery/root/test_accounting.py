@@ -100,11 +100,11 @@ def test_who_failed_is_said_only_where_it_is_one():
 def test_totals_by_hand():
     one = record(RECOVERED)
     assert totals([one, one], began_s=10.0, now=20.0, step_s=0.1) == {
-        "number": 2,
+        "failure_count": 2,
         "recovery_total_s": 0.66,
         "lost_work_s": 0.8,
         "goodput": pytest.approx(1 - 1.46 / 10),
     }
-    assert totals([], 10.0, 20.0, 0.1) == {"number": 0, "recovery_total_s": 0, "lost_work_s": 0, "goodput": 1.0}
+    assert totals([], 10.0, 20.0, 0.1) == {"failure_count": 0, "recovery_total_s": 0, "lost_work_s": 0, "goodput": 1.0}
     assert totals([one], 10.0, 10.1, 0.1)["goodput"] == 0.0, "never below: lost work is an estimate"
     assert totals([], 10.0, 10.0, 0.1)["goodput"] is None
