@@ -109,11 +109,11 @@ class Root:
         if listener is not None:
             selector.register(listener, selectors.EVENT_READ)
 
-    def local_end(self, now: float) -> socket.socket:
+    def local_end(self, now: float) -> messages.Channel:
         """A connection for the worker of this machine."""
-        here, there = socket.socketpair()
-        self._adopt(messages.Channel(here, messages.TO_ROOT), now)
-        return there
+        here, there = messages.pair(messages.TO_ROOT)
+        self._adopt(here, now)
+        return messages.Channel(there, messages.TO_WORKER)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 

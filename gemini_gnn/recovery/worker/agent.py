@@ -36,26 +36,18 @@ from typing import Any
 from gemini_gnn.cluster.place import Place, check_master, check_place, launcher_variables
 from gemini_gnn.errors import ConfigError, GeminiError
 from gemini_gnn.observe import terms
-from gemini_gnn.observe.failures import read_failures
-from gemini_gnn.observe.status import read_status
-from gemini_gnn.recovery import board, home, messages, processes, wire
+from gemini_gnn.recovery import board, home, messages, processes
 from gemini_gnn.recovery.outcome import Failure, Outcome, failed
-from gemini_gnn.recovery.root import decisions as root_decisions
-from gemini_gnn.recovery.root.faults import Faults
-from gemini_gnn.recovery.root.ledger import Ledger
 from gemini_gnn.recovery.root.service import Root
-from gemini_gnn.recovery.worker import decisions, harm, out_of_memory
+from gemini_gnn.recovery.worker import beginning, decisions, harm, out_of_memory
 from gemini_gnn.recovery.worker.children import Children
 from gemini_gnn.recovery.worker.decisions import Limits
 from gemini_gnn.recovery.worker.journal import Journal
-from gemini_gnn.snapshot.store import locks
+from gemini_gnn.recovery.worker.uplink import Uplink
 
 NOBODY_S = 30.0  # then an agent without a job ends
 REAP_ORPHANS_S = 5.0  # until killed children are gone
-RETRY_S = 0.1  # between two attempts to reach the root
-WAITS_S = 5.0  # then it says what it waits for
 JOURNAL_S = 5.0  # until the last records are written
-ROOT_LIMITS = root_decisions.Limits()
 
 
 @dataclass
@@ -73,7 +65,6 @@ class Agent:
         self.run_dir, self.arena, self.job = run_dir, arena, home.job_id(run_dir)
         self.machine = os.uname().nodename
         self.since_s = time.time()
-        self.term = 0  # of the root that was heard last
         self.state: decisions.State | None = None
         self.outcome: Outcome | None = None
         self.nobody = Outcome("stopped", 1, "no slot process came")  # the outcome if there is never a job
@@ -98,15 +89,11 @@ class Agent:
         self.board: mmap.mmap | None = None  # of this generation's trainers
         self.ranks: list[int] = []  # of this generation's trainers, by slot
         self.root: Root | None = None  # on rank 0's machine
-        self.uplink: messages.Channel | None = None  # to the root
-        self.welcome: messages.Welcome | None = None  # of the root that the uplink leads to
+        self.uplink: Uplink | None = None  # to the root, once there is a job
         self.ending = False  # a shim that comes now should ask again
         self.told = False  # the root said how the job ended
         self.away = ["the others"]  # machines that do not know of it
-        self.token = b""
-        self.heard_s = self.beaten_s = self.away_s = self.retry_s = self.looped_s = time.monotonic()
-        self.complaint = ""  # of the last uplink
-        self.waits_said = False
+        self.beaten_s = 0.0
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -137,15 +124,12 @@ class Agent:
         waits = [1.0]
         if self.children.has_news:
             waits.append(0.0)
-        if self.state is not None:
-            if self.state.deadline is not None:
-                waits.append(self.state.deadline - now)
-            if self.welcome is not None:
-                waits.append(self.beaten_s + self.welcome.heartbeat_s - now)
-            elif self.uplink is not None:
-                waits.append(RETRY_S / 4)  # a connection that is being made announces nothing to a reader
-            else:
-                waits.append(self.retry_s - now)
+        if self.state is not None and self.state.deadline is not None:
+            waits.append(self.state.deadline - now)
+        if self.uplink is not None:
+            waits.append(self.uplink.patience_s(now))
+            if self.uplink.welcome is not None:
+                waits.append(self.beaten_s + self.uplink.welcome.heartbeat_s - now)
         if self.root is not None:
             waits.append(self.root.patience_s(now))
         return max(0.0, min(waits))
@@ -222,100 +206,41 @@ class Agent:
     # --- the root -----------------------------------------------------------------------------------------------------
 
     def _tell(self, message: messages.Message) -> None:
-        """Dropped if there is no connection: Join, the first message on the next one, says how things stand."""
         if self.uplink is not None:
-            self.uplink.send(message)
+            self.uplink.tell(message)
 
     def _look_at_root(self, now: float) -> None:
-        late_s, self.looped_s = now - self.looped_s - 2.0, now
-        self.heard_s += max(0.0, late_s)  # this process did not run: the root may have spoken all the same
         if self.root is not None:
             self.root.tick(now)
-        if self.state is None or self.outcome is not None:
+        if self.uplink is None or self.outcome is not None:
             return
-        if self.uplink is not None:
-            for message in self.uplink.receive():
-                self.heard_s = now
-                self._obey(message, now)
-        if self.uplink is not None and self.welcome is not None and now - self.heard_s > self.welcome.silence_s:
-            self._lose_root(f"silent for {now - self.heard_s:.1f} s", now)
-        if self.uplink is not None and self.uplink.closed:
-            self._lose_root(str(self.uplink.complaint or "connection closed"), now)
-        if self.uplink is None and now >= self.retry_s and self.outcome is None:
-            self._reach_root(now)
-        if self.welcome is not None and now - self.beaten_s >= self.welcome.heartbeat_s:
+        for message in self.uplink.look(lambda: self._join(now), now):
+            self._obey(message, now)
+        if (news := self.uplink.news(now)) != "":
+            self._say(news)
+        if self.outcome is None and (why := self.uplink.given_up(now)) != "":
+            self.outcome = failed(why, now)
+        welcome = self.uplink.welcome
+        if welcome is not None and now - self.beaten_s >= welcome.heartbeat_s:
             self._beat(now)
-        elif self.welcome is None:
-            self._wait_for_root(now)
 
-    def _reach_root(self, now: float) -> None:
-        """Connect, and say what this machine is and what lives on it."""
+    def _join(self, now: float) -> messages.Join:
+        """This machine, and what lives on it."""
         assert self.request is not None and self.state is not None
-        place = self.request.place
-        if self.root is not None:
-            self.uplink = messages.Channel(self.root.local_end(now), messages.TO_WORKER)
-        else:
-            self.uplink = wire.connect(place.master_addr, place.master_port, messages.TO_WORKER, self.token)
-        self.heard_s = now
-        if self.uplink.closed:
-            self._lose_root(str(self.uplink.complaint), now)
-            return
-        self.selector.register(self.uplink, selectors.EVENT_READ)
-        number = place.rank // place.local_world_size
-        unable = None if self.state.unable is None else _aged(self.state.unable, now)
-        self.uplink.send(
-            messages.Join(
-                machine=number,
-                name=self.machine,
-                pid=os.getpid(),
-                world_size=place.world_size,
-                local_world_size=place.local_world_size,
-                alive=sorted(self.state.alive),
-                ready=self.state.ready,
-                unable=unable,
-            )
+        place, unable = self.request.place, self.state.unable
+        return messages.Join(
+            machine=place.rank // place.local_world_size,
+            name=self.machine,
+            pid=os.getpid(),
+            world_size=place.world_size,
+            local_world_size=place.local_world_size,
+            alive=sorted(self.state.alive),
+            ready=self.state.ready,
+            unable=None if unable is None else _aged(unable, now),
         )
-
-    def _lose_root(self, why: str, now: float) -> None:
-        assert self.uplink is not None
-        if self.welcome is not None:
-            self.away_s, self.waits_said = now, False
-        if why != self.complaint:
-            self.journal.log("root_lost", reason=why)
-        self.complaint, self.welcome = why, None
-        if self.uplink.fileno() >= 0:
-            if self.uplink in self.selector.get_map():
-                self.selector.unregister(self.uplink)
-            self.uplink.close()
-        self.uplink, self.retry_s = None, now + RETRY_S
-
-    def _wait_for_root(self, now: float) -> None:
-        assert self.request is not None
-        place, waited_s = self.request.place, now - self.away_s
-        where = f"{place.master_addr}:{place.master_port}"
-        if waited_s > WAITS_S and not self.waits_said:
-            self.waits_said = True
-            self._say(f"{self.machine} waits for the root agent, on rank 0's machine at {where}: {self.complaint}")
-        first = self.term == 0
-        patience_s = self.request.start_timeout_s if first else self.request.recovery.wait_s
-        if waited_s > patience_s:
-            setting = "distributed.start_timeout_s" if first else "recovery.wait_s"
-            text = (
-                f"{self.machine} has not reached the root agent, on rank 0's machine at {where}, for {patience_s:.0f} s "
-                f"({setting}): {self.complaint}. Is that machine up, and does a firewall close the port? Try on "
-                f"{self.machine}: `ping {place.master_addr}` and, while the job starts, `nc -zv {place.master_addr} "
-                f"{place.master_port}`"
-            )
-            self.outcome = failed(text, now)
 
     def _obey(self, message: messages.Message, now: float) -> None:
         match message:
-            case messages.Welcome(term):
-                if term < self.term:
-                    self._lose_root(f"an older root agent, of term {term} < {self.term}, answers", now)
-                    return
-                self.welcome, self.term, self.journal.term = message, term, term
-                self.journal.log("welcome")
             case messages.Refused(_, text):
                 self.outcome = failed(text, now, 2)
             case messages.RootBeat(ending):
@@ -427,8 +352,8 @@ class Agent:
 
     def _stop(self, message: messages.Stop) -> None:
         """Ask the root to end the job. Without a root it ends here."""
-        if self.uplink is not None and (self.welcome is not None or self.root is not None):
-            self._tell(message)
+        if self.uplink is not None and self.uplink.reaches_root:
+            self.uplink.tell(message)
         elif self.outcome is None:
             self.outcome = Outcome("stopped", message.code, message.reason, keep=message.keep)
 
@@ -490,118 +415,30 @@ class Agent:
         """
         place = request.place
         check_master(place)
-        leads = place.rank < place.local_world_size
-        self.token = terms.token(self.run_dir) if place.machines > 1 else b""
-        if leads:
-            self.root = self._root(request)
-        stuck = self._earlier_trainer(self.limits.reap_s)
-        done = self.root is not None and self.root.state.outcome is not None
+        token = terms.token(self.run_dir) if place.machines > 1 else b""
+        done = False
+        if place.rank < place.local_world_size:
+            if self.beats is None:  # else of a slot process that was refused after that
+                self.beats = beginning.take_run_dir(self.run_dir, self.arena, request, self.journal, self._say)
+            done = self.beats is None
+            self.root = beginning.make_root(self.run_dir, request, token, done, self.journal, self.selector)
+        stuck = beginning.kill_leftovers(self.arena, self.journal, self.limits.reap_s)
         if stuck is None and not done:
-            self._clear_arena(request)
+            beginning.clear_arena(self.run_dir, self.arena, request, self.journal)
         # From here on there is a job. All that can refuse it is above.
+        now = time.monotonic()
         self.request = request
         self.state = decisions.State(place.local_world_size, self.limits)
-        self.away_s = self.retry_s = time.monotonic()
-        self._look_at_root(time.monotonic())
-        if done:
-            return
+        self.uplink = Uplink(request, token, self.root, self.journal, self.selector, now)
+        self._look_at_root(now)
         if stuck is not None:
             text = (
                 f"process {stuck}, a trainer of this job's last term, is still there after SIGKILL: it is stuck in the "
                 "kernel (a dead file system or device?); wait for it or restart this machine"
             )
-            self._see(decisions.WarmRefused(Failure(-1, 1, time.monotonic(), text, text)))
-            return
-        self.children.start_warm(request.preload, request.path)
-
-    def _root(self, request: messages.Register) -> Root:
-        """The root agent, with a term of its own. If the agent before us died while it cleaned up, the work is done: a script
-        must not begin again."""
-        place, settings = request.place, request.recovery
-        listener = wire.listen(place.master_addr, place.master_port) if place.machines > 1 else None
-        try:
-            limits = replace(
-                ROOT_LIMITS,
-                join_s=settings.wait_s if request.deaths else request.start_timeout_s,
-                wait_s=settings.wait_s,
-                same_step_failures=settings.same_step_failures,
-            )
-            state = root_decisions.forming(place.machines, place.local_world_size, limits, request.deaths)
-            before, status = terms.newest_term(self.run_dir), read_status(self.run_dir)
-            if request.deaths > 0 and status.get("state") == "done" and status.get("term") == before.get("term"):
-                # Claim no term: the next agent must also see that the work is done.
-                self.journal.term = before.get("term", 0)
-                state = replace(state, phase=root_decisions.Phase.ENDED, outcome=Outcome("done", 0, "done", keep=False))
-            else:
-                self._claim_term(request)
-        except BaseException:
-            if listener is not None:
-                listener.close()
-            raise
-        if state.outcome is None and request.deaths == 0 and request.resume == "never":
-            failures: list[dict[str, Any]] = []
-        else:
-            failures = read_failures(self.run_dir)
-        now, began_s = time.monotonic(), status.get("began_s")
-        # How long ago the first step began, as the last root said, and how long ago that was on this machine's clock.
-        ago_s = (
-            None if began_s is None or (not failures and not request.deaths) else began_s + time.time() - status["time"]
-        )
-        ledger = Ledger(self.journal.term, failures, None if ago_s is None else now - ago_s)
-        if request.deaths:
-            step, generation = status.get("step") or 0, request.deaths
-            ledger.root_died(self.machine, request.died_s, step, generation, now, time.time())
-        root = Root(
-            term=self.journal.term,
-            state=state,
-            settings=settings,
-            resume=request.resume,
-            master_addr=place.master_addr,
-            token=self.token,
-            listener=listener,
-            ledger=ledger,
-            journal=self.journal,
-            faults=Faults(request.faults, place.world_size, self.run_dir, self.journal),
-            selector=self.selector,
-            now=now,
-        )
-        self.journal.status(**root.status(now))
-        return root
-
-    def _claim_term(self, request: messages.Register) -> None:
-        """Take the run directory: no other machine, user or arena may run the job."""
-        if self.beats is not None:
-            return  # of a shim that was refused after the claim
-        place = request.place
-        owner = f"the worker agent on {self.machine}, pid {os.getpid()}, with its snapshots in {self.arena.parent}"
-        claim: dict[str, Any] = {"owner": owner, "launch": request.launch, "world_size": place.world_size}
-        claim |= {"local_world_size": place.local_world_size, "arena_root": os.fspath(self.arena.parent.parent)}
-        if place.machines > 1:
-            claim |= {"address": place.master_addr, "port": place.master_port}
-        self.journal.term = terms.claim_term(self.run_dir, claim, say=self._say)
-        self.beats = terms.Beats(self.run_dir, self.journal.term)
-        self.journal.speaks_for_job = True
-        self.journal.log("started", pid=os.getpid(), arena=os.fspath(self.arena), command=request.command)
-
-    def _clear_arena(self, request: messages.Register) -> None:
-        """Remove snapshots that this job must not resume from. No trainer of an earlier term lives."""
-        run = terms.run_id(self.run_dir)
-        several = request.place.local_world_size < request.place.world_size
-        reason = home.why_forget(self.arena, run, request.resume, several)
-        if reason and home.snapshot_files(self.arena):
-            _, size_bytes = home.remove_snapshots(self.arena)
-            self.journal.log("snapshots_removed", bytes=size_bytes, reason=reason)
-        home.assign(self.arena, run)
-
-    def _earlier_trainer(self, patience_s: float) -> int | None:
-        """Kill the processes of the last term, which may not write any more. Returns the pid of a trainer that stays."""
-        deadline = time.monotonic() + patience_s
-        killed, gone = processes.kill_marked(self.arena, patience_s)
-        if killed:
-            self.journal.log("leftovers_killed", processes=killed, gone=gone)
-        while (pid := locks.living_trainer(self.arena)) is not None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        return pid
+            self._see(decisions.WarmRefused(Failure(-1, 1, now, text, text)))
+        elif not done:
+            self.children.start_warm(request.preload, request.path)
 
     def _begin_generation(self, begin: messages.Begin) -> None:
         assert self.state is not None and self.request is not None
@@ -647,7 +484,7 @@ class Agent:
             log=os.fspath(self.journal.log_of(place.rank)),
             job=self.job,
             arena=os.fspath(self.arena),
-            term=self.term,
+            term=self.journal.term,
             generation=begin.generation,
             resume=begin.resume,
             sharing=sum(shim.request.cores == request.cores for shim in self.shims.values()),

@@ -1,0 +1,143 @@
+"""How an agent begins a job, once its first slot process has described it: what a dead agent left, the term, the root.
+
+All of it happens before the agent joins a root, so nobody waits for its beats. It may take a while: processes that a dead
+agent left are killed first, and a start on another machine than the last one watches whether that one still lives.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gemini_gnn.observe import terms
+from gemini_gnn.observe.failures import read_failures
+from gemini_gnn.observe.status import read_status
+from gemini_gnn.recovery import home, messages, processes, wire
+from gemini_gnn.recovery.outcome import Outcome
+from gemini_gnn.recovery.root import decisions
+from gemini_gnn.recovery.root.faults import Faults
+from gemini_gnn.recovery.root.ledger import Ledger
+from gemini_gnn.recovery.root.service import Root
+from gemini_gnn.recovery.worker.journal import Journal
+from gemini_gnn.snapshot.store import locks
+
+ROOT_LIMITS = decisions.Limits()
+
+
+def take_run_dir(
+    run_dir: Path, arena: Path, request: messages.Register, journal: Journal, say: Callable[[str], None]
+) -> terms.Beats | None:
+    """Claim the job's next term for this agent; its number goes into the journal. None if the work is done already: the agent
+    before us died while it cleaned up, and a script must not begin again.
+
+    Raises:
+        RunDirError: another start has the run directory.
+    """
+    place, before, status = request.place, terms.newest_term(run_dir), read_status(run_dir)
+    if request.deaths > 0 and status.get("state") == "done" and status.get("term") == before.get("term"):
+        journal.term = before.get("term", 0)  # claim none: the next agent must also see that the work is done
+        return None
+    machine = os.uname().nodename
+    owner = f"the worker agent on {machine}, pid {os.getpid()}, with its snapshots in {arena.parent}"
+    claim: dict[str, Any] = {"owner": owner, "launch": request.launch, "world_size": place.world_size}
+    claim |= {"local_world_size": place.local_world_size, "arena_root": os.fspath(arena.parent.parent)}
+    if place.machines > 1:
+        claim |= {"address": place.master_addr, "port": place.master_port}
+    journal.term = terms.claim_term(run_dir, claim, say=say)
+    beats = terms.Beats(run_dir, journal.term)
+    journal.speaks_for_job = True
+    journal.log("started", pid=os.getpid(), arena=os.fspath(arena), command=request.command)
+    return beats
+
+
+def make_root(
+    run_dir: Path,
+    request: messages.Register,
+    token: bytes,
+    done: bool,
+    journal: Journal,
+    selector: selectors.BaseSelector,
+) -> Root:
+    """The root agent of the term that the journal names.
+
+    Args:
+        done: the work is: the root only tells the other machines so.
+
+    Raises:
+        ClusterError: it cannot listen where the machines meet.
+        ConfigError: the faults of the settings do not fit the job.
+    """
+    place, settings, now = request.place, request.recovery, time.monotonic()
+    limits = replace(
+        ROOT_LIMITS,
+        join_s=settings.wait_s if request.deaths else request.start_timeout_s,
+        wait_s=settings.wait_s,
+        same_step_failures=settings.same_step_failures,
+    )
+    state = decisions.forming(place.machines, place.local_world_size, limits, request.deaths)
+    if done:
+        state = replace(state, phase=decisions.Phase.ENDED, outcome=Outcome("done", 0, "done", keep=False))
+    faults = Faults(request.faults, place.world_size, run_dir, journal)
+    root = Root(
+        term=journal.term,
+        state=state,
+        settings=settings,
+        resume=request.resume,
+        master_addr=place.master_addr,
+        token=token,
+        listener=wire.listen(place.master_addr, place.master_port) if place.machines > 1 else None,
+        ledger=_ledger(run_dir, request, journal.term, now),
+        journal=journal,
+        faults=faults,
+        selector=selector,
+        now=now,
+    )
+    if not done:
+        journal.status("starting")
+    return root
+
+
+def _ledger(run_dir: Path, request: messages.Register, term: int, now: float) -> Ledger:
+    """With the failures of earlier terms, unless this start begins at step 0."""
+    if request.deaths == 0 and request.resume == "never":
+        return Ledger(term, [], None)
+    failures, status, began_s = read_failures(run_dir), read_status(run_dir), None
+    if status.get("began_s") is not None and (failures or request.deaths):
+        # How long ago the first step began, as the last root said, and how long ago that was.
+        began_s = now - status["began_s"] - (time.time() - status["time"])
+    ledger = Ledger(term, failures, began_s)
+    if request.deaths:
+        step = status.get("step") or 0
+        ledger.root_died(os.uname().nodename, request.died_s, step, request.deaths, now, time.time())
+    return ledger
+
+
+def kill_leftovers(arena: Path, journal: Journal, patience_s: float) -> int | None:
+    """Kill the processes of the last term, which may not write any more. Returns the pid of a trainer that stays."""
+    deadline = time.monotonic() + patience_s
+    killed, gone = processes.kill_marked(arena, patience_s)
+    if killed:
+        journal.log("leftovers_killed", processes=killed, gone=gone)
+    while (pid := locks.living_trainer(arena)) is not None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return pid
+
+
+def clear_arena(run_dir: Path, arena: Path, request: messages.Register, journal: Journal) -> None:
+    """Remove snapshots that this job must not resume from. No trainer of an earlier term lives.
+
+    Raises:
+        RecoveryError, RunDirError: the snapshots are another run's; the arena or the run directory refuses.
+    """
+    run = terms.run_id(run_dir)
+    several = request.place.local_world_size < request.place.world_size
+    reason = home.why_forget(arena, run, request.resume, several)
+    if reason and home.snapshot_files(arena):
+        _, size_bytes = home.remove_snapshots(arena)
+        journal.log("snapshots_removed", bytes=size_bytes, reason=reason)
+    home.assign(arena, run)

@@ -1,0 +1,149 @@
+"""A worker's connection to its root: made, watched, and made again when it breaks.
+
+Ownership. The agent has one uplink from the beginning of a job to its end. The uplink owns the channel and its place in the
+selector. On rank 0's machine the other end is the root in the same loop (:class:`Local`); elsewhere it is a ``wire.Wire``.
+
+Interruptions. The connection may end at any time. What is told meanwhile is dropped: Join, the first message on the next
+connection, says how things stand. A root that says nothing for `silence_s` counts as gone, as it would the other way round;
+time in which this process did not run itself does not count. A root of an older term than one that was heard is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+from collections.abc import Callable
+from typing import Protocol
+
+from gemini_gnn.recovery import messages, wire
+from gemini_gnn.recovery.worker.journal import Journal
+
+RETRY_S = 0.1  # between two attempts
+POLL_S = 0.025  # a connection that is being made announces nothing to a reader
+WAITS_S = 5.0  # then it says what it waits for
+LATE_S = 2.0  # a loop that comes round later did not run
+
+
+class Local(Protocol):
+    """The root of this machine."""
+
+    def local_end(self, now: float) -> messages.Channel: ...
+
+
+class Uplink:
+    """
+    Attributes:
+        term: of the newest root that was heard; 0 before the first.
+        welcome: of the root that answers now; None while none does.
+    """
+
+    def __init__(
+        self,
+        request: messages.Register,
+        token: bytes,
+        root: Local | None,
+        journal: Journal,
+        selector: selectors.BaseSelector,
+        now: float,
+    ):
+        self.term = 0
+        self.welcome: messages.Welcome | None = None
+        self._request, self._token, self._root = request, token, root
+        self._journal, self._selector = journal, selector
+        self._channel: messages.Channel | None = None
+        self._heard_s = self._away_s = self._retry_s = self._looked_s = now
+        self._complaint = ""  # of the last connection
+        self._said = False
+
+    @property
+    def reaches_root(self) -> bool:
+        """Whether what is told now arrives, unless the connection breaks."""
+        return self._channel is not None and (self.welcome is not None or self._root is not None)
+
+    def patience_s(self, now: float) -> float:
+        if self.welcome is not None:
+            return self.welcome.heartbeat_s
+        return POLL_S if self._channel is not None else max(0.0, self._retry_s - now)
+
+    def tell(self, message: messages.Message) -> None:
+        if self._channel is not None:
+            self._channel.send(message)
+
+    def look(self, join: Callable[[], messages.Join], now: float) -> list[messages.Message]:
+        """What the root has said; never waits. ``join`` is asked when a connection is made."""
+        self._heard_s += max(0.0, now - self._looked_s - LATE_S)
+        self._looked_s = now
+        said: list[messages.Message] = []
+        if self._channel is not None:
+            for message in self._channel.receive():
+                self._heard_s = now
+                if isinstance(message, messages.Welcome):
+                    if message.term < self.term:
+                        self._lose(f"an older root agent, of term {message.term} < {self.term}, answers", now)
+                        return said
+                    self.welcome, self.term, self._journal.term = message, message.term, message.term
+                    self._journal.log("welcome")
+                else:
+                    said.append(message)
+        if self._channel is not None:
+            silent_s = now - self._heard_s
+            if self.welcome is not None and silent_s > self.welcome.silence_s:
+                self._lose(f"silent for {silent_s:.1f} s", now)
+            elif self._channel.closed:
+                self._lose(str(self._channel.complaint or "connection closed"), now)
+        if self._channel is None and now >= self._retry_s:
+            self._connect(join, now)
+        return said
+
+    def news(self, now: float) -> str:
+        """For people, once: what this machine waits for; else empty."""
+        if self.welcome is not None or self._said or now - self._away_s < WAITS_S:
+            return ""
+        self._said = True
+        return (
+            f"{os.uname().nodename} waits for the root agent, on rank 0's machine at {self._where}: {self._complaint}"
+        )
+
+    def given_up(self, now: float) -> str:
+        """Why it is time to give the job up; else empty."""
+        first = self.term == 0
+        patience_s = self._request.start_timeout_s if first else self._request.recovery.wait_s
+        if self.welcome is not None or now - self._away_s <= patience_s:
+            return ""
+        setting, here = "distributed.start_timeout_s" if first else "recovery.wait_s", os.uname().nodename
+        address, port = self._request.place.master_addr, self._request.place.master_port
+        return (
+            f"{here} has not reached the root agent, on rank 0's machine at {self._where}, for {patience_s:.0f} s "
+            f"({setting}): {self._complaint}. Is that machine up, and does a firewall close the port? Try on {here}: "
+            f"`ping {address}` and, while the job starts, `nc -zv {address} {port}`"
+        )
+
+    @property
+    def _where(self) -> str:
+        return f"{self._request.place.master_addr}:{self._request.place.master_port}"
+
+    def _connect(self, join: Callable[[], messages.Join], now: float) -> None:
+        place = self._request.place
+        if self._root is not None:
+            self._channel = self._root.local_end(now)
+        else:
+            self._channel = wire.connect(place.master_addr, place.master_port, messages.TO_WORKER, self._token)
+        self._heard_s = now
+        if self._channel.closed:
+            self._lose(str(self._channel.complaint), now)
+            return
+        self._selector.register(self._channel, selectors.EVENT_READ)
+        self._channel.send(join())
+
+    def _lose(self, why: str, now: float) -> None:
+        assert self._channel is not None
+        if self.welcome is not None:
+            self._away_s, self._said = now, False
+        if why != self._complaint:
+            self._journal.log("root_lost", reason=why)
+        self._complaint, self.welcome = why, None
+        if self._channel.fileno() >= 0:
+            if self._channel in self._selector.get_map():
+                self._selector.unregister(self._channel)
+            self._channel.close()
+        self._channel, self._retry_s = None, now + RETRY_S
