@@ -77,6 +77,7 @@ def test_a_living_job_fits_80_columns_without_colours():
     assert "term 2, generation 3, root: process 12345 on h1, at 10.0.0.1:29500" in text
     rows = [line.split() for line in text.splitlines()]
     assert ["h1", "0,", "1", "ready", "12.0", "MB"] in rows and ["h2", "2", "silent", "for", "3.2", "s"] in rows
+    assert "silent" not in shown(LIVING | {"heartbeat_s": 2.0})
     assert ["h3", "3", "away", "for", "9.0", "s"] in rows and ["machine", "4", "4", "not", "here", "yet"] in rows
     assert ["0", "h1", "121", "forward", "for", "12", "ms", "2-3-120", "20", "ms"] in rows
     assert ["1", "h1", "121", "ended", "in", "exchange"] in rows and ["2", "h2", "does", "not", "run"] in rows
