@@ -137,7 +137,7 @@ def _presence(machine: Mapping[str, Any], late_s: float) -> str:
 def rank_rows(document: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for one in document.get("ranks", []):
-        does = f"{one['phase']} for {span(one['phase_s'])}" if "phase" in one else ""
+        does = f"{one['phase']} for {span(one['phase_s'])}" if "phase" in one else "not heard of"
         if not one.get("alive"):
             does = f"ended in {one['phase']}" if "phase" in one else "does not run"
         snapshot = "-".join(map(str, one.get("snapshot", [])))
