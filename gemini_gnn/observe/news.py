@@ -74,7 +74,7 @@ class News:
 
     @property
     def document(self) -> dict[str, Any]:
-        """For scripts: the status, with what the reader knows of its writer."""
+        """For scripts: the status, and what the reader adds: ``newest_term``, ``root``, ``unchanged_s``, ``age_s``."""
         age_s = None if self.seen.age_s is None else round(self.seen.age_s, 3)
         news = {"root": self.root, "unchanged_s": round(self.unchanged_s, 3), "age_s": age_s}
         return {**self.seen.status, "newest_term": self.seen.term.get("term"), **news}

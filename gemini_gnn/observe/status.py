@@ -15,7 +15,8 @@ when the state changes. The file is replaced as a whole. The last one stays when
     time            of this file, on the wall clock of the writer: for people, as no two machines' clocks are compared
     machine, pid    of the writer
     address         where agents of other machines reach the root; null for a job on one machine
-    since           wall time at which this root began. term, generation: of the newest trainers
+    since           wall time at which this root began. heartbeat_s: each machine beats so often
+    term, generation     of the newest trainers
     step            the newest that a trainer was in. total_steps: of the run, null: unknown. step_s: median time of one
     world_size      number of ranks
     machines        list of machine (null: it never came), ranks, here (connected), here_s (here or away for so long),

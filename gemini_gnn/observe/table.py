@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 STYLES = {"running": "green", "done": "green", "failed": "red", "recovering": "yellow", "waiting": "yellow"}
-LATE_S = 1.5  # a machine that has said nothing for so long is shown as silent; it beats every half second
+LATE = 3  # heartbeats without a word after which a machine is shown as silent
 
 
 def picture(document: Mapping[str, Any]) -> Group:
@@ -119,25 +119,25 @@ def machine_rows(document: Mapping[str, Any]) -> list[list[str]]:
         [
             one.get("machine") or f"machine {number}",
             ", ".join(map(str, one.get("ranks", []))),
-            _presence(one),
+            _presence(one, LATE * document.get("heartbeat_s", 0.5)),
             "" if one.get("memory_bytes") is None else decimal(one["memory_bytes"]),
         ]
         for number, one in enumerate(document.get("machines", []), 1)
     ]
 
 
-def _presence(machine: Mapping[str, Any]) -> str:
+def _presence(machine: Mapping[str, Any], late_s: float) -> str:
     if not machine.get("here"):
         return "not here yet" if machine.get("here_s") is None else f"away for {span(machine['here_s'])}"
     silent_s = machine.get("silent_s") or 0.0
     state = "ready" if machine.get("ready") else "not ready"
-    return f"silent for {span(silent_s)}" if silent_s > LATE_S else state
+    return f"silent for {span(silent_s)}" if silent_s > late_s else state
 
 
 def rank_rows(document: Mapping[str, Any]) -> list[list[str]]:
     rows = []
     for one in document.get("ranks", []):
-        does = f"{one['phase']} for {span(one['phase_s'])}" if "phase" in one else ""
+        does = f"{one['phase']} for {span(one['phase_s'])}" if "phase" in one else "not heard of"
         if not one.get("alive"):
             does = f"ended in {one['phase']}" if "phase" in one else "does not run"
         snapshot = "-".join(map(str, one.get("snapshot", [])))

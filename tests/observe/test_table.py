@@ -49,6 +49,7 @@ LIVING = {
         {"rank": 0, "machine": "h1", "alive": True, "step": 121, "phase": "forward", "phase_s": 0.012},
         {"rank": 1, "machine": "h1", "alive": False, "step": 121, "phase": "exchange", "phase_s": 0.5},
         {"rank": 2, "machine": "h2", "alive": False},
+        {"rank": 3, "machine": "h3", "alive": True},
     ],
     "recovers_from": "the trainer of rank 1 was killed by SIGKILL",
     "failures": [FAILURE | {"parts": PARTS}],
@@ -77,9 +78,11 @@ def test_a_living_job_fits_80_columns_without_colours():
     assert "term 2, generation 3, root: process 12345 on h1, at 10.0.0.1:29500" in text
     rows = [line.split() for line in text.splitlines()]
     assert ["h1", "0,", "1", "ready", "12.0", "MB"] in rows and ["h2", "2", "silent", "for", "3.2", "s"] in rows
+    assert "silent" not in shown(LIVING | {"heartbeat_s": 2.0})
     assert ["h3", "3", "away", "for", "9.0", "s"] in rows and ["machine", "4", "4", "not", "here", "yet"] in rows
     assert ["0", "h1", "121", "forward", "for", "12", "ms", "2-3-120", "20", "ms"] in rows
     assert ["1", "h1", "121", "ended", "in", "exchange"] in rows and ["2", "h2", "does", "not", "run"] in rows
+    assert ["3", "h3", "not", "heard", "of"] in rows
     words = " ".join(text.split())
     assert "out of memory rank 1 100 1 380 ms detect 10 ms, reap 20 ms, fork" in words and "first step 300 ms" in words
     assert "failures: 21, 5.2 s of recovery and 100 ms of steps done again; goodput 98.7%" in words

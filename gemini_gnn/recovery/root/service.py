@@ -414,6 +414,7 @@ class Root:
             "reason": state.outcome.reason if state.outcome else None,
             "address": None if self.listener is None else f"{self.master_addr}:{self.listener.getsockname()[1]}",
             "since": self._since,
+            "heartbeat_s": self.settings.heartbeat_s,
             "generation": state.generation,
             "step": max(state.reached, current.step if current else 0),
             "total_steps": self._total_steps or None,

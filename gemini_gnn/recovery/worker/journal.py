@@ -79,13 +79,10 @@ class Journal:
                 self._newest_status = number
 
     def _write_status(self, path: Path, number: int, state: str, fields: dict[str, Any]) -> None:
-        """In the writer's thread. The file is read here, not when the status was asked for: others write it meanwhile."""
+        """In the writer's thread. The file is read here, not when the status was asked for: an older one may wait before it."""
         if number < self._newest_status:
             return  # the next one is waiting already
-        was_done = read_status(path.parent).get("state") == "done"
-        if was_done and state == "done":
-            return  # the trainer has written so, and more
-        if was_done and (path.parent / "result.json").exists():
+        if read_status(path.parent).get("state") == "done" and (path.parent / "result.json").exists():
             return  # complete: the start that was refused changes nothing
         write_status(path.parent, state, **fields)
 
