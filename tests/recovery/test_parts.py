@@ -17,8 +17,9 @@ from dataclasses import replace
 import pytest
 
 from gemini_gnn.cluster.place import Place
-from gemini_gnn.config import RecoveryConfig
+from gemini_gnn.config import FaultsConfig, RecoveryConfig
 from gemini_gnn.errors import RecoveryError, RunDirError
+from gemini_gnn.faults import schedule
 from gemini_gnn.observe import terms
 from gemini_gnn.recovery import board, home, messages, shim
 from gemini_gnn.recovery.outcome import Failure, Outcome
@@ -180,7 +181,8 @@ A_BOARD = board.Board(
 )
 EXAMPLES = [
     messages.Register(
-        Place(0, 1, 0, 1, "m", "h0", 1, "plain"), "m:f", {"a": [1, None, 2.5]}, ["m"], "auto", RecoveryConfig(), 30.0, 0, 0.0,
+        Place(0, 1, 0, 1, "m", "h0", 1, "plain"), "m:f", {"a": [1, None, 2.5]}, ["m"], "auto", RecoveryConfig(), FaultsConfig(), 30.0,
+        0, 0.0,
         {"A": "\udc80"}, "/", ["/x"], ["c"], [0, 1], "token", 7,
     ),
     messages.Stop("why", 130, keep=False, force=True),
@@ -201,6 +203,9 @@ EXAMPLES = [
     messages.RootBeat(True),
     messages.Begin(2, [2, 3], "h0", 7, "auto"),
     messages.Close(),
+    messages.Inject("kill-rank 1"),
+    messages.Commit(schedule.parse_command(["kill-rank", "1"]), 3),
+    messages.Committed(3, True, "killed"),
     messages.AskToStop(),
     messages.DumpStacks(),
     messages.Finish(Outcome("failed", 1, "r", True, Failure(0, 1, 0.5, "s", "t"))),

@@ -98,7 +98,7 @@ def make_root(
         now=now,
     )
     if not done:
-        journal.status("starting")
+        journal.status(**root.status(now))
     return root
 
 
