@@ -181,8 +181,8 @@ A_BOARD = board.Board(
 )
 EXAMPLES = [
     messages.Register(
-        Place(0, 1, 0, 1, "m", "h0", 1, "plain"), "m:f", {"a": [1, None, 2.5]}, ["m"], "auto", RecoveryConfig(), FaultsConfig(), 30.0,
-        0, 0.0,
+        Place(0, 1, 0, 1, "m", "h0", 1, "plain"), "m:f", {"a": [1, None, 2.5]}, ["m"], "auto", RecoveryConfig(), FaultsConfig(),
+        30.0, 0, 0.0,
         {"A": "\udc80"}, "/", ["/x"], ["c"], [0, 1], "token", 7,
     ),
     messages.Stop("why", 130, keep=False, force=True),
