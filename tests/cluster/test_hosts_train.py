@@ -126,7 +126,7 @@ slurmd -f "$0/slurm.conf"
 
 
 def test_srun_gives_the_losses_of_one_machine_bit_for_bit(lab, graph, losses_here, tmp_path):
-    """No hostfile, no ssh: a real SLURM between two hosts starts the ranks, and its variables say who they are."""
+    """No hostfile, no ssh: a real SLURM between two hosts starts the ranks, and its variables say who they are. One is killed."""
     absent = [tool for tool in ("slurmctld", "slurmd", "srun", "sinfo", "munged") if not shutil.which(tool)]
     if absent:
         pytest.skip(f"needs {', '.join(absent)}: apt-get install slurmctld slurmd slurm-client munge")
@@ -146,9 +146,11 @@ def test_srun_gives_the_losses_of_one_machine_bit_for_bit(lab, graph, losses_her
 
     run_dir = tmp_path / "run"
     launcher = ["srun", "-N", "2", "--ntasks-per-node", "2", PYTHON]
-    process = train(lab, "h0", launcher, *graph, "training.epochs=8", run_dir=run_dir, environ=conf)
+    killed = "faults.at=[kill-rank 3 @ step 5]"
+    process = train(lab, "h0", launcher, *graph, "training.epochs=8", killed, run_dir=run_dir, environ=conf)
     assert ended(process, run_dir, 180) == 0, terminal(run_dir)[-6000:]
     assert losses(run_dir) == losses_here
+    assert "restarting all 4 trainers as generation 2" in terminal(run_dir)
     for rank in range(4):
         assert f"--- rank {rank} on h{rank // 2}," in (run_dir / "logs" / f"rank-{rank}.log").read_text()
     assert nobody_trains(lab)

@@ -524,9 +524,8 @@ def _tick(state: State, now: float) -> Step:
     """The deadline has passed."""
     match state.phase:
         case Phase.FORMING:
-            text = (
-                f"{_away(state)} did not come within {state.limits.join_s:.0f} s (distributed.start_timeout_s); {_TRY}"
-            )
+            setting = "recovery.wait_s" if state.generation else "distributed.start_timeout_s"
+            text = f"{_away(state)} did not come within {state.limits.join_s:.0f} s ({setting}); {_TRY}"
             return _close(state, failed(text, now), now)
         case Phase.WAITING:
             text = f"{_away(state)} did not come back within {state.limits.wait_s:.0f} s (recovery.wait_s); {_TRY}"

@@ -37,6 +37,7 @@ from gemini_gnn.recovery.root.ledger import Ledger
 from gemini_gnn.recovery.worker.journal import Journal
 
 LEAVE_S = 10.0  # from the outcome to the end of the last other worker
+STRANGERS = 64  # connections at once that have not joined
 STATUS_S = 1.0  # between two versions of status.json while nothing changes
 STATES = {  # the words of observe/status.py for a job that has not ended
     decisions.Phase.FORMING: "starting",
@@ -89,11 +90,13 @@ class Root:
         self.term, self.state, self.settings, self.resume = term, state, settings, resume
         self.master_addr, self.token = master_addr, token
         self.listener, self.ledger, self.journal, self.selector = listener, ledger, journal, selector
+        # Once: a resolver that does not answer would hold up the loop.
+        address = master_addr if len(state.machines) > 1 else "127.0.0.1"
+        self._store_at = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
         self.faults = faults
         self.links: list[Link] = []
         self.finished = False
         self.away: list[str] = []  # machines that did not hear of the end
-        self._began = state.generation  # generations after the first one of this start resume
         ended = state.phase is decisions.Phase.ENDED
         self._ended_s = now if ended else None
         self._leaving = set(range(1, len(state.machines))) if ended else set[int]()  # are to be told the outcome
@@ -133,7 +136,8 @@ class Root:
                 link.heard_s = now
                 self._hear(link, message, now)
             if link.channel.closed and link in self.links:
-                self._lost(link, "agent", "is gone", now)
+                complaint = link.channel.complaint
+                self._lost(link, "agent", "is gone" if complaint is None else f"is gone ({complaint})", now)
         for link in list(self.links):
             if now - link.heard_s > self.settings.silence_s and link in self.links and not link.visits:
                 self._lost(link, "silent", f"is silent for {now - link.heard_s:.1f} s (recovery.silence_s)", now)
@@ -159,8 +163,15 @@ class Root:
                 link.heard_s += late_s
 
     def _accept(self, now: float) -> None:
-        while self.listener is not None and (channel := wire.accept(self.listener, messages.TO_ROOT, self.token)):
-            self._adopt(channel, now)
+        try:
+            while self.listener is not None and (channel := wire.accept(self.listener, messages.TO_ROOT, self.token)):
+                if sum(link.machine is None for link in self.links) < STRANGERS:
+                    self._adopt(channel, now)
+                else:
+                    channel.close()
+        except OSError as error:  # out of descriptors: they wait in the backlog
+            self.journal.log("accept_failed", error=error.strerror)
+            time.sleep(0.1)  # it stays readable
 
     def _adopt(self, channel: messages.Channel, now: float) -> None:
         self.selector.register(channel, selectors.EVENT_READ)
@@ -227,7 +238,9 @@ class Root:
 
     def _join(self, link: Link, join: messages.Join, now: float) -> None:
         state, number = self.state, join.machine
-        if (join.world_size, join.local_world_size) != (state.world, state.local) or number >= len(state.machines):
+        if (join.world_size, join.local_world_size) != (state.world, state.local) or not 0 <= number < len(
+            state.machines
+        ):
             text = (
                 f"rank 0's machine has {state.local} of {state.world} ranks, {join.name} says {join.local_world_size} of "
                 f"{join.world_size} as machine {number + 1}: give every host the same slots=, or end the other job at "
@@ -315,11 +328,11 @@ class Root:
         self.ledger.begun(now)
         # `never` removed the snapshots when this start began, so a later generation resumes.
         resume = "auto" if generation > 1 and self.resume == "never" else self.resume
-        address = self.master_addr if len(self.state.machines) > 1 else "127.0.0.1"
-        family, kind, _, _, where = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+        family, kind, _, _, where = self._store_at
         store = socket.socket(family, kind)
         store.bind(where)
         store.listen(1024)
+        address = self.master_addr if len(self.state.machines) > 1 else "127.0.0.1"
         port = store.getsockname()[1]
         for link in self.links:
             if link.machine is not None:

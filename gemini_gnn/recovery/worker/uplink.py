@@ -10,8 +10,10 @@ time in which this process did not run itself does not count. A root of an older
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
+import socket
 from collections.abc import Callable
 from typing import Protocol
 
@@ -49,6 +51,10 @@ class Uplink:
         self.term = 0
         self.welcome: messages.Welcome | None = None
         self._request, self._token, self._root = request, token, root
+        self._address = request.place.master_addr
+        if root is None:
+            with contextlib.suppress(OSError):  # once: a resolver that does not answer would hold up the loop
+                self._address = str(socket.getaddrinfo(self._address, None, type=socket.SOCK_STREAM)[0][4][0])
         self._journal, self._selector = journal, selector
         self._channel: messages.Channel | None = None
         self._heard_s = self._away_s = self._retry_s = self._looked_s = now
@@ -127,7 +133,7 @@ class Uplink:
         if self._root is not None:
             self._channel = self._root.local_end(now)
         else:
-            self._channel = wire.connect(place.master_addr, place.master_port, messages.TO_WORKER, self._token)
+            self._channel = wire.connect(self._address, place.master_port, messages.TO_WORKER, self._token)
         self._heard_s = now
         if self._channel.closed:
             self._lose(str(self._channel.complaint), now)
