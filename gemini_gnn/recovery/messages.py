@@ -131,6 +131,11 @@ class Ending:
 
 
 @dataclass(frozen=True)
+class Stepped:
+    """A trainer of this agent has done a step: whatever fails next, it is not the same again and again."""
+
+
+@dataclass(frozen=True)
 class Say:
     """News of the job, for people."""
 
@@ -422,13 +427,13 @@ class Failed:
 
 
 Message = (
-    Register | Stop | Inject | Accepted | Refused | Ending | Say | Ended
+    Register | Stop | Inject | Accepted | Refused | Ending | Stepped | Say | Ended
     | Join | Able | Unable | Stuck | RankListens | RankFailed | RankExited | Beat | Committed
     | Welcome | RootBeat | Begin | Close | AskToStop | DumpStacks | Commit | Finish
     | Preload | Fork | Ready | Unfit | Forked | Task | Started | Listens | StopAsked | Failed
 )  # fmt: skip
 TO_AGENT = (Register, Stop, Inject)  # from slot processes and visitors, of any installation
-TO_SLOT = (Accepted, Refused, Ending, Say, Ended, Committed)  # and to visitors
+TO_SLOT = (Accepted, Refused, Ending, Stepped, Say, Ended, Committed)  # and to visitors
 TO_ROOT = (
     Join,
     Able,

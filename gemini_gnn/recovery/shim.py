@@ -35,8 +35,7 @@ from gemini_gnn.recovery.screen import POLL_S, Screen
 
 AGENT_START_S = 60.0  # until an agent listens, on a busy machine with a slow file system
 ANSWER_S = 60.0  # until the agent of an earlier start is gone and ours answers
-MAX_DEATHS = 4  # so many agents that accepted this shim may not die within DEATHS_S: something else is wrong
-DEATHS_S = 120.0
+MAX_DEATHS = 4  # so many agents in a row may not die before a step is done: something else is wrong
 AGENT = "gemini_gnn.recovery.worker.agent"
 NO_FAULTS = FaultsConfig()
 UNKNOWN_SCRIPT = RecoveryConfig(hang_factor=0.0)  # it may do anything between two steps, for any time
@@ -103,7 +102,7 @@ def run(
     )
     screen = Screen(speaks=place.local_rank == 0, streams=place.rank == 0, terminal=terminal)
     stop = StopRequest()
-    deaths: list[float] = []  # when, on the monotonic clock
+    in_a_row = 0  # agents that died before a step was done
     until_s = time.monotonic() + ANSWER_S
     with stop.on_signals():
         while True:
@@ -118,20 +117,21 @@ def run(
                         let_the_first_speak(stop.has_come)
                     screen.say(answer.text)
                     return answer.code
-                case Gone(accepted=True):
+                case Gone(accepted=True, stepped=stepped):
                     if recovery.same_step_failures == 0:
                         raise RecoveryError(
                             "the worker agent died, and nothing is restarted (recovery.same_step_failures is 0, or "
                             f"snapshot=none); {_see(run_dir)}"
                         )
                     now = time.monotonic()
-                    deaths, until_s = [*deaths, now], now + ANSWER_S
-                    if died_too_often(deaths):
+                    in_a_row = 1 if stepped else in_a_row + 1
+                    until_s = now + ANSWER_S
+                    if in_a_row == MAX_DEATHS:
                         raise RecoveryError(
-                            f"the worker agent died {MAX_DEATHS} times within {DEATHS_S:.0f} s; {_see(run_dir)}"
+                            f"the worker agent died {MAX_DEATHS} times before a step was done; {_see(run_dir)}"
                         )
                     resume = "auto" if request.resume == "never" else request.resume
-                    request = replace(request, deaths=len(deaths), died_s=now, resume=resume)
+                    request = replace(request, deaths=request.deaths + 1, died_s=now, resume=resume)
                     screen.say(
                         "the worker agent died; starting another, which resumes from the snapshots in host memory"
                     )
@@ -148,11 +148,6 @@ def _occupy_standard_descriptors() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         continue
     os.close(descriptor)
-
-
-def died_too_often(deaths: list[float]) -> bool:
-    """Whether the last of these deaths of agents (in seconds, ascending) is one too many."""
-    return len(deaths) >= MAX_DEATHS and deaths[-1] - deaths[-MAX_DEATHS] < DEATHS_S
 
 
 def launch_token(place: Place, environ: Mapping[str, str]) -> str:
@@ -250,9 +245,13 @@ def _start_agent(arena: Path, run_dir: Path, lock: int) -> None:
 
 @dataclass(frozen=True)
 class Gone:
-    """The agent is gone without an outcome. If it had not ``accepted`` us, it may have been dying when we connected."""
+    """The agent is gone without an outcome. If it had not ``accepted`` us, it may have been dying when we connected.
+
+    ``stepped``: a trainer of it had done a step.
+    """
 
     accepted: bool
+    stepped: bool
 
 
 Answer = messages.Ended | messages.Refused | messages.Ending | Gone
@@ -260,7 +259,7 @@ Answer = messages.Ended | messages.Refused | messages.Ending | Gone
 
 def _serve(agent: messages.Channel, request: messages.Register, screen: Screen, stop: StopRequest) -> Answer:
     """Register and wait. Returns the agent's last message, or Gone."""
-    accepted = False
+    accepted = stepped = False
     agent.send(request, timeout_s=10.0)
     stop.deliver_to(agent)
     try:
@@ -270,6 +269,8 @@ def _serve(agent: messages.Channel, request: messages.Register, screen: Screen, 
                     case messages.Accepted():
                         accepted = True
                         screen.follow(Path(message.log), message.offset)
+                    case messages.Stepped():
+                        stepped = True
                     case messages.Say(text):
                         screen.say(text)
                     case messages.Ended() if not accepted:
@@ -278,7 +279,7 @@ def _serve(agent: messages.Channel, request: messages.Register, screen: Screen, 
                         return message
             screen.copy()
             if agent.closed:
-                return Gone(accepted)
+                return Gone(accepted, stepped)
     finally:
         stop.deliver_to(None)
 

@@ -90,6 +90,7 @@ class Agent:
         self.ranks: list[int] = []  # of this generation's trainers, by slot
         self.root: Root | None = None  # on rank 0's machine
         self.uplink: Uplink | None = None  # to the root, once there is a job
+        self.stepped = False  # a trainer here has done a step
         self.ending = False  # a shim that comes now should ask again
         self.told = False  # the root said how the job ended
         self.away = ["the others"]  # machines that do not know of it
@@ -277,6 +278,10 @@ class Agent:
             for slot, rank in enumerate(self.ranks):
                 if (seen := board.read(self.board, slot)) is not None:
                     boards[rank] = board.aged(seen, now)
+        if not self.stepped and any(one.milestones[board.Milestone.STEPPED] is not None for one in boards.values()):
+            self.stepped = True
+            for shim in self.shims.values():
+                shim.channel.send(messages.Stepped())
         stopped = [rank for rank in self.ranks if self.children.is_stopped(rank)]
         self._tell(messages.Beat(boards, stopped, home.snapshot_bytes(self.arena)))
 
