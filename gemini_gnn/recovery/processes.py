@@ -7,11 +7,12 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Set
+from collections.abc import Collection, Set
 from pathlib import Path
 
 from gemini_gnn.errors import RecoveryError
 
+AGENT_NAME = "gnn-agent"  # of the process, also of one that was a warm parent before
 DUMP_STACKS = signal.SIGRTMIN + 5  # to a trainer; SIGUSR1 and SIGUSR2 are the scripts' and schedulers'
 PR_SET_PDEATHSIG, PR_SET_NAME, PR_SET_CHILD_SUBREAPER = 1, 15, 36
 
@@ -141,13 +142,13 @@ def mark(arena: Path) -> tuple[str, str]:
     return "GEMINI_GNN_ARENA", os.path.realpath(arena)
 
 
-def kill_marked(arena: Path, patience_s: float) -> tuple[int, bool]:
+def kill_marked(arena: Path, patience_s: float, spare: Collection[int] = ()) -> tuple[int, bool]:
     """Kill all processes that a dead agent's warm parent and trainers left, in any process group or session.
 
     PDEATHSIG kills the processes this package forks, but not those a trainer started (data loader workers, daemons). They
     are known by the environment they began with: a recorded pid or session may belong to another process by now. A process
     that overwrote its environment (setproctitle) is not found. The caller holds the arena's lock, so no living agent's
-    processes are killed.
+    processes are killed, but for the caller's own: itself and ``spare``.
 
     Returns:
         The number of killed processes, and whether none of them lives any more.
@@ -156,7 +157,11 @@ def kill_marked(arena: Path, patience_s: float) -> tuple[int, bool]:
     entry, killed = f"{name}={value}".encode(), set[int]()
     deadline = time.monotonic() + patience_s
     while True:
-        found = {int(path.name) for path in Path("/proc").glob("[0-9]*") if _kill_if(path, entry)}
+        found = {
+            int(path.name)
+            for path in Path("/proc").glob("[0-9]*")
+            if int(path.name) not in spare and _kill_if(path, entry)
+        }
         killed |= found
         if not found or time.monotonic() > deadline:
             return len(killed), not found

@@ -3,7 +3,8 @@
 The shim finds the agent by its socket. If no agent listens, the shim takes the arena's lock and starts one. The agent is
 detached: forked twice and in a session of its own. So a launcher that kills its slot processes and their children does not
 kill it. The shim passes the lock's descriptor to the agent, so two agents are never started. If the agent dies without an
-outcome, its socket closes and every shim looks for an agent again; the new one resumes from the snapshots in host memory.
+outcome, its socket closes and every shim looks for an agent again: its warm parent that took its place, or else a new one.
+It resumes from the snapshots in host memory.
 
 Signals. SIGINT (Ctrl-C) ends the job in order: the trainers finish their step, the snapshots stay. A second SIGINT does not
 wait for the step. SIGTERM means that this machine leaves; on one machine the job ends in order too. SIGHUP (the terminal is
@@ -34,6 +35,7 @@ from gemini_gnn.recovery import home, messages
 from gemini_gnn.recovery.screen import POLL_S, Screen
 
 AGENT_START_S = 60.0  # until an agent listens, on a busy machine with a slow file system
+HEIR_S = 0.3  # for the dead agent's warm parent to take its place
 ANSWER_S = 60.0  # until the agent of an earlier start is gone and ours answers
 MAX_DEATHS = 4  # so many agents in a row may not die before a step is done: something else is wrong
 AGENT = "gemini_gnn.recovery.worker.agent"
@@ -106,7 +108,7 @@ def run(
     until_s = time.monotonic() + ANSWER_S
     with stop.on_signals():
         while True:
-            agent = reach_agent(arena, run_dir)
+            agent = reach_agent(arena, run_dir, HEIR_S if request.deaths else 0.0)
             answer = _serve(agent, request, screen, stop)
             agent.close()
             match answer:
@@ -133,7 +135,7 @@ def run(
                     resume = "auto" if request.resume == "never" else request.resume
                     request = replace(request, deaths=request.deaths + 1, died_s=now, resume=resume)
                     screen.say(
-                        "the worker agent died; starting another, which resumes from the snapshots in host memory"
+                        "the worker agent died; another takes its place, and resumes from the snapshots in host memory"
                     )
                 case _:  # the agent ends an earlier start or is dying: it will be gone in a moment
                     if time.monotonic() > until_s:
@@ -169,18 +171,22 @@ def launch_token(place: Place, environ: Mapping[str, str]) -> str:
 # --- finding or starting the agent ------------------------------------------------------------------------------------
 
 
-def reach_agent(arena: Path, run_dir: Path) -> messages.Channel:
+def reach_agent(arena: Path, run_dir: Path, heir_s: float = 0.0) -> messages.Channel:
     """A channel to the job's agent on this machine; starts one if there is none.
+
+    Args:
+        heir_s: so long a warm parent may take to become the agent in place of one that has died (``worker/warm.py``).
 
     Raises:
         RunDirError, RecoveryError: the run directory or the arena refuses; no agent listens within ``AGENT_START_S``.
     """
-    deadline, started = time.monotonic() + AGENT_START_S, 0
+    begin, started = time.monotonic(), 0
+    deadline = begin + AGENT_START_S
     while time.monotonic() < deadline and started < MAX_DEATHS:
         channel = messages.connect(arena / home.AGENT_SOCKET)
         if channel is not None:
             return channel
-        lock = home.take_lock(arena)
+        lock = home.take_lock(arena) if time.monotonic() - begin >= heir_s else None
         if lock is not None:
             try:
                 (arena / home.AGENT_SOCKET).unlink(missing_ok=True)  # of a dead one

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gemini_gnn.recovery import home
+from gemini_gnn.recovery import home, processes
 from gemini_gnn.recovery.stop import stop
 
 PATIENCE_S = 60.0  # the machine may be busy; nothing waits that long when all is well
@@ -91,12 +91,15 @@ class Job:
             if folder.name.isdigit():
                 try:
                     words = (folder / "cmdline").read_bytes().split(b"\0")
-                    state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+                    name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
+                    state = rest.split()[0]
                 except OSError:
                     continue
                 mine = {os.fsencode(self.run_dir), home.job_id(self.run_dir).encode()} & set(words)
                 if mine and state != "Z":
-                    found[int(folder.name)] = next((role for word, role in names.items() if word in words), "launch")
+                    role = next((role for word, role in names.items() if word in words), "launch")
+                    # A warm parent that took the place of its agent has another name, and its own command line.
+                    found[int(folder.name)] = "agent" if name == processes.AGENT_NAME else role
         return found
 
     def pid_of(self, role: str) -> int:

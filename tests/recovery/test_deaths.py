@@ -53,16 +53,57 @@ def test_restarts_are_limited(job):
 def test_a_killed_agent_takes_its_trainers_along_and_is_replaced(job):
     run = job()
     launch = run.launch(2, "train")
-    old = {note["pid"] for note in run.training(2)}
+    old, warm = {note["pid"] for note in run.training(2)}, run.pid_of("warm")
     os.kill(run.pid_of("agent"), signal.SIGKILL)
     new = run.training(2, term=2)
     assert not old & run.processes().keys()
+    assert run.pid_of("agent") == warm, "the warm parent takes the place of its agent"
+    assert run.events("warm_adopted", pid=run.pid_of("warm")) and len(run.events("warm_started")) == 1
     assert all("shard-0-slot-0" in note["found"] for note in new)
     assert {note["generation"] for note in new} == {2}  # still the same launch, whose work may be complete
     run.finish()
     code, _, err = run.end(launch)
     assert code == 0 and err.count("the worker agent died") == 1
     run.assert_nothing_left()
+
+
+def test_an_agent_that_dies_with_its_warm_parent_is_replaced_by_the_slots(job):
+    run = job()
+    launch = run.launch(2, "train")
+    run.training(2)
+    for role in ("warm", "agent"):
+        os.kill(run.pid_of(role), signal.SIGKILL)
+    run.training(2, term=2)
+    assert run.events("warm_adopted") == [] and len(run.events("warm_started", term=2)) == 1
+    run.finish()
+    assert run.end(launch)[0] == 0
+    run.assert_nothing_left()
+
+
+def test_heirs_follow_heirs_and_fork_trainers_that_can_be_killed(job):
+    run = job()
+    launch = run.launch(2, "train", recovery={"same_step_failures": 50})
+    for term in range(1, 3):
+        os.kill(run.training(2, term=term)[0]["pid"], signal.SIGKILL)
+        run.training(2, term=term, generation=term + 1)
+        os.kill(run.pid_of("agent"), signal.SIGKILL)
+    run.training(2, term=3)
+    assert len(run.events("warm_adopted")) == 2 and len(run.events("warm_started")) == 1
+    run.finish()
+    assert run.end(launch)[0] == 0
+    run.assert_nothing_left()
+
+
+def test_an_heir_without_slot_processes_ends(job):
+    """Everything but the warm parent is killed: it takes the agent's place, finds nobody, and goes; the snapshots stay."""
+    run = job()
+    run.launch(2, "train")
+    run.training(2)
+    for pid in [pid for pid, role in run.processes().items() if role in ("launch", "agent")]:
+        with_no_error(os.kill, pid, signal.SIGKILL)
+    wait_for(lambda: run.events("warm_adopted"), "an heir")
+    wait_for(lambda: not run.processes(), "the end of all processes")
+    assert (run.arena / "shard-0-slot-0").exists()
 
 
 def test_a_killed_shim_ends_the_job_in_order(job):

@@ -119,7 +119,7 @@ def below(tmp_path):
     to_warm = messages.Channel(theirs, messages.TO_WARM)
     with selectors.DefaultSelector() as selector:
         found = children.Children(tmp_path, "job", Journal(tmp_path, "m"), selector)
-        found.warm = children.Warm(os.getpid(), warm)
+        found.warm = children.Warm(os.getpid(), warm, [], [])
         found.fork({rank: a_task(rank) for rank in range(2)})
         (asked,) = to_warm.receive()
         found.ends = [messages.Channel(socket.socket(fileno=fd), messages.TO_TRAINER) for fd in asked.descriptors]

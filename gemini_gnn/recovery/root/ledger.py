@@ -104,6 +104,9 @@ class Ledger:
         if "restored_s" in reached:
             reached["restored_step"] = min(board.restored_step for board in boards.values())
         self._current = replace(self._current, **reached)
+        if self._current.kind == "root agent" and self._current.restored_step is not None:
+            # Its last status may be a second old.
+            self._current = replace(self._current, step=max(self._current.step, self._current.restored_step + 1))
         return self._over(self._current) if self._current.is_over else None
 
     def _time_steps(self, boards: Mapping[int, Board], now: float) -> None:

@@ -7,9 +7,10 @@ other machine, user or arena can run the same job. One thread runs a loop over s
 (``journal.py``), and one beats for the term. ``decisions.py`` decides what it does by itself, and the root what it does for
 the job; ``children.py`` handles warm parent and trainers, which are the agent's children. The agent is a child of init.
 
-Interruptions. The agent may be killed at any instruction. The kernel then kills the warm parent and the trainers
-(PDEATHSIG), closes its sockets and drops the lock. The shims start another agent. Before it joins the root, that agent waits
-until no trainer of the old one lives (``locks.living_trainer``). Shims and trainers may die between any two messages: a
+Interruptions. The agent may be killed at any instruction. The kernel then kills the trainers
+(PDEATHSIG), closes its sockets and drops the lock. Its warm parent becomes the next agent (``warm.py``), or else the shims
+start one. Before that joins the root, it waits until no trainer of the old one lives (``locks.living_trainer``). Shims and
+trainers may die between any two messages: a
 closed socket is an event like the others. Messages to or from a dead process may be lost. A signal is never lost: the
 agent sees it through a descriptor that exists before the handler does.
 
@@ -40,12 +41,12 @@ from gemini_gnn.recovery import board, home, messages, processes
 from gemini_gnn.recovery.outcome import Failure, Outcome, failed
 from gemini_gnn.recovery.root.service import Root
 from gemini_gnn.recovery.worker import beginning, decisions, harm, out_of_memory
-from gemini_gnn.recovery.worker.children import Children
+from gemini_gnn.recovery.worker.children import Children, Warm
 from gemini_gnn.recovery.worker.decisions import Limits
 from gemini_gnn.recovery.worker.journal import Journal
 from gemini_gnn.recovery.worker.uplink import Uplink
 
-NOBODY_S = 30.0  # then an agent without a job ends
+NOBODY_S, HEIR_NOBODY_S = 30.0, 5.0  # then an agent without a job ends; of an heir the slot processes live, or are gone
 REAP_ORPHANS_S = 5.0  # until killed children are gone
 JOURNAL_S = 5.0  # until the last records are written
 
@@ -61,14 +62,14 @@ class Shim:
 class Agent:
     """The loop and its handles. Decisions are made from ``state``, which is None until the first shim registers."""
 
-    def __init__(self, run_dir: Path, arena: Path):
+    def __init__(self, run_dir: Path, arena: Path, warm: Warm | None = None):
         self.run_dir, self.arena, self.job = run_dir, arena, home.job_id(run_dir)
         self.machine = os.uname().nodename
         self.since_s = time.time()
         self.state: decisions.State | None = None
         self.outcome: Outcome | None = None
         self.nobody = Outcome("stopped", 1, "no slot process came")  # the outcome if there is never a job
-        self.nobody_s = time.monotonic() + NOBODY_S
+        self.nobody_s = time.monotonic() + (NOBODY_S if warm is None else HEIR_NOBODY_S)
         self.beats: terms.Beats | None = None  # of the agent that holds the term
         self.arena_gone = False
         self.request: messages.Register | None = None  # of the first shim; all share most of it
@@ -85,6 +86,8 @@ class Agent:
         self.selector.register(self.wakeup, selectors.EVENT_READ)
         self.limits = Limits()
         self.children = Children(arena, self.job, self.journal, self.selector)
+        if warm is not None:
+            self.children.adopt(warm)
         self.killed = out_of_memory.Counter(out_of_memory.own_cgroup())
         self.board: mmap.mmap | None = None  # of this generation's trainers
         self.ranks: list[int] = []  # of this generation's trainers, by slot
@@ -182,7 +185,7 @@ class Agent:
         match action:
             case decisions.StartWarm():
                 assert self.request is not None
-                self.children.start_warm(self.request.preload, self.request.path)
+                self._start_warm(self.request)
             case decisions.Fork():
                 pass  # Begin says how; see _begin_generation
             case decisions.Kill(ranks):
@@ -427,7 +430,8 @@ class Agent:
                 self.beats = beginning.take_run_dir(self.run_dir, self.arena, request, self.journal, self._say)
             done = self.beats is None
             self.root = beginning.make_root(self.run_dir, request, token, done, self.journal, self.selector)
-        stuck = beginning.kill_leftovers(self.arena, self.journal, self.limits.reap_s)
+        spare = {self.children.warm.pid} if self.children.warm is not None else set[int]()
+        stuck = beginning.kill_leftovers(self.arena, self.journal, self.limits.reap_s, spare)
         if stuck is None and not done:
             beginning.clear_arena(self.run_dir, self.arena, request, self.journal)
         # From here on there is a job. All that can refuse it is above.
@@ -443,7 +447,20 @@ class Agent:
             )
             self._see(decisions.WarmRefused(Failure(-1, 1, now, text, text)))
         elif not done:
-            self.children.start_warm(request.preload, request.path)
+            self._warm_up(request)
+
+    def _warm_up(self, request: messages.Register) -> None:
+        """Have a warm parent for this job: the one that this agent began with, if it has imported the same."""
+        warm = self.children.warm
+        if warm is None:
+            self._start_warm(request)
+        elif (warm.modules, warm.path) == (request.preload, request.path):
+            self._see(decisions.WarmReady())
+        else:
+            os.kill(warm.pid, signal.SIGKILL)  # its end is an event: another one is started then
+
+    def _start_warm(self, request: messages.Register) -> None:
+        self.children.start_warm(request.preload, request.path, heir=request.recovery.same_step_failures > 0)
 
     def _begin_generation(self, begin: messages.Begin) -> None:
         assert self.state is not None and self.request is not None
@@ -568,6 +585,19 @@ def _size_bytes(path: Path) -> int:
         return 0
 
 
+def run(run_dir: Path, arena: Path, warm: Warm | None = None) -> None:
+    """Be the worker agent, until the job has ended here. The caller holds the arena's lock.
+
+    Args:
+        warm: a child of this process that is a warm parent already.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    processes.adopt_orphans()
+    processes.name_this(processes.AGENT_NAME)
+    Agent(run_dir, arena, warm).run()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="The worker agent of a job on this machine; started by its slot processes."
@@ -577,10 +607,7 @@ def main() -> None:
     parser.add_argument("--lock", type=int, required=True, help="descriptor that holds the lock on agent.lock")
     options = parser.parse_args()
     os.set_inheritable(options.lock, False)
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    processes.adopt_orphans()
-    Agent(options.run_dir, options.arena).run()
+    run(options.run_dir, options.arena)
 
 
 if __name__ == "__main__":

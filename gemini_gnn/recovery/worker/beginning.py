@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import selectors
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,10 +117,14 @@ def _ledger(run_dir: Path, request: messages.Register, term: int, now: float) ->
     return ledger
 
 
-def kill_leftovers(arena: Path, journal: Journal, patience_s: float) -> int | None:
-    """Kill the processes of the last term, which may not write any more. Returns the pid of a trainer that stays."""
+def kill_leftovers(arena: Path, journal: Journal, patience_s: float, spare: Collection[int]) -> int | None:
+    """Kill the processes of the last term, which may not write any more. Returns the pid of a trainer that stays.
+
+    Args:
+        spare: pids of this agent's own.
+    """
     deadline = time.monotonic() + patience_s
-    killed, gone = processes.kill_marked(arena, patience_s)
+    killed, gone = processes.kill_marked(arena, patience_s, spare)
     if killed:
         journal.log("leftovers_killed", processes=killed, gone=gone)
     while (pid := locks.living_trainer(arena)) is not None and time.monotonic() < deadline:

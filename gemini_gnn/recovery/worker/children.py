@@ -43,10 +43,12 @@ PINNED["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 @dataclass
 class Warm:
-    """Until it is reaped, no other process can have its ``pid``."""
+    """Until it is reaped, no other process can have its ``pid``. It has or will have imported ``modules`` with ``path``."""
 
     pid: int
     channel: messages.Channel
+    modules: list[str]
+    path: list[str]
 
 
 @dataclass
@@ -81,18 +83,29 @@ class Children:
 
     # --- what to do ---------------------------------------------------------------------------------------------------
 
-    def start_warm(self, modules: list[str], path: list[str]) -> None:
-        """Start a warm parent, which imports ``modules`` with ``path`` as its ``sys.path``."""
+    def adopt(self, warm: Warm) -> None:
+        """``warm``, a child of this process, is the warm parent, and ready."""
+        self.warm = warm
+        self.selector.register(warm.channel, selectors.EVENT_READ)
+        self.journal.log("warm_adopted", pid=warm.pid)
+
+    def start_warm(self, modules: list[str], path: list[str], heir: bool) -> None:
+        """Start a warm parent, which imports ``modules`` with ``path`` as its ``sys.path``.
+
+        Args:
+            heir: it takes the place of this process if that dies.
+        """
         assert self.warm is None, "one warm parent at a time"
         channel, theirs = messages.pair(messages.FROM_WARM)
         theirs.set_inheritable(True)
         command = [sys.executable, "-P", "-m", "gemini_gnn.recovery.worker.warm", "--job", self.job]
-        command += ["--arena", os.fspath(self.arena), "--agent", str(os.getpid()), "--channel", str(theirs.fileno())]
+        command += ["--run-dir", os.fspath(self.journal.run_dir), "--arena", os.fspath(self.arena)]
+        command += ["--channel", str(theirs.fileno()), *(["--heir"] if heir else [])]
         ignored = [signal.SIGINT, signal.SIGHUP]
         environment = {**os.environ, **PINNED, **dict([processes.mark(self.arena)])}
         pid = os.posix_spawn(sys.executable, command, environment, setsigdef=ignored)
         theirs.close()
-        self.warm = Warm(pid, channel)
+        self.warm = Warm(pid, channel, modules, path)
         self.selector.register(channel, selectors.EVENT_READ)
         self.journal.log("warm_started", pid=pid)
         channel.send(messages.Preload(modules, path), timeout_s=5.0)

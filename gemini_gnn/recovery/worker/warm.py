@@ -5,8 +5,13 @@ of the agent. It only imports: if it ran one multi-threaded torch operation, or 
 So the agent starts it with numeric libraries pinned to one thread. After each import and before every fork it checks that it
 has one thread and no open GPU. Otherwise it refuses, and names the import that started the threads.
 
-It dies with its agent (PDEATHSIG). Its trainers are not its children: a process in between forks them and exits, so
-they fall to the agent, which reaps them. If the warm parent dies, they live on.
+Its trainers are not its children: a process in between forks them and exits, so they fall to the agent, which reaps them.
+If the warm parent dies, they live on.
+
+The heir. If the agent dies, its warm parent takes its place: it takes the arena's lock, forks, and *becomes* the worker
+agent; the fork is its warm parent, ready at once. A new agent would first import for seconds. The heir competes for the lock
+with the slot processes, which give it a moment; whoever has the lock is the agent. A warm parent that is still importing,
+or that must not fork, is no heir: it ends, or the next agent kills it with all that the dead one left.
 """
 
 from __future__ import annotations
@@ -20,10 +25,15 @@ import socket
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 
-from gemini_gnn.recovery import messages, processes
+from gemini_gnn.recovery import home, messages, processes
 from gemini_gnn.recovery.worker import entry
+from gemini_gnn.recovery.worker.agent import run
+from gemini_gnn.recovery.worker.children import Warm
+
+INHERIT_S = 2.0  # until the kernel has ended the agent
 
 
 def threads() -> int:
@@ -67,13 +77,21 @@ def unfit() -> str | None:
     return None
 
 
-def serve(agent: messages.Channel, agent_pid: int) -> tuple[int, dict[str, str]]:
+@dataclass
+class Imported:
+    """What the agent has had imported. ``added``: variables that imports put into the environment."""
+
+    modules: list[str]
+    path: list[str]
+    added: dict[str, str]
+
+
+def serve(agent: messages.Channel, agent_pid: int, imported: Imported | None) -> tuple[int | None, Imported | None]:
     """Carry out the agent's requests.
 
     Returns:
-        Only in a trainer: its socket to the agent, and the variables that imports put into the environment.
+        In a trainer its socket to the agent. None: the agent is gone.
     """
-    added = dict[str, str]()
     while not agent.closed:
         for request in agent.wait(3600.0):
             if isinstance(request, messages.Preload):
@@ -81,15 +99,34 @@ def serve(agent: messages.Channel, agent_pid: int) -> tuple[int, dict[str, str]]
                 sys.path[:] = request.path
                 problem = preload(request.modules)
                 added = {key: value for key, value in os.environ.items() if before.get(key) != value}
+                imported = Imported(request.modules, request.path, added) if problem is None else None
                 done = messages.Ready(time.monotonic() - begin)
                 agent.send(done if problem is None else messages.Unfit(problem), timeout_s=10.0)
             elif isinstance(request, messages.Fork):
                 trainer = _fork_all(request.descriptors, agent, agent_pid)
                 if trainer is not None:
-                    return trainer, added
+                    return trainer, imported
                 for descriptor in request.descriptors:
                     os.close(descriptor)
-    os._exit(0)  # the agent is gone
+    return None, imported
+
+
+def inherit(run_dir: Path, arena: Path, imported: Imported) -> messages.Channel:
+    """Become the worker agent. Returns in the fork that is its warm parent; ends with the job, or at once without the lock."""
+    deadline = time.monotonic() + INHERIT_S
+    while (lock := home.take_lock(arena)) is None:
+        if time.monotonic() > deadline:
+            os._exit(0)  # a slot process was faster
+        time.sleep(0.002)  # the kernel is still ending the agent
+    ours, theirs = messages.pair(messages.FROM_WARM)
+    pid = os.fork()
+    if pid == 0:
+        processes.close_descriptors({0, 1, 2, theirs.fileno(), *nvidia_files()})
+        return messages.Channel(theirs, messages.TO_WARM)
+    theirs.close()
+    run(run_dir, arena, Warm(pid, ours, imported.modules, imported.path))
+    os.close(lock)
+    os._exit(0)
 
 
 def _fork_all(descriptors: list[int], agent: messages.Channel, agent_pid: int) -> int | None:
@@ -123,17 +160,26 @@ def _fork_all(descriptors: list[int], agent: messages.Channel, agent_pid: int) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--job", required=True, help="for people who read the process table")
+    parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--arena", type=Path, required=True)
-    parser.add_argument("--agent", type=int, required=True, help="pid of the agent")
+    parser.add_argument("--heir", action="store_true", help="take the agent's place when it dies")
     parser.add_argument("--channel", type=int, required=True, help="descriptor of the socket to it")
     options = parser.parse_args()
-    processes.die_with_parent(options.agent)
+    agent_pid = os.getppid()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)  # the agent decides
     processes.name_this("gnn-warm")
     agent = messages.Channel(socket.socket(fileno=options.channel), messages.TO_WARM)
-    descriptor, added = serve(agent, options.agent)
-    entry.run(descriptor, added, options.arena)
+    imported: Imported | None = None
+    while True:
+        descriptor, imported = serve(agent, agent_pid, imported)
+        if descriptor is not None:
+            entry.run(descriptor, imported.added if imported else {}, options.arena)
+        if imported is None or not options.heir or unfit() is not None:
+            os._exit(0)
+        agent_pid = os.getpid()
+        agent.close()
+        agent = inherit(options.run_dir, options.arena, imported)
 
 
 if __name__ == "__main__":
