@@ -60,7 +60,11 @@ HELLO = re.compile(
 OWN_PORT = "deepspeed --master_port N ..., or MASTER_PORT=N srun ..."
 
 
-class OtherVersion(ValueError):
+class Stranger(ValueError):
+    """What answers is not of this job, or does not prove it; the text is for people."""
+
+
+class OtherVersion(Stranger):
     """The peer holds the token and is of another version of gemini_gnn; the text is for people."""
 
 
@@ -190,9 +194,8 @@ class Wire(messages.Channel):
         if self._opens:  # whatever is wrong: the peer shall say so, too
             self._write(self._proof(of_opener=True) + b"\n")
         if not holds:
-            self._refuse(
-                f"{self.peer} has another job's token. Two jobs meet at one port: give this one its own: {OWN_PORT}"
-            )
+            words = f"{self.peer} has another job's token. Two jobs meet at one port: give this one its own: {OWN_PORT}"
+            self._refuse(Stranger(words))
         elif self._peer_version != (messages.PROTOCOL, version()):
             protocol, theirs = self._peer_version
             words = (
@@ -212,13 +215,14 @@ class Wire(messages.Channel):
         return hmac.digest(self._token, _side(of_opener) + self._both, "sha256").hex().encode()
 
     def _refuse_stranger(self) -> None:
-        self._refuse(f"{self.peer} is no agent of gemini_gnn. If it has this port, give the job another: {OWN_PORT}")
+        words = f"{self.peer} is no agent of gemini_gnn. If it has this port, give the job another: {OWN_PORT}"
+        self._refuse(Stranger(words))
 
     def _refuse_late(self) -> None:
         if self._opens and self._unsent:  # the kernel takes the hello as soon as there is a connection
             self._refuse_lost(f"no answer for {self._within_s:g} s")
         else:
-            self._refuse(f"{self.peer} did not prove within {self._within_s:g} s that it is of this job")
+            self._refuse(Stranger(f"{self.peer} did not prove within {self._within_s:g} s that it is of this job"))
 
     def _refuse_lost(self, reason: str | OSError) -> None:
         if isinstance(reason, OSError):

@@ -22,6 +22,7 @@ from gemini_gnn.recovery.worker.journal import Journal
 
 RETRY_S = 0.1  # between two attempts
 POLL_S = 0.025  # a connection that is being made announces nothing to a reader
+STRANGER_S = 15.0  # what answers there may be the end of an earlier job; after that it is not this one's root
 WAITS_S = 5.0  # then it says what it waits for
 LATE_S = 2.0  # a loop that comes round later did not run
 
@@ -59,6 +60,7 @@ class Uplink:
         self._channel: messages.Channel | None = None
         self._heard_s = self._away_s = self._retry_s = self._looked_s = now
         self._complaint = ""  # of the last connection
+        self._strange_s: float | None = None  # since when something else answers
         self._said = False
 
     @property
@@ -88,6 +90,7 @@ class Uplink:
                         self._lose(f"an older root agent, of term {message.term} < {self.term}, answers", now)
                         return said
                     self.welcome, self.term, self._journal.term = message, message.term, message.term
+                    self._strange_s = None
                     self._journal.log("welcome")
                 else:
                     said.append(message)
@@ -96,7 +99,7 @@ class Uplink:
             if self.welcome is not None and silent_s > self.welcome.silence_s:
                 self._lose(f"silent for {silent_s:.1f} s", now)
             elif self._channel.closed:
-                self._lose(str(self._channel.complaint or "connection closed"), now)
+                self._lose(self._channel.complaint or "connection closed", now)
         if self._channel is None and now >= self._retry_s:
             self._connect(join, now)
         return said
@@ -112,11 +115,14 @@ class Uplink:
 
     def given_up(self, now: float) -> str:
         """Why it is time to give the job up; else empty."""
+        here = os.uname().nodename
+        if self._strange_s is not None and now - self._strange_s > STRANGER_S:
+            return f"{here} does not find its root agent, on rank 0's machine at {self._where}: {self._complaint}"
         first = self.term == 0
         patience_s = self._request.start_timeout_s if first else self._request.recovery.wait_s
         if self.welcome is not None or now - self._away_s <= patience_s:
             return ""
-        setting, here = "distributed.start_timeout_s" if first else "recovery.wait_s", os.uname().nodename
+        setting = "distributed.start_timeout_s" if first else "recovery.wait_s"
         address, port = self._request.place.master_addr, self._request.place.master_port
         return (
             f"{here} has not reached the root agent, on rank 0's machine at {self._where}, for {patience_s:.0f} s "
@@ -136,13 +142,18 @@ class Uplink:
             self._channel = wire.connect(self._address, place.master_port, messages.TO_WORKER, self._token)
         self._heard_s = now
         if self._channel.closed:
-            self._lose(str(self._channel.complaint), now)
+            self._lose(self._channel.complaint or "connection closed", now)
             return
         self._selector.register(self._channel, selectors.EVENT_READ)
         self._channel.send(join())
 
-    def _lose(self, why: str, now: float) -> None:
+    def _lose(self, complaint: str | ValueError, now: float) -> None:
         assert self._channel is not None
+        why = str(complaint)
+        if not isinstance(complaint, wire.Stranger):
+            self._strange_s = None
+        elif self._strange_s is None:
+            self._strange_s = now
         if self.welcome is not None:
             self._away_s, self._said = now, False
         if why != self._complaint:

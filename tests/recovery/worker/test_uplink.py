@@ -9,7 +9,7 @@ import pytest
 from gemini_gnn.cluster.place import Place
 from gemini_gnn.config import FaultsConfig, RecoveryConfig
 from gemini_gnn.observe import terms
-from gemini_gnn.recovery import messages
+from gemini_gnn.recovery import messages, wire
 from gemini_gnn.recovery.worker.journal import Journal
 from gemini_gnn.recovery.worker.uplink import LATE_S, RETRY_S, Uplink
 
@@ -126,3 +126,14 @@ def test_it_waits_for_a_root_that_was_lost(uplink):
     uplink.roots.ends[0].close()
     look(uplink, 100.0)
     assert uplink.given_up(129.0) == "" and "for 30 s (recovery.wait_s)" in uplink.given_up(131.0)
+
+
+def test_something_else_that_answers_is_not_waited_for_as_long(uplink):
+    look(uplink, 0.0)
+    for number in range(200):
+        if uplink._channel is not None:
+            uplink._channel.complaint, uplink._channel.closed = wire.Stranger("h0:1 has another job's token"), True
+        look(uplink, number * 0.1)
+        if uplink.given_up(number * 0.1):
+            break
+    assert 15.0 < number * 0.1 < 16.0 and "another job's token" in uplink.given_up(number * 0.1)
