@@ -109,9 +109,8 @@ class Uplink:
         if self.welcome is not None or self._said or now - self._away_s < WAITS_S:
             return ""
         self._said = True
-        return (
-            f"{os.uname().nodename} waits for the root agent, on rank 0's machine at {self._where}: {self._complaint}"
-        )
+        here, why = os.uname().nodename, self._complaint or "no answer yet"
+        return f"{here} waits for the root agent, on rank 0's machine at {self._where}: {why}"
 
     def given_up(self, now: float) -> str:
         """Why it is time to give the job up; else empty."""
