@@ -9,6 +9,7 @@ import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,14 @@ def draw_waterfall(
     path: Path,
     done: Sequence[tuple[float, int]] = (),
     outages: Sequence[tuple[float, float]] = (),
+    *,
+    title: str = "what each failure cost",
+    longest_s: float | None = None,
 ) -> None:
     """Write a picture of the last MOST ``bars``; below them, where ``done`` has steps, these by the clock.
+
+    Args:
+        longest_s: a longer bar is cut at the edge, and says how long it is.
 
     Raises:
         OSError, ValueError: of ``path``.
@@ -104,17 +111,20 @@ def draw_waterfall(
     axes = rows[0]
     names = list(dict.fromkeys(name for bar in kept for name, _ in bar.parts))
     left = [0.0] * len(kept)
-    for number, name in enumerate(names):
+    colors = cycle([colormaps[name](i) for name, size in (("tab10", 10), ("Set2", 8)) for i in range(size)])
+    for name, color in zip(names, colors, strict=False):
         widths = [dict(bar.parts).get(name, 0.0) for bar in kept]
-        axes.barh(range(len(kept)), widths, left=left, color=colormaps["tab10"](number % 10), label=name, height=0.7)
+        axes.barh(range(len(kept)), widths, left=left, color=color, label=name, height=0.7)
         left = [begin + width for begin, width in zip(left, widths, strict=True)]
+    edge = longest_s or max(left)
     for row, end in enumerate(left):
-        axes.annotate(f"{end:.2f} s", (end, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        text = f"{end:.2f} s" if end <= edge else f"... {end:.2f} s"
+        axes.annotate(text, (min(end, edge), row), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(kept)), [bar.label for bar in kept], fontsize=8, parse_math=False)
     axes.invert_yaxis()
-    axes.margins(x=0.08)
+    axes.set_xlim(0, 1.12 * edge)
     cut = "" if len(kept) == len(bars) else f", the last {len(kept)} of {len(bars)}"
-    axes.set(xlabel="seconds from the failure to the first new step", title=f"what each failure cost{cut}")
+    axes.set(xlabel="seconds from the failure to the first new step", title=f"{title}{cut}")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if done:
         axes, begin = rows[1], done[0][0]

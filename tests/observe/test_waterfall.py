@@ -61,3 +61,13 @@ def test_nothing_to_draw_and_nowhere_to_write_are_errors(tmp_path):
     for path in (tmp_path / "no" / "a.png", tmp_path / "a.what"):
         with pytest.raises(RunDirError, match="cannot write .*; give another plot="):
             waterfall.draw(tmp_path, path)
+
+
+def test_a_bar_longer_than_asked_for_is_cut_and_the_others_keep_their_room(tmp_path):
+    pixels = {}
+    for name, longest_s in (("cut", 1.0), ("whole", None)):
+        bars = [Bar("short", (("detect", 1.0),)), Bar("long", (("restore", 20.0),))]
+        waterfall.draw_waterfall(bars, tmp_path / f"{name}.png", longest_s=longest_s)
+        picture = (imread(tmp_path / f"{name}.png")[:, :, :3] * 255).round().astype(int)
+        pixels[name] = (picture == (31, 119, 180)).all(axis=2).sum()
+    assert pixels["cut"] > 5 * pixels["whole"]
