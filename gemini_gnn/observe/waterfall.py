@@ -31,6 +31,11 @@ class Bar:
     def seconds(self) -> float:
         return sum(seconds for _, seconds in self.parts)
 
+    def span(self, name: str) -> tuple[float, float]:
+        """Begin and length of the part ``name``."""
+        at = [part for part, _ in self.parts].index(name)
+        return sum(seconds for _, seconds in self.parts[:at]), self.parts[at][1]
+
 
 def bars(failures: Iterable[Mapping[str, Any]]) -> list[Bar]:
     """A bar for each record of ``failures.jsonl``."""
@@ -110,14 +115,14 @@ def draw_waterfall(
     rows = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     axes = rows[0]
     names = list(dict.fromkeys(name for bar in kept for name, _ in bar.parts))
-    left = [0.0] * len(kept)
     colors = cycle([colormaps[name](i) for name, size in (("tab10", 10), ("Set2", 8)) for i in range(size)])
     for name, color in zip(names, colors, strict=False):
-        widths = [dict(bar.parts).get(name, 0.0) for bar in kept]
-        axes.barh(range(len(kept)), widths, left=left, color=color, label=name, height=0.7)
-        left = [begin + width for begin, width in zip(left, widths, strict=True)]
-    edge = longest_s or max(left)
-    for row, end in enumerate(left):
+        spans = [(row, *bar.span(name)) for row, bar in enumerate(kept) if name in dict(bar.parts)]
+        at, begins, widths = zip(*spans, strict=True)
+        axes.barh(at, widths, left=begins, color=color, label=name, height=0.7)
+    ends = [bar.seconds for bar in kept]
+    edge = longest_s or max(ends)
+    for row, end in enumerate(ends):
         text = f"{end:.2f} s" if end <= edge else f"... {end:.2f} s"
         axes.annotate(text, (min(end, edge), row), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(kept)), [bar.label for bar in kept], fontsize=8, parse_math=False)
