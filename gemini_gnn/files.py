@@ -50,6 +50,12 @@ def write_atomically(path: Path, content: str | bytes, mode: int = 0o666, durabl
         os.replace(temporary, path)
 
 
+def write_if_new(path: Path, content: str) -> None:
+    """:func:`write_atomically`, unless ``path`` says this already: a recovery may not wait for a disk."""
+    if not path.exists() or path.read_bytes() != content.encode():
+        write_atomically(path, content)
+
+
 def create(path: Path, text: str, mode: int = 0o666) -> bool:
     """Write a new file; False, and nothing is changed, where ``path`` exists. Of all that try at once, one succeeds.
 

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import re
 
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemini_gnn.compose import CONFIGS, compose, groups, spelled, take
-from gemini_gnn.config import Config, from_mapping, to_mapping
+from gemini_gnn.config import Config, from_checked, from_mapping, to_mapping
 from gemini_gnn.errors import ConfigError
 
 
@@ -14,6 +15,13 @@ def test_defaults_compose_and_round_trip():
     config = compose([])
     assert config.snapshot.mode == "memory" and config.dataset.name == "blocks"
     assert from_mapping(to_mapping(config)) == config
+
+
+def test_a_trainer_gets_the_settings_that_were_checked_by_way_of_json():
+    config = compose(
+        ["sampling.fanouts=[3,-1]", "dataset.path=1e5", "+deepspeed.config.a.b=[1, null]", "optimizer.lr=1"]
+    )
+    assert from_checked(json.loads(json.dumps(to_mapping(config))), Config) == config
 
 
 @pytest.mark.parametrize("choice", [f"{group}={option}" for group, options in groups().items() for option in options])

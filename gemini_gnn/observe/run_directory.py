@@ -225,7 +225,7 @@ def read_config(path: Path) -> Config:
 
 
 def _has_settings(path: Path, config: Config) -> bool:
-    """Whether ``config.yaml`` says just this: reading YAML takes 30 ms, a tenth of a recovery; writing it takes 7."""
+    """Whether ``config.yaml`` says just this: reading YAML takes 30 ms, a tenth of a recovery; writing it takes 1."""
     try:
         return (path / "config.yaml").read_text() == _to_yaml(config)
     except FileNotFoundError:
@@ -233,9 +233,24 @@ def _has_settings(path: Path, config: Config) -> bool:
 
 
 def _to_yaml(config: Config) -> str:
-    from omegaconf import OmegaConf
+    """As OmegaConf would write it, in C: 1 ms rather than 9, and a recovery asks twice."""
+    import yaml
 
-    return OmegaConf.to_yaml(OmegaConf.create(to_mapping(config)))
+    class Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+        def represent_text(self, text: str) -> Any:
+            return self.represent_scalar("tag:yaml.org,2002:str", text, style="'" if _is_number(text) else None)
+
+    Dumper.add_representer(str, Dumper.represent_text)
+    return yaml.dump(to_mapping(config), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _is_number(text: str) -> bool:
+    """OmegaConf reads ``1e5`` as a number; YAML 1.1, and so its writer, takes it for text that needs no quotes."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 class LossLog:
@@ -259,7 +274,10 @@ class LossLog:
         self._covers = 0
 
     def resume(self, step: int, rows: list[list[float]]) -> None:
-        """Keep the file's rows up to ``step``, add those of ``rows`` it lost, and open it for appending."""
+        """Keep the file's rows up to ``step``, add those of ``rows`` it lost, and open it for appending.
+
+        A recovery mostly finds a file that is right but for its last rows. These are cut off, without a wait for the disk.
+        """
         kept: dict[int, tuple[int, float]] = {}
         if step > 0 and self.path.exists():
             for row in read_losses(self.path):
@@ -268,9 +286,14 @@ class LossLog:
         for s, epoch, loss in rows:
             if s <= step:
                 kept[int(s)] = (int(epoch), loss)
-        write_atomically(self.path, self.HEADER + "".join(f"{s},{e},{v!r}\n" for s, (e, v) in sorted(kept.items())))
+        text = (self.HEADER + "".join(f"{s},{e},{v!r}\n" for s, (e, v) in sorted(kept.items()))).encode()
+        if self.path.exists() and self.path.read_bytes().startswith(text):
+            os.truncate(self.path, len(text))
+            self.unsynced = [row for row in rows if row[0] <= step]
+        else:
+            write_atomically(self.path, text)
+            self.unsynced = []
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        self.unsynced = []
 
     def append(self, step: int, epoch: int, loss: float) -> None:
         """Add a row.

@@ -9,6 +9,7 @@ import contextlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ class Bar:
     @property
     def seconds(self) -> float:
         return sum(seconds for _, seconds in self.parts)
+
+    def span(self, name: str) -> tuple[float, float]:
+        """Begin and length of the part ``name``."""
+        at = [part for part, _ in self.parts].index(name)
+        return sum(seconds for _, seconds in self.parts[:at]), self.parts[at][1]
 
 
 def bars(failures: Iterable[Mapping[str, Any]]) -> list[Bar]:
@@ -88,8 +94,14 @@ def draw_waterfall(
     path: Path,
     done: Sequence[tuple[float, int]] = (),
     outages: Sequence[tuple[float, float]] = (),
+    *,
+    title: str = "what each failure cost",
+    longest_s: float | None = None,
 ) -> None:
     """Write a picture of the last MOST ``bars``; below them, where ``done`` has steps, these by the clock.
+
+    Args:
+        longest_s: a longer bar is cut at the edge, and says how long it is.
 
     Raises:
         OSError, ValueError: of ``path``.
@@ -103,18 +115,21 @@ def draw_waterfall(
     rows = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     axes = rows[0]
     names = list(dict.fromkeys(name for bar in kept for name, _ in bar.parts))
-    left = [0.0] * len(kept)
-    for number, name in enumerate(names):
-        widths = [dict(bar.parts).get(name, 0.0) for bar in kept]
-        axes.barh(range(len(kept)), widths, left=left, color=colormaps["tab10"](number % 10), label=name, height=0.7)
-        left = [begin + width for begin, width in zip(left, widths, strict=True)]
-    for row, end in enumerate(left):
-        axes.annotate(f"{end:.2f} s", (end, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
+    colors = cycle([colormaps[name](i) for name, size in (("tab10", 10), ("Set2", 8)) for i in range(size)])
+    for name, color in zip(names, colors, strict=False):
+        spans = [(row, *bar.span(name)) for row, bar in enumerate(kept) if name in dict(bar.parts)]
+        at, begins, widths = zip(*spans, strict=True)
+        axes.barh(at, widths, left=begins, color=color, label=name, height=0.7)
+    ends = [bar.seconds for bar in kept]
+    edge = longest_s or max(ends)
+    for row, end in enumerate(ends):
+        text = f"{end:.2f} s" if end <= edge else f"... {end:.2f} s"
+        axes.annotate(text, (min(end, edge), row), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(kept)), [bar.label for bar in kept], fontsize=8, parse_math=False)
     axes.invert_yaxis()
-    axes.margins(x=0.08)
+    axes.set_xlim(0, 1.12 * edge)
     cut = "" if len(kept) == len(bars) else f", the last {len(kept)} of {len(bars)}"
-    axes.set(xlabel="seconds from the failure to the first new step", title=f"what each failure cost{cut}")
+    axes.set(xlabel="seconds from the failure to the first new step", title=f"{title}{cut}")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     if done:
         axes, begin = rows[1], done[0][0]

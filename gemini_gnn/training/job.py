@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from gemini_gnn.cluster.place import Place
-from gemini_gnn.config import Config, from_mapping
+from gemini_gnn.config import Config, from_checked
 from gemini_gnn.errors import ConfigError, RunDirError, SnapshotError
 from gemini_gnn.faults import injection, schedule
-from gemini_gnn.files import write_atomically
+from gemini_gnn.files import write_if_new
 from gemini_gnn.graph.datasets import fingerprint, load_dataset
 from gemini_gnn.graph.graph import one_way_share
 from gemini_gnn.graph.partition.folder import PartitionedGraph
@@ -44,6 +44,9 @@ EVENTS_S = 5.0  # for the last events, at the end
 def main(payload: dict[str, Any], place: Place, listen_fd: int | None = None) -> int:
     """Train as rank ``place.rank``; what a worker agent's trainer runs. Errors go on to it, after they are written down.
 
+    Args:
+        payload: ``to_mapping`` of settings that the slot process has checked.
+
     Returns:
         0 when the run is complete, STOPPED after an orderly stop before that.
     """
@@ -51,7 +54,7 @@ def main(payload: dict[str, Any], place: Place, listen_fd: int | None = None) ->
     if here.generation > 1 and (Path(payload["run_dir"]) / "result.json").exists():
         return 0  # the run was complete when a trainer was lost on its way out
     try:
-        return run(from_mapping(payload), place, listen_fd)
+        return run(from_checked(payload, Config), place, listen_fd)
     except RunDirError:  # the folder is not ours: nothing is written there
         raise
     except Exception as error:
@@ -155,7 +158,7 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
         if job.snapshots.restored is None:  # snapshot=none, or a first checkpoint that was not due yet
             keep_earlier(run_dir.path)
         card = model_card(config, graph.x.shape[1], graph.num_classes, graph.multi_label)
-        write_atomically(run_dir.path / "model.json", json.dumps(card, indent=1))
+        write_if_new(run_dir.path / "model.json", json.dumps(card, indent=1))
         run_dir.status("running", step=job.state.step, total_steps=job.total_steps, world_size=groups.world_size)
         if job.state.step:
             say(f"going on after step {job.state.step} of {job.total_steps}")

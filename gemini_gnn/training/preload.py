@@ -8,10 +8,10 @@ have a few elements, nothing runs backward; the warm parent checks before each f
 from __future__ import annotations
 
 import numpy as np
-import omegaconf  # noqa: F401
 import safetensors.torch  # noqa: F401
 import torch
 import torch.utils.tensorboard
+import yaml  # noqa: F401
 
 import gemini_gnn.snapshot.session
 import gemini_gnn.training.job  # noqa: F401

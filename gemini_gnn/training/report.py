@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from gemini_gnn.config import Config, to_mapping
 from gemini_gnn.errors import ConfigError
-from gemini_gnn.files import write_atomically
+from gemini_gnn.files import write_atomically, write_if_new
 from gemini_gnn.observe.run_directory import LossLog, RunDir
 from gemini_gnn.training.groups import Groups
 from gemini_gnn.training.state import RunState
@@ -52,7 +52,7 @@ class Report:
 
             self._board = SummaryWriter(str(self.run_dir.path / "tensorboard"), purge_step=state.step + 1)
         rows = [row for row in _read_rows(self.run_dir.path / "metrics.jsonl") if row["epoch"] <= state.evaluated]
-        write_atomically(self.run_dir.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_if_new(self.run_dir.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def loss(self, state: RunState, epoch: int, loss: float) -> None:
         self._loss = loss

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from omegaconf import OmegaConf
 
 from gemini_gnn.config import Config, to_mapping
 from gemini_gnn.errors import RunDirError
@@ -33,6 +34,31 @@ def test_losses_each_step_once_after_a_resume(tmp_path):
     log.append(4, 1, 0.25)
     log.close()
     assert read_losses(path) == [(1, 1, 1.0), (2, 1, 0.5), (3, 1, 1 / 3), (4, 1, 0.25)]
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_a_resume_cuts_rows_off_and_waits_for_no_disk(tmp_path, monkeypatch, rows):
+    path = tmp_path / "losses.csv"
+    path.write_text("step,epoch,loss\n" + "".join(f"{step},1,0.5\n" for step in range(1, rows + 1)) + "6,1,0.")
+    monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("waits for the disk"))
+    log = LossLog(path)
+    log.resume(3, [[2, 1, 0.5], [3, 1, 0.5], [4, 1, 9.0]])
+    assert read_losses(path) == [(1, 1, 0.5), (2, 1, 0.5), (3, 1, 0.5)] and path.read_text().endswith("3,1,0.5\n")
+    assert log.unsynced == [[2, 1, 0.5], [3, 1, 0.5]]  # of the process before: they may be lost with the machine yet
+    monkeypatch.undo()
+    log.close()
+
+
+@pytest.mark.parametrize(
+    "text", ["1e5", "nan", "0x1F", "1_0", "1:30", "true", "~", "null", "a: b", "é", "", " x", "a\nb", "2001-01-01"]
+)
+def test_settings_are_read_as_they_were_written(tmp_path, text):
+    config = Config(run_dir=str(tmp_path / "run"))
+    config.dataset.path, config.optimizer.lr, config.optimizer.weight_decay = text, 1e-05, 0.0
+    RunDir.claim(config).release()
+    assert read_config(tmp_path / "run") == config
+    written = (tmp_path / "run" / "config.yaml").read_text()
+    assert OmegaConf.to_container(OmegaConf.create(written)) == to_mapping(config)
 
 
 @pytest.mark.parametrize(

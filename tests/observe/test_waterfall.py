@@ -29,6 +29,17 @@ def test_a_bar_for_each_failure_in_the_order_of_its_parts():
     assert found[0].seconds == KILLED["recovery_s"]
 
 
+def test_a_bar_keeps_the_order_of_its_parts_beside_bars_with_others(tmp_path):
+    bars = [Bar("a", (("detect", 1.0), ("restore", 2.0))), Bar("b", (("typed", 0.5), ("detect", 0.25)))]
+    assert [bars[1].span("typed"), bars[1].span("detect")] == [(0.0, 0.5), (0.5, 0.25)]
+    waterfall.draw_waterfall(bars, tmp_path / "a.png")
+    picture = (imread(tmp_path / "a.png")[:, :, :3] * 255).round().astype(int)
+    _, left = (picture == (31, 119, 180)).all(axis=2).nonzero()  # detect
+    _, other = (picture == (44, 160, 44)).all(axis=2).nonzero()  # typed
+    top, bottom = left[: len(left) // 2].min(), other.min()
+    assert abs(top - bottom) <= 2  # both begin at 0: "typed" is first in its bar, though its colour is the third
+
+
 def test_an_outage_begins_when_it_happened_not_when_it_was_decided_upon():
     assert waterfall.outages([KILLED]) == [(999.625, 1000.375)]
 
@@ -61,3 +72,13 @@ def test_nothing_to_draw_and_nowhere_to_write_are_errors(tmp_path):
     for path in (tmp_path / "no" / "a.png", tmp_path / "a.what"):
         with pytest.raises(RunDirError, match="cannot write .*; give another plot="):
             waterfall.draw(tmp_path, path)
+
+
+def test_a_bar_longer_than_asked_for_is_cut_and_the_others_keep_their_room(tmp_path):
+    pixels = {}
+    for name, longest_s in (("cut", 1.0), ("whole", None)):
+        bars = [Bar("short", (("detect", 1.0),)), Bar("long", (("restore", 20.0),))]
+        waterfall.draw_waterfall(bars, tmp_path / f"{name}.png", longest_s=longest_s)
+        picture = (imread(tmp_path / f"{name}.png")[:, :, :3] * 255).round().astype(int)
+        pixels[name] = (picture == (31, 119, 180)).all(axis=2).sum()
+    assert pixels["cut"] > 5 * pixels["whole"]
