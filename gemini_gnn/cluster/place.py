@@ -115,6 +115,9 @@ def _from_launcher(environ: Mapping[str, str], machine: str) -> Place:
         raise ClusterError(unequal(f"{local_world} of {world} ranks on this one of {machines} machines, {machine}"))
     if "MASTER_ADDR" not in environ and world > local_world:
         raise ClusterError("MASTER_ADDR is not set, and the job has several machines: pass deepspeed --master_addr")
+    port = _number(environ, "MASTER_PORT", default=0)
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and world > local_world:
+        port += 1  # torchrun itself listens at MASTER_PORT; our agents meet beside it
     return Place(
         rank=_number(environ, "RANK"),
         world_size=world,
@@ -122,7 +125,7 @@ def _from_launcher(environ: Mapping[str, str], machine: str) -> Place:
         local_world_size=local_world,
         machine=machine,
         master_addr=environ.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=_number(environ, "MASTER_PORT", default=0),
+        master_port=port,
         launcher="torchrun" if "TORCHELASTIC_RUN_ID" in environ else "deepspeed",
     )
 

@@ -59,6 +59,8 @@ def test_torchrun():
     environ = {k: v for k, v in DEEPSPEED.items() if not k.startswith(("CROSS", "LOCAL_SIZE"))}
     place = discover(environ | {"LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}, "h1")
     assert place == Place(3, 4, 1, 2, "h1", "10.1.2.1", 29500, "torchrun")
+    served = {"TORCHELASTIC_USE_AGENT_STORE": "True", "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
+    assert discover(environ | served, "h1").master_port == 29501, "torchrun's own store has the other"
 
 
 def test_srun():
