@@ -285,7 +285,8 @@ def token(run_dir: Path, patience_s: float = 10.0) -> bytes:
     """The secret of the job's processes; the first that asks makes it.
 
     Raises:
-        RunDirError: it can be neither made nor read, is another user's, or others may read it.
+        RunDirError: it can be neither made nor read, or others may read it.
+        PermissionError: it is another user's.
     """
     path = run_dir / "terms" / "token"
     text = _made_once(path, TOKEN_CHARACTERS, 0o600, patience_s)
@@ -306,6 +307,8 @@ def _made_once(path: Path, characters: int, mode: int, patience_s: float) -> str
                 raise RunDirError(f"{path} is incomplete: its writer died; remove the file and start again")
             time.sleep(0.05)
     except OSError as error:
+        if isinstance(error, PermissionError) and path.exists():
+            raise
         raise RunDirError(f"cannot make or read {path}: {error.strerror}; is run_dir writable?") from None
     return found
 

@@ -26,6 +26,14 @@ HOSTS = ["h0", "h1", "h2", "h3"]
 HANGS_S = 20.0
 
 
+@pytest.fixture
+def network_folder(lab):
+    if not shutil.which("sshfs") or not os.path.exists("/dev/fuse"):
+        pytest.skip("the network file system needs sshfs and /dev/fuse: apt-get install sshfs")
+    yield lab.nfs_up()
+    lab.nfs_down()
+
+
 def stop_for(lab, hosts, words, seconds):
     """Stop the processes with ``words`` in their command line, and let them go on."""
     hosts = [hosts] if isinstance(hosts, str) else hosts
@@ -43,10 +51,8 @@ def stop_for(lab, hosts, words, seconds):
         pytest.param(30, marks=[pytest.mark.long, pytest.mark.timeout(3600)]),
     ],
 )
-def test_nothing_fails_and_nothing_is_restarted(lab, graph, tmp_path, minutes):
-    if not shutil.which("sshfs") or not os.path.exists("/dev/fuse"):
-        pytest.skip("the network file system needs sshfs and /dev/fuse: apt-get install sshfs")
-    run_dir = lab.nfs_up() / f"calm-{minutes}"
+def test_nothing_fails_and_nothing_is_restarted(lab, network_folder, graph, tmp_path, minutes):
+    run_dir = network_folder / f"calm-{minutes}"
     seen = lab.folder / "nas-disk" / f"calm-{minutes}"  # the same, where the server keeps it
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
     launcher = [*DEEPSPEED, "--hostfile", str(lab.hostfile(HOSTS))]

@@ -22,26 +22,29 @@ def start(lab, graph, run_dir, *settings):
     return train(lab, "h0", launcher, *graph, *QUICK, *settings, run_dir=run_dir)
 
 
+KILLS = ["kill-agent h1 @ step 5", "kill-warm h1 @ step 12", "kill-root @ step 18"]
+HANGING = ["stop-rank 2 @ step 10", "hang-collective 3 @ step 20"]
+CUT = ["cut-link h1 for 8 s @ step 5"]
+
+
 @pytest.mark.parametrize(
-    ("fault", "settings", "kind", "times"),
+    ("faults", "settings", "events", "said"),
     [
-        ("kill-agent h1 @ step 5", [], "worker_joined", 3),
-        ("kill-root @ step 5", [], "started", 2),
-        ("kill-warm h1 @ step 5", [], "warm_died", 1),
-        ("cut-link h1 for 8 s @ step 5", ["faults.allow=true", "recovery.heartbeat_s=0.5"], "worker_lost", 1),
-        ("stop-rank 2 @ step 20", HANGS, "hang", 1),
-        ("hang-collective 3 @ step 20", HANGS, "hang", 1),
+        (KILLS, [], {"started": 2, "warm_died": 1}, ["starting another", "takes its place"]),
+        (HANGING, HANGS, {"hang": 2}, ["as generation 2", "as generation 3"]),
+        (CUT, ["faults.allow=true", "recovery.heartbeat_s=0.5"], {"worker_lost": 1}, ["as generation 2"]),
     ],
+    ids=["kills", "hangs", "cut"],
 )
-def test_the_job_goes_on_by_itself(lab, graph, calm, tmp_path, fault, settings, kind, times):
+def test_the_job_goes_on_by_itself(lab, graph, calm, tmp_path, faults, settings, events, said):
     run_dir = tmp_path / "run"
-    process = start(lab, graph, run_dir, EPOCHS, f"faults.at=[{fault}]", *settings)
+    process = start(lab, graph, run_dir, EPOCHS, f"faults.at=[{', '.join(faults)}]", *settings)
     assert ended(process, run_dir, 180) == 0, terminal(run_dir)[-6000:]
     assert losses(run_dir) == calm
-    assert len(agent_events(run_dir, kind)) == times, agent_events(run_dir, kind)
-    assert len(list((run_dir / "faults").glob("*step*"))) == 1
-    said = {"kill-warm": "starting another", "kill-agent": "takes its place", "kill-root": "takes its place"}
-    assert said.get(fault.split()[0], "as generation 2") in terminal(run_dir)
+    for kind, times in events.items():
+        assert len(agent_events(run_dir, kind)) == times, agent_events(run_dir, kind)
+    assert len(list((run_dir / "faults").glob("*step*"))) == len(faults)
+    assert all(words in terminal(run_dir) for words in said), terminal(run_dir)[-6000:]
     assert nobody_trains(lab)
     for host in ("h0", "h1"):
         assert lab.run(host, ["ls", "/dev/shm"]).stdout == "", "snapshots and locks are gone"
@@ -51,17 +54,16 @@ def typed(lab, host, script, run_dir, *words):
     return lab.run(host, [sys.executable, f"launch/{script}.py", f"run_dir={run_dir}", *words], 60, cwd=ROOT)
 
 
-@pytest.mark.parametrize("visitor", ["h1", "h3"])
-def test_visitors_of_the_job_and_from_outside(lab, graph, tmp_path, visitor):
+def test_visitors_of_the_job_and_from_outside(lab, graph, tmp_path):
     """h3 has no part in the job, and sees its run directory."""
     run_dir = tmp_path / "run"
     process = start(lab, graph, run_dir, "training.epochs=100000")
     wait_until(lambda: losses(run_dir), run_dir)
-    for words, expected, kind in (
-        (["kill-rank", "3"], "SIGKILL to rank 3, pid ", "trainer_forked"),
-        (["kill-agent", "h1"], "SIGKILL to the worker agent, pid ", "worker_joined"),
-        (["kill-warm", "rank:1"], "SIGKILL to the warm parent, pid ", "warm_died"),
-        (["kill-root"], "SIGKILL to the root agent, pid ", "started"),
+    for visitor, words, expected, kind in (
+        ("h1", ["kill-rank", "3"], "SIGKILL to rank 3, pid ", "trainer_forked"),
+        ("h3", ["kill-agent", "h1"], "SIGKILL to the worker agent, pid ", "worker_joined"),
+        ("h1", ["kill-warm", "rank:1"], "SIGKILL to the warm parent, pid ", "warm_died"),
+        ("h3", ["kill-root"], "SIGKILL to the root agent, pid ", "started"),
     ):
         before, steps = len(agent_events(run_dir, kind)), len(losses(run_dir))
         done = typed(lab, visitor, "inject", run_dir, *words)

@@ -34,7 +34,7 @@ class Observed:
         reaped_s: all its trainers are. begun_s: the next generation begins, all machines and warm parents being ready.
         started_s: its trainers are forked. joined_s: they have met. restored_s: engines are built and restored.
         stepped_s: a step is done.
-        interrupted_s: another failure happened before that.
+        interrupted_s: another failure happened before that; never together with stepped_s.
         rank, machine: that failed; None and "": no single one.
         restored_step: steps done that the next generation began with.
     """

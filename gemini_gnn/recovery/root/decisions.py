@@ -65,7 +65,7 @@ class Limits:
     leave_s: float = 30.0
     settle_s: float = 0.5
     cause_s: float = 3.0
-    dump_s: float = 0.5
+    dump_s: float = 1.0
     same_step_failures: int = 5
 
 

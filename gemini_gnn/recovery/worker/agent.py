@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from gemini_gnn.cluster.place import Place, check_master, check_place, launcher_variables
-from gemini_gnn.errors import ConfigError, GeminiError
+from gemini_gnn.errors import ConfigError, GeminiError, RunDirError
 from gemini_gnn.observe import terms
 from gemini_gnn.recovery import board, home, messages, processes
 from gemini_gnn.recovery.outcome import Failure, Outcome, failed
@@ -162,7 +162,7 @@ class Agent:
         )
 
     def _look_at_journal(self) -> None:
-        if news := self.journal.news():
+        if 0 in self.shims and (news := self.journal.news()):  # else nobody would hear it
             self._say(news)
 
     def _look_at_term(self) -> None:
@@ -423,7 +423,7 @@ class Agent:
         """
         place = request.place
         check_master(place)
-        token = terms.token(self.run_dir) if place.machines > 1 else b""
+        token = self._token() if place.machines > 1 else b""
         done = False
         if place.rank < place.local_world_size:
             if self.beats is None:  # else of a slot process that was refused after that
@@ -448,6 +448,12 @@ class Agent:
             self._see(decisions.WarmRefused(Failure(-1, 1, now, text, text)))
         elif not done:
             self._warm_up(request)
+
+    def _token(self) -> bytes:
+        try:
+            return terms.token(self.run_dir)
+        except PermissionError as error:
+            raise RunDirError(f"{error.filename} is another user's; give another run_dir=...") from None
 
     def _warm_up(self, request: messages.Register) -> None:
         """Have a warm parent for this job: the one that this agent began with, if it has imported the same."""

@@ -606,10 +606,10 @@ def test_of_a_hang_the_stacks_are_written_then_it_is_gone_on_from_as_from_a_kill
     state, actions = play(running(machines, local), HUNG, now=100.0)
     assert actions == [DumpStacks()] and state.phase is Phase.RUNNING
     assert play(state, HUNG, Tick(), now=100.2)[1] == []
-    state, actions = play(state, Tick(), now=100.5)
+    state, actions = play(state, Tick(), now=100.0 + state.limits.dump_s)
     assert said(actions) == f"{HUNG.words}; restarting all {state.world} trainers as generation 2"
     assert actions[1:] == [Close()] and state.cause.kind == "hang" and state.cause.rank == 1
-    state, actions = play(state, *reaped(state), now=100.6)
+    state, actions = play(state, *reaped(state), now=102.0)
     assert actions == [Begin(2)] and state.hung is None
 
 

@@ -16,6 +16,7 @@ from gemini_gnn.recovery import messages
 from gemini_gnn.recovery.board import Board, Phase
 from gemini_gnn.recovery.root import decisions
 from gemini_gnn.recovery.root.faults import Agent, Faults, check_able, machine_of, reads_orders
+from gemini_gnn.recovery.root.ledger import Ledger
 from gemini_gnn.recovery.root.service import Root
 from gemini_gnn.recovery.worker.journal import Journal
 
@@ -211,6 +212,7 @@ def test_a_visitor_may_wait_for_longer_than_a_worker_may_be_silent(tmp_path):
         master_addr="127.0.0.1",
         token=b"",
         listener=None,
+        ledger=Ledger(1, [], None),
         journal=journal,
         faults=Faults(FaultsConfig(), 2, tmp_path, journal),
         selector=selectors.DefaultSelector(),
@@ -225,7 +227,7 @@ def test_a_visitor_may_wait_for_longer_than_a_worker_may_be_silent(tmp_path):
     for tick in range(41):
         root.tick(tick / 2)
     assert len(root.links) == 1, "20 s later: one that never said what it is has gone"
-    assert messages.Channel(silent, messages.TO_WORKER).receive() == []
+    assert silent.receive() == []
     (visitor,) = root.close()
     visitor.send(messages.Ended("stopped", 143, "launch/stop.py"))
     assert [type(one) for one in person.receive()] == [messages.Ended]

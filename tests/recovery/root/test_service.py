@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
-from gemini_gnn.config import RecoveryConfig
+from gemini_gnn.config import FaultsConfig, RecoveryConfig
 from gemini_gnn.recovery.outcome import Outcome
 from gemini_gnn.recovery.root import decisions
 from gemini_gnn.recovery.root.decisions import Phase
+from gemini_gnn.recovery.root.faults import Faults
 from gemini_gnn.recovery.root.ledger import Ledger
 from gemini_gnn.recovery.root.service import Root
 from gemini_gnn.recovery.worker.journal import Journal
@@ -27,6 +28,7 @@ def root(tmp_path):
         listener=None,
         ledger=Ledger(2, [], None),
         journal=journal,
+        faults=Faults(FaultsConfig(), 4, tmp_path, journal),
         selector=selector,
         now=100.0,
     )
