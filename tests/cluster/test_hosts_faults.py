@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from gemini_gnn.cluster.launcher import DEEPSPEED
-from tests.cluster.test_hosts_recovery import EPOCHS, agent_events, calm
+from tests.cluster.test_hosts_recovery import EPOCHS, agent_events, calm, calm_run
 from tests.cluster.test_hosts_train import ROOT, ended, graph, losses, nobody_trains, terminal, train, wait_until
 
-__all__ = ["calm", "graph"]  # the fixtures
+__all__ = ["calm", "calm_run", "graph"]  # the fixtures
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(400)]
 QUICK = ["recovery.heartbeat_s=0.1", "recovery.silence_s=2"]
