@@ -21,9 +21,10 @@ Four hosts of one rank in the lab (docs/lab.md; root on Linux), links of 1 Gbit/
                     command typed again as soon as it has ended
 
 Each is a real `deepspeed` job, in turns. Time runs from the failure to the end of the first step that had not been done before,
-by the clock of the events of rank 0. Beside it stand the parts that the root has noted (docs/recovery.md). They leave out two
-things: the time until the death is seen, and the last of the step, from its update to its event. The losses of every run must
-be those of an undisturbed one, bit for bit.
+by the clock of the events of rank 0. Beside it stand the parts that the root has noted (docs/recovery.md). Their sum leaves
+out the time until a death is seen, and the last of the step, from its update to its event. A silent machine counts from its
+last word on, which is up to a heartbeat before the cut. The losses of every run must be those of an undisturbed one, bit for
+bit.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ from gemini_gnn.recovery import home
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ["training.epochs=40", "evaluation.every=10", "logger=quiet"]
 TIMES_FASTER = 15.0  # than the peer: the goal
-CUT_S = 3.0
+CUT_S = 3.0  # of lab-link
+LONGEST_S = 2.5  # of a bar in the picture
 END_S = 300.0  # until a job has ended
 RELAUNCHED = ("old command ends", "launcher, imports, join", "restore", "first step", "steps again")
 
@@ -65,14 +67,16 @@ class Row:
     """One kind of failure.
 
     Attributes:
+        what: it is, in the picture.
         victims: the pids to kill, of a job (run directory) on a lab (None: on this machine).
         goal_s: of the seconds that count; None: no goal.
         peer: the row that it is compared with.
         typed: the command is typed again: "at once", or "when it has ended" by itself. "": it is not.
-        settings: of the job, with the fields {at} (the step of the failure), {every} and {folder} (of checkpoints).
+        settings: of the job, with the fields {at} (the step that fails), {every} and {folder} (of checkpoints).
         script: of the job.
     """
 
+    what: str
     victims: Callable[[Path, Any], list[int]]
     goal_s: float | None = None
     peer: str = ""
@@ -258,27 +262,31 @@ HANGS = (
 )
 SILENT = ("recovery.silence_s=2", "recovery.heartbeat_s=0.25")
 ROWS = {
-    "trainer": Row(trainers(1), 0.30, "checkpoint"),
-    "trainers": Row(trainers(0, 1), 0.30, "checkpoint"),
-    "hang": Row(nobody, 0.30, "checkpoint", settings=HANGS),
-    "agent": Row(agent_on(""), 2.30, "checkpoint"),
-    "retyped": Row(everything, None, "checkpoint", "at once"),
-    "checkpoint": Row(everything, typed="at once", settings=NFS, script=PLAIN),
-    "lab-trainer": Row(trainers(1), 1.0, "lab-checkpoint"),
-    "lab-agent": Row(agent_on("h1"), 3.0, "lab-checkpoint"),
-    "lab-root": Row(agent_on("h0"), 3.0, "lab-checkpoint"),
-    "lab-link": Row(nobody, 1.0, "lab-checkpoint", settings=SILENT),
+    "trainer": Row("2 ranks: a trainer killed", trainers(1), 0.30, "checkpoint"),
+    "trainers": Row("2 ranks: both trainers killed", trainers(0, 1), 0.30, "checkpoint"),
+    "hang": Row("2 ranks: a trainer hangs", nobody, 0.30, "checkpoint", settings=HANGS),
+    "agent": Row("2 ranks: the agent killed", agent_on(""), 2.30, "checkpoint"),
+    "retyped": Row("2 ranks: all killed, typed again", everything, None, "checkpoint", "at once"),
+    "checkpoint": Row("2 ranks: plain DeepSpeed, typed again", everything, typed="at once", settings=NFS, script=PLAIN),
+    "lab-trainer": Row("4 hosts: a trainer killed", trainers(1), 1.0, "lab-checkpoint"),
+    "lab-agent": Row("4 hosts: an agent killed", agent_on("h1"), 3.0, "lab-checkpoint"),
+    "lab-root": Row("4 hosts: the root agent killed", agent_on("h0"), 3.0, "lab-checkpoint"),
+    "lab-link": Row("4 hosts: a link cut for 3 s", nobody, 1.0, "lab-checkpoint", settings=SILENT),
     "lab-checkpoint": Row(
-        trainers(1), typed="when it has ended", settings=(*NFS, "snapshot.folder={folder}"), script=PLAIN
+        "4 hosts: plain DeepSpeed, typed again",
+        trainers(1),
+        typed="when it has ended",
+        settings=(*NFS, "snapshot.folder={folder}"),
+        script=PLAIN,
     ),
 }
 
 
 def disturbed(name: str, run_dir: Path, lab: Any, at: int, every: int) -> Measured:
-    """Run the job of row ``name``, let it fail at step ``at``, and see it to its end."""
+    """Run the job of row ``name``, let it fail after step ``at``, and see it to its end."""
     row = ROWS[name]
     folder = lab.folder / "nfs" / run_dir.name if lab is not None else run_dir
-    settings = [setting.format(at=at, every=every, folder=folder) for setting in row.settings]
+    settings = [setting.format(at=at + 1, every=every, folder=folder) for setting in row.settings]
     job = start(run_dir, lab, row.script, settings)
     try:
         deadline = time.monotonic() + END_S
@@ -323,8 +331,12 @@ def disturbed(name: str, run_dir: Path, lab: Any, at: int, every: int) -> Measur
 
 def losses_of(run_dir: Path, lab: Any) -> list:
     """Of a run that nothing happens to."""
-    if start(run_dir, lab, "launch/train.py", ["snapshot=none"]).wait(END_S) != 0:
-        raise SystemExit(said(run_dir))
+    job = start(run_dir, lab, "launch/train.py", ["snapshot=none"])
+    try:
+        if job.wait(END_S) != 0:
+            raise SystemExit(said(run_dir))
+    finally:
+        kill(everything(run_dir, lab))
     return read_losses(run_dir / "losses.csv")
 
 
@@ -350,11 +362,9 @@ def measure(names: Sequence[str], folder: Path, lab: Any, rounds: int, every: in
 
 
 def draw(found: Mapping[str, Sequence[Measured]], path: Path) -> None:
-    """A bar of median parts for each row. What is typed again takes so long that its bar is cut."""
-    bars = [Bar(name, tuple(medians(runs).items())) for name, runs in found.items()]
-    longest_s = max((bar.seconds for bar in bars if not ROWS[bar.label].typed), default=None)
-    title = "from a failure to the first new step (medians)"
-    draw_waterfall(bars, path, title=title, longest_s=longest_s)
+    """A bar of median parts for each row. Long bars are cut, so that the parts of the short ones can be seen."""
+    bars = [Bar(ROWS[name].what, tuple(medians(runs).items())) for name, runs in found.items()]
+    draw_waterfall(bars, path, title="what a failure costs: medians of its parts", longest_s=LONGEST_S)
 
 
 def main() -> None:

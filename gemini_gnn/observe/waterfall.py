@@ -111,19 +111,19 @@ def draw_waterfall(
 
     kept = bars[-MOST:]
     heights = [max(2.2, 0.8 + 0.28 * len(kept)), *([3.0] if done else [])]
-    figure = Figure(figsize=(11, sum(heights) + 0.8), dpi=120, layout="constrained")
+    figure = Figure(figsize=(11, sum(heights) + 0.8), dpi=100, layout="constrained")
     rows = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
     axes = rows[0]
+    edge = longest_s or max(bar.seconds for bar in kept)
     names = list(dict.fromkeys(name for bar in kept for name, _ in bar.parts))
     colors = cycle([colormaps[name](i) for name, size in (("tab10", 10), ("Set2", 8)) for i in range(size)])
     for name, color in zip(names, colors, strict=False):
         spans = [(row, *bar.span(name)) for row, bar in enumerate(kept) if name in dict(bar.parts)]
-        at, begins, widths = zip(*spans, strict=True)
+        widths = [max(0.0, min(seconds, edge - begin)) for _, begin, seconds in spans]
+        at, begins, _ = zip(*spans, strict=True)
         axes.barh(at, widths, left=begins, color=color, label=name, height=0.7)
-    ends = [bar.seconds for bar in kept]
-    edge = longest_s or max(ends)
-    for row, end in enumerate(ends):
-        text = f"{end:.2f} s" if end <= edge else f"... {end:.2f} s"
+    for row, end in enumerate(bar.seconds for bar in kept):
+        text = f"{end:.2f} s" if end <= edge else f"... {end:.1f} s"
         axes.annotate(text, (min(end, edge), row), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_yticks(range(len(kept)), [bar.label for bar in kept], fontsize=8, parse_math=False)
     axes.invert_yaxis()

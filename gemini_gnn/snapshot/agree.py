@@ -17,6 +17,8 @@ from gemini_gnn.errors import SnapshotError
 
 T = TypeVar("T")
 
+SIZE_BYTES, HEAD_BYTES = 8, 1016  # nearly every value is that short: a recovery has a dozen, one all_gather each
+
 
 class Ranks:
     """The ranks of ``group`` (None: the only one)."""
@@ -28,15 +30,21 @@ class Ranks:
         """``value`` (JSON) of every rank, by rank."""
         if self.world_size == 1:
             return [value]
-        raw = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([len(raw)]), group=self._group)
-        longest = int(max(int(s) for s in sizes))
-        padded = torch.zeros(longest, dtype=torch.uint8)
-        padded[: len(raw)] = raw
-        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world_size)]
-        dist.all_gather(parts, padded, group=self._group)
-        return [json.loads(bytes(p[: int(s)].tolist())) for p, s in zip(parts, sizes, strict=True)]
+        text = json.dumps(value).encode()
+        heads = self._gather(len(text).to_bytes(SIZE_BYTES, "little") + text[:HEAD_BYTES], SIZE_BYTES + HEAD_BYTES)
+        sizes = [int.from_bytes(head[:SIZE_BYTES], "little") for head in heads]
+        texts = [head[SIZE_BYTES:] for head in heads]
+        if max(sizes) > HEAD_BYTES:
+            rests = self._gather(text[HEAD_BYTES:], max(sizes) - HEAD_BYTES)
+            texts = [head + rest for head, rest in zip(texts, rests, strict=True)]
+        return [json.loads(text[:size]) for text, size in zip(texts, sizes, strict=True)]
+
+    def _gather(self, mine: bytes, length: int) -> list[bytes]:
+        """``mine`` of every rank, by rank, filled up to ``length``."""
+        sent = torch.frombuffer(bytearray(mine.ljust(length, b"\0")), dtype=torch.uint8)
+        parts = [torch.empty_like(sent) for _ in range(self.world_size)]
+        dist.all_gather(parts, sent, group=self._group)
+        return [part.numpy().tobytes() for part in parts]
 
     def all_true(self, bit: bool) -> bool:
         """The minimum of a bit."""
