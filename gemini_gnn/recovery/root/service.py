@@ -38,6 +38,7 @@ from gemini_gnn.recovery.worker.journal import Journal
 
 LEAVE_S = 10.0  # from the outcome to the end of the last other worker
 STRANGERS = 64  # connections at once that have not joined
+DONE_S = 1.0  # for the last word in status.json
 STATUS_S = 1.0  # between two versions of status.json while nothing changes
 STATES = {  # the words of observe/status.py for a job that has not ended
     decisions.Phase.FORMING: "starting",
@@ -313,6 +314,9 @@ class Root:
                 self._account(outcome, now)
                 self.away = [self.state.name(i) for i, one in enumerate(self.state.machines) if not one.here]
                 self._last = self.status(now)  # before the other machines leave
+                if outcome.kind == "done":  # a root that comes after this one must know before any machine has left
+                    self.journal.status(**{**self._last, "state": "done", "reason": outcome.reason, "exit_code": 0})
+                    self.journal.flush(DONE_S)
                 self._leaving = {link.machine for link in self.links if link.machine}
                 self._tell(messages.Finish(outcome, self.away), lambda link: link.machine != 0)
 

@@ -6,12 +6,14 @@ from dataclasses import replace
 import pytest
 
 from gemini_gnn.config import FaultsConfig, RecoveryConfig
+from gemini_gnn.observe.status import read_status
+from gemini_gnn.recovery import messages
 from gemini_gnn.recovery.outcome import Outcome
 from gemini_gnn.recovery.root import decisions
 from gemini_gnn.recovery.root.decisions import Phase
 from gemini_gnn.recovery.root.faults import Faults
 from gemini_gnn.recovery.root.ledger import Ledger
-from gemini_gnn.recovery.root.service import Root
+from gemini_gnn.recovery.root.service import Link, Root
 from gemini_gnn.recovery.worker.journal import Journal
 
 
@@ -52,6 +54,17 @@ def test_a_root_that_replaces_a_dead_one_recovers_from_the_step_that_was_reached
     status = root.status(101.0)
     assert (status["state"], status["step"]) == ("recovering", 7)
     assert status["recovers_from"] == "the root agent on h0 died"
+
+
+def test_that_the_work_is_done_is_written_before_any_machine_is_told(root, tmp_path):
+    root.journal.speaks_for_job, seen = True, []
+    here, there = messages.pair(messages.TO_ROOT)
+    root.links.append(Link(here, 100.0, machine=1))
+    here.send = lambda message: seen.append((type(message), read_status(tmp_path)["state"]))
+    root._act(decisions.Finish(Outcome("done", 0, "done", keep=False)), 101.0)
+    assert seen == [(messages.Finish, "done")] and read_status(tmp_path)["exit_code"] == 0
+    here.close()
+    there.close()
 
 
 def test_machines_and_ranks_that_never_came_are_shown(root):
