@@ -11,13 +11,17 @@ from gemini_gnn.errors import ConfigError
 
 CAP_NET_ADMIN = 12
 
-# The answer to who asked leaves first, by the same link. A device that is down loses the routes that were added by hand.
+# The answer to who asked leaves first, by the same link. A device that is down loses the routes that were added by hand, and
+# would lose its IPv6 addresses.
 CUT = """
 trap '' TERM INT HUP
 sleep 0.3
+keep="/proc/sys/net/ipv6/conf/$0/keep_addr_on_down"
+before=$(cat "$keep" 2>/dev/null) && echo 1 2>/dev/null > "$keep"
 ip link set dev "$0" down
 sleep "$1"
-for try in 1 2 3 4 5; do ip link set dev "$0" up && exit; sleep 1; done
+for try in 1 2 3 4 5; do ip link set dev "$0" up && break; sleep 1; done
+[ -z "$before" ] || echo "$before" 2>/dev/null > "$keep"
 """
 
 

@@ -67,12 +67,12 @@ def test_a_killed_agent_takes_its_trainers_along_and_is_replaced(job):
     run.assert_nothing_left()
 
 
-def test_an_agent_that_dies_with_its_warm_parent_is_replaced_by_the_slots(job):
+def test_an_agent_whose_heir_does_not_come_is_replaced_by_the_slots(job):
     run = job()
     launch = run.launch(2, "train")
     run.training(2)
-    for role in ("warm", "agent"):
-        os.kill(run.pid_of(role), signal.SIGKILL)
+    os.kill(run.pid_of("warm"), signal.SIGSTOP)
+    os.kill(run.pid_of("agent"), signal.SIGKILL)
     run.training(2, term=2)
     assert run.events("warm_adopted") == [] and len(run.events("warm_started", term=2)) == 1
     run.finish()
@@ -99,7 +99,8 @@ def test_an_heir_without_slot_processes_ends(job):
     run = job()
     run.launch(2, "train")
     run.training(2)
-    for pid in [pid for pid, role in run.processes().items() if role in ("launch", "agent")]:
+    launches = [pid for pid, role in run.processes().items() if role == "launch"]
+    for pid in [run.pid_of("agent"), *launches]:  # the agent first: it would end the job when the slots are gone
         with_no_error(os.kill, pid, signal.SIGKILL)
     wait_for(lambda: run.events("warm_adopted"), "an heir")
     wait_for(lambda: not run.processes(), "the end of all processes")

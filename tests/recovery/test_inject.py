@@ -140,7 +140,7 @@ def test_the_schedule_of_agents_strikes_once_per_job(job):
     wait_for(lambda: [e for e in run.events("say", term=2) if "kill-agent nowhere" in e["text"]], "the complaint")
     run.finish()
     assert run.end(launch)[0] == 0
-    assert [e["fault"] for e in run.events("fault_ordered")] == at[:2]
+    assert run.events("fault_ordered", fault=at[0]), "what a root notes just before it is killed may be lost"
     assert len(run.events("warm_died")) == 1 and len(run.events("started")) == 2
     assert sorted(p.name for p in (run.run_dir / "faults").iterdir()) == [
         "begun",
