@@ -32,6 +32,7 @@ from gemini_gnn.config import FaultsConfig, RecoveryConfig
 from gemini_gnn.faults.schedule import Fault
 from gemini_gnn.recovery.board import Board
 from gemini_gnn.recovery.outcome import Failure, Outcome
+from gemini_gnn.snapshot.store.identity import Identity
 
 MAX_MESSAGE_BYTES = 16 << 20
 READ_BYTES = 1 << 20  # when so much has come, what is complete is handed out first
@@ -357,6 +358,173 @@ class Unfit:
     text: str
 
 
+# --- agent <-> replicator ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The replicator of another machine."""
+
+    name: str
+    address: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """A generation begins: push the shards of ``own``, keep those of ``kept``.
+
+    Attributes:
+        since: the snapshot that this generation resumes from: older ones are not pushed. None: at a fresh start.
+        own: shards of this machine's ranks, without the common one. kept: shards that peers push to this machine.
+        peers: that keep copies of ``own``.
+        pages: of the board, one per local rank.
+        every_s: from the beginning of one snapshot's transfer to that of the next.
+        bytes_per_s: limit of what is sent; 0: none.
+    """
+
+    term: int
+    generation: int
+    since: Identity | None
+    own: list[str]
+    kept: list[str]
+    peers: list[Peer]
+    pages: int
+    every_s: float = 0.05
+    bytes_per_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Advance:
+    """This snapshot is recoverable: every shard of it has its copies."""
+
+    identity: Identity
+
+
+@dataclass(frozen=True)
+class Quiet:
+    """The generation is over: write nothing more into the arena, break all transfers off; then answer Silent."""
+
+
+@dataclass(frozen=True)
+class Silent:
+    """Nothing is written into the arena before the next Replicate or Fetch."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A shard to be fetched. ``peer``: which has it in memory."""
+
+    shard: str
+    identity: Identity
+    peer: Peer
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Get these shards into this machine's arena. The answer is Fetched with the same ``attempt``."""
+
+    attempt: int
+    wanted: list[Wanted]
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A copy that could not be had. ``damaged``: it is there, and its bytes do not fit their checksum."""
+
+    shard: str
+    identity: Identity
+    source: str
+    damaged: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class Fetched:
+    attempt: int
+    misses: list[Miss]
+
+
+@dataclass(frozen=True)
+class Copied:
+    """All own shards of this snapshot are on all peers, verified there."""
+
+    generation: int
+    identity: Identity
+
+
+@dataclass(frozen=True)
+class Alive:
+    """The replicator goes round, ``sent_bytes`` since its start."""
+
+    sent_bytes: int
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """News for people: what does not work between which machines, and what to try."""
+
+    text: str
+
+
+# --- agent <-> persister ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Persist:
+    """Write these shards of a snapshot from the arena to storage. The answer is Persisted."""
+
+    identity: Identity
+    shards: list[str]
+
+
+@dataclass(frozen=True)
+class Persisted:
+    """The shards are durable, or ``problem`` says why not."""
+
+    identity: Identity
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Complete:
+    """All machines have persisted the snapshot: check that its shards are there, mark it complete, remove old ones."""
+
+    identity: Identity
+    shards: list[str]
+
+
+@dataclass(frozen=True)
+class Completed:
+    identity: Identity
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class ListCheckpoints:
+    """The answer is Checkpoints. ``forget``: no checkpoint counts any more (resume=never)."""
+
+    forget: bool = False
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The complete checkpoints in storage, with their shards; ``problem``: why they cannot be listed."""
+
+    identities: list[Identity]
+    shards: list[list[str]]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Read these shards of a checkpoint into the arena, verified. The answer is Fetched with the same ``attempt``."""
+
+    attempt: int
+    identity: Identity
+    shards: list[str]
+
+
 # --- agent <-> trainer ------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +545,8 @@ class Task:
         job: id of the job. arena: folder of the job's snapshots.
         term, generation: of the trainer's membership. resume: "auto" | "never" | "must".
         sharing: number of ranks that run on the same cores.
+        replicas: copies of each shard in the job, the own one included.
+        kept: ranks whose shards this machine keeps for other machines.
         descriptors: the listening socket of the store, if this trainer serves it.
     """
 
@@ -395,6 +565,8 @@ class Task:
     generation: int
     resume: str
     sharing: int
+    replicas: int = 1
+    kept: list[int] = field(default_factory=list)
     descriptors: list[int] = field(default_factory=list)
 
 
@@ -430,6 +602,8 @@ Message = (
     Register | Stop | Inject | Accepted | Refused | Ending | Stepped | Say | Ended
     | Join | Able | Unable | Stuck | RankListens | RankFailed | RankExited | Beat | Committed
     | Welcome | RootBeat | Begin | Close | AskToStop | DumpStacks | Commit | Finish
+    | Replicate | Advance | Quiet | Silent | Fetch | Fetched | Copied | Alive | Trouble
+    | Persist | Persisted | Complete | Completed | ListCheckpoints | Checkpoints | Load
     | Preload | Fork | Ready | Unfit | Forked | Task | Started | Listens | StopAsked | Failed
 )  # fmt: skip
 TO_AGENT = (Register, Stop, Inject)  # from slot processes and visitors, of any installation
@@ -448,6 +622,10 @@ TO_ROOT = (
     Inject,
 )  # from workers, visitors
 TO_WORKER = (Welcome, Refused, RootBeat, Begin, Close, AskToStop, DumpStacks, Commit, Say, Finish)  # from the root
+TO_REPLICATOR = (Replicate, Advance, Quiet, Fetch)
+FROM_REPLICATOR = (Silent, Fetched, Copied, Alive, Trouble)
+TO_PERSISTER = (Persist, Complete, ListCheckpoints, Load)
+FROM_PERSISTER = (Persisted, Completed, Checkpoints, Fetched)
 FROM_WARM = (Ready, Unfit)
 TO_WARM = (Preload, Fork)
 FROM_TRAINER = (Forked, Started, Listens, Failed)

@@ -7,10 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemini_gnn.errors import SnapshotError
+from gemini_gnn.snapshot.store.identity import Identity
 
 
 def _nobody_looks(*_: int) -> None:
     pass
+
+
+def _none() -> Identity | None:
+    return None
+
+
+def _never() -> int:
+    return 0
 
 
 @dataclass(frozen=True)
@@ -26,6 +35,11 @@ class Context:
         attaching, restored, stepped, committed: what ``attach`` and its snapshots tell the process that started this one,
             so that it sees a script go on: it attaches; it begins with so many steps done; it has done a step; its snapshot
             of a term, generation and step is committed (said in another thread) or restored.
+        replicas: copies of each shard in the job, this rank's own included.
+        kept: ranks whose shards this machine keeps for other machines.
+        recoverable: with several replicas, the newest snapshot of which every shard has its copies; None: not yet one.
+        persist_at: the first snapshot of this step or a later one is to be held until this is 0 again.
+        hold: tells which snapshot is held.
     """
 
     job: str
@@ -41,6 +55,11 @@ class Context:
     restored: Callable[[int], None] = _nobody_looks
     stepped: Callable[[int], None] = _nobody_looks
     committed: Callable[[int, int, int], None] = _nobody_looks
+    replicas: int = 1
+    kept: tuple[int, ...] = ()
+    recoverable: Callable[[], Identity | None] = _none
+    persist_at: Callable[[], int] = _never
+    hold: Callable[[int, int, int], None] = _nobody_looks
 
 
 _installed: Context | None = None
