@@ -9,13 +9,15 @@ Never a hang: start-up, partitioning, writing (a file system that does not answe
 phase that was completed fewer than ``MIN_SEEN`` times in this generation, because a new process compiles kernels
 again. That holds for the rank that is least far; while it is in such a phase nobody hangs.
 
+A trainer that a signal or a debugger has stopped for ``floor_s`` hangs in any phase: no kernel compiles there.
+
 Time is what this agent has seen pass. Between two looks at most ``2 * tick_s`` count: an agent that was stopped, or a
 machine that slept, gives everybody as much more time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from gemini_gnn.recovery.board import Board, Phase
@@ -39,10 +41,12 @@ class Limits:
 
 @dataclass(frozen=True)
 class Watch:
-    """What is kept from one look to the next: its time, and by rank the number of its mark and how long it has stood."""
+    """What is kept from one look to the next: its time, by rank the number of its mark and how long it has stood, and of
+    the stopped ranks for how long."""
 
     at_s: float
     stood: Mapping[int, tuple[int, float]]
+    stopped_s: Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -54,21 +58,26 @@ class Hang:
 
 
 def look(
-    watch: Watch | None, boards: Mapping[int, Board | None], now: float, limits: Limits
+    watch: Watch | None, boards: Mapping[int, Board | None], stopped: Collection[int], now: float, limits: Limits
 ) -> tuple[Watch, Hang | None]:
     """
     Args:
         watch: of the last look; None at the first one of a generation.
-        boards: of every trainer of the job that lives; None where nothing can be read: as long as that is so, nobody hangs.
+        boards: of every trainer of the job that lives; None where nothing can be read: as long as that is so, nobody hangs
+            who is not stopped.
+        stopped: ranks that a signal or a debugger has stopped.
     """
     passed_s = min(now - watch.at_s, 2 * limits.tick_s) if watch else 0.0
+    earlier = watch.stopped_s if watch else {}
+    stopped_s = {rank: earlier[rank] + passed_s if rank in earlier else 0.0 for rank in stopped}
     before, stood = watch.stood if watch else {}, dict[int, tuple[int, float]]()
     for rank, board in boards.items():
         if board is not None:
             marks, seconds = before.get(rank, (0, 0.0))
             new = marks != board.marks
             stood[rank] = (board.marks, min(passed_s, max(0.0, now - board.since_s)) if new else seconds + passed_s)
-    return Watch(now, stood), _hang(boards, {rank: seconds for rank, (_, seconds) in stood.items()}, limits)
+    found = _hang(boards, {rank: seconds for rank, (_, seconds) in stood.items()}, limits)
+    return Watch(now, stood, stopped_s), found or _stopped(stopped_s, limits)
 
 
 def _hang(boards: Mapping[int, Board | None], stood_s: Mapping[int, float], limits: Limits) -> Hang | None:
@@ -87,6 +96,14 @@ def _hang(boards: Mapping[int, Board | None], stood_s: Mapping[int, float], limi
     names = f"rank {rank} hangs" if len(there) == 1 else f"ranks {', '.join(map(str, there))} hang"
     took, usual = min(stood_s[rank] for rank in there), max(board.longest_s for board in there.values())
     return Hang(tuple(there), f"{names} in {where} for {_seconds(took)} (usually at most {_seconds(usual)})")
+
+
+def _stopped(stopped_s: Mapping[int, float], limits: Limits) -> Hang | None:
+    ranks = tuple(sorted(rank for rank, seconds in stopped_s.items() if seconds > limits.floor_s))
+    if limits.factor <= 0 or not ranks:
+        return None
+    names = f"rank {ranks[0]} hangs" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} hang"
+    return Hang(ranks, f"{names}: standing still for {_seconds(min(stopped_s[rank] for rank in ranks))}")
 
 
 def _how_far(board: Board) -> tuple[int, int, int]:

@@ -403,10 +403,10 @@ class Root:
             self._look_for_hang({rank: boards.get(rank) for rank in self.state.alive}, now)
 
     def _look_for_hang(self, boards: dict[int, Board | None], now: float) -> None:
-        self._watch, hang = hangs.look(self._watch, boards, now, self._hang_limits)
+        stopped = sorted({rank for link in self.links if link.beat for rank in link.beat.stopped} & boards.keys())
+        self._watch, hang = hangs.look(self._watch, boards, stopped, now, self._hang_limits)
         if hang is not None and self.state.deadline is None:
             seen = {rank: one and {**vars(one), "phase": one.phase.word} for rank, one in boards.items()}
-            stopped = sorted(rank for link in self.links if link.beat for rank in link.beat.stopped)
             words = hang.words
             if stopped:  # of several in one collective these are to blame
                 words += f"; stopped by a signal or a debugger: rank {', '.join(map(str, stopped))}"

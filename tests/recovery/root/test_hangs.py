@@ -21,10 +21,10 @@ def board(step: int, place: int, since_s: float, seen: int = 50, longest_s: floa
     return Board(step * 100 + place, 1, step, place, phase, since_s, seen, longest_s)
 
 
-def watched(boards, looks, limits=LIMITS, watch=None):
+def watched(boards, looks, limits=LIMITS, watch=None, stopped=()):
     """The first hang that is seen at any of ``looks``, and when."""
     for now in looks:
-        watch, hang = look(watch, boards(now) if callable(boards) else boards, now, limits)
+        watch, hang = look(watch, boards(now) if callable(boards) else boards, stopped, now, limits)
         if hang is not None:
             return hang, now
     return None, None
@@ -65,6 +65,15 @@ def test_a_phase_whose_usual_time_is_not_known_is_no_hang():
     assert watched(boards, every(0.5, 3600.0)) == (None, None)
 
 
+@pytest.mark.parametrize("other", [None, board(0, 0, 0.0, phase=Phase.START_UP)], ids=["not seen", "start-up"])
+def test_a_trainer_that_is_stopped_hangs_in_any_phase(other):
+    """The others would wait for it until their collectives time out, minutes later."""
+    boards = {0: other, 1: board(0, 0, 0.0, phase=Phase.START_UP)}
+    hang, at = watched(boards, every(0.5, 60.0), stopped=(1,))
+    assert hang.ranks == (1,) and at == 2.5 and hang.words == "rank 1 hangs: standing still for 2.5 s"
+    assert watched(boards, every(0.5, 60.0), Limits(0.0, 2.0), stopped=(1,)) == (None, None)
+
+
 def test_nobody_hangs_while_a_trainer_has_not_said_where_it_is():
     assert watched({0: board(3, 1, 0.0), 1: None}, every(0.5, 600.0)) == (None, None)
 
@@ -77,8 +86,8 @@ def test_an_agent_that_was_stopped_gives_as_much_more_time():
 
 def test_a_mark_made_just_before_the_agent_was_stopped_is_young_afterwards():
     boards = {0.0: {0: board(3, 1, -0.1)}, 600.0: {0: board(4, 1, 1.0)}}
-    watch, _ = look(None, boards[0.0], 0.0, LIMITS)
-    watch, hang = look(watch, boards[600.0], 600.0, LIMITS)
+    watch, _ = look(None, boards[0.0], (), 0.0, LIMITS)
+    watch, hang = look(watch, boards[600.0], (), 600.0, LIMITS)
     assert hang is None and watch.stood[0][1] <= 1.0
 
 
