@@ -7,6 +7,7 @@ What was checked travels to the trainers as JSON (:func:`to_mapping`, :func:`fro
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
@@ -150,8 +151,17 @@ class DistributedConfig:
 @dataclass
 class SnapshotConfig:
     mode: str = _one_of("memory", "nfs", "none")
-    every: int = 1  # steps
-    folder: str | None = None  # nfs: default <run_dir>/checkpoints
+    every: int | str = 1  # steps; auto: from what a snapshot costs and mtbf_s (Young, Daly)
+    mtbf_s: float = 86400.0  # mean time between failures of the whole job, for every=auto
+    # Copies of each shard in the memory of as many machines, the own one included. auto: 2, or 1 on a single machine.
+    replicas: int | str = "auto"
+    failure_domains: list[str] = field(default_factory=list)  # racks, one name per machine in the launcher's order
+    replicate_every_s: float = 0.05  # from the beginning of one snapshot's copies to that of the next
+    replica_bytes_per_s: float = 0.0  # that a machine sends at most; 0: no limit
+    interleave: bool = True  # copies wait while trainers exchange
+    persist_every: str = "10min"  # to storage: "10min", "90s", "2h", "500 steps" or "never"
+    persist_keep: int = 2  # checkpoints that stay
+    folder: str | None = None  # of checkpoints: default <run_dir>/checkpoints
     nfs_every: int = 100  # steps between checkpoints of mode nfs
     arena: str = "/dev/shm"
 
@@ -212,6 +222,24 @@ class Config:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
 
+@dataclass(frozen=True)
+class Interval:
+    """So many seconds, or so many steps; both 0: never."""
+
+    seconds: float = 0.0
+    steps: int = 0
+
+
+def interval(text: str) -> Interval | None:
+    """``text`` ("10min", "90 s", "2h", "500 steps", "never") as an interval; None where it is none."""
+    units = {"s": 1.0, "min": 60.0, "h": 3600.0}
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(s|min|h)|(\d+) ?steps?|never", text.strip())
+    if found is None:
+        return None
+    number, unit, steps = found.groups()
+    return Interval(float(number) * units[unit] if number else 0.0, int(steps or 0))
+
+
 def to_mapping(config: Config) -> dict[str, Any]:
     """The config as nested dicts of JSON types; the inverse of :func:`from_mapping`."""
     return asdict(config)
@@ -245,6 +273,10 @@ def from_mapping(settings: Any) -> Config:
             f"{str(error).splitlines()[0]} (setting: {getattr(error, 'full_key', None) or '?'})"
         ) from None
     assert isinstance(config, Config)
+    for name in ("every", "replicas"):  # OmegaConf takes a number for the text that stood there before
+        value = getattr(config.snapshot, name)
+        if isinstance(value, str) and value.isdecimal():
+            setattr(config.snapshot, name, int(value))
     validate(config)
     return config
 
@@ -312,7 +344,29 @@ def validate(config: Config) -> None:
     demand(o.weight_decay >= 0, "optimizer.weight_decay", "0 or more", o.weight_decay)
     demand(config.deepspeed.zero in (0, 1, 2, 3), "deepspeed.zero", "0, 1, 2 or 3", config.deepspeed.zero)
     demand(config.partition.parts >= 0, "partition.parts", "0 (one per rank) or more", config.partition.parts)
-    demand(config.snapshot.every >= 1, "snapshot.every", "at least 1 step", config.snapshot.every)
+    n = config.snapshot
+    demand(
+        n.every == "auto" or (isinstance(n.every, int) and n.every >= 1),
+        "snapshot.every",
+        "auto, or at least 1 step",
+        n.every,
+    )
+    demand(n.mtbf_s > 0, "snapshot.mtbf_s", "more than 0", n.mtbf_s)
+    demand(
+        n.replicas == "auto" or (isinstance(n.replicas, int) and n.replicas >= 1),
+        "snapshot.replicas",
+        "auto, or at least 1 (the own copy)",
+        n.replicas,
+    )
+    demand(n.replicate_every_s >= 0, "snapshot.replicate_every_s", "0 or more", n.replicate_every_s)
+    demand(n.replica_bytes_per_s >= 0, "snapshot.replica_bytes_per_s", "0 (no limit) or more", n.replica_bytes_per_s)
+    demand(
+        interval(n.persist_every) is not None,
+        "snapshot.persist_every",
+        'a time ("10min", "90s", "2h"), steps ("500 steps") or "never"',
+        n.persist_every,
+    )
+    demand(n.persist_keep >= 1, "snapshot.persist_keep", "at least 1", n.persist_keep)
     demand(e.every >= 0, "evaluation.every", "0 (only at the end) or more epochs", e.every)
     demand(e.batch_size >= 1, "evaluation.batch_size", "at least 1 node", e.batch_size)
     demand(config.snapshot.nfs_every >= 1, "snapshot.nfs_every", "at least 1 step", config.snapshot.nfs_every)

@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> int:
         terminal=sys.stdout.isatty(),
         arena_root=config.snapshot.arena,
         recovery=replace(config.recovery, same_step_failures=0) if config.snapshot.mode == "none" else config.recovery,
+        snapshot=config.snapshot,
         faults=config.faults,
         start_timeout_s=config.distributed.start_timeout_s,
     )

@@ -28,7 +28,7 @@ from typing import Any
 import msgspec
 
 from gemini_gnn.cluster.place import Place
-from gemini_gnn.config import FaultsConfig, RecoveryConfig
+from gemini_gnn.config import FaultsConfig, RecoveryConfig, SnapshotConfig
 from gemini_gnn.faults.schedule import Fault
 from gemini_gnn.recovery.board import Board
 from gemini_gnn.recovery.outcome import Failure, Outcome
@@ -37,7 +37,7 @@ from gemini_gnn.snapshot.store.identity import Identity
 MAX_MESSAGE_BYTES = 16 << 20
 READ_BYTES = 1 << 20  # when so much has come, what is complete is handed out first
 MAX_DESCRIPTORS = 253  # the kernel's limit for one message
-PROTOCOL = 4  # of messages to an agent, which may be of an older installation: count up with every change
+PROTOCOL = 5  # of messages to an agent, which may be of an older installation: count up with every change
 
 
 # --- slot process (or stop.py, inject.py) -> agent --------------------------------------------------------------------
@@ -53,7 +53,7 @@ class Register:
         payload: JSON for the function.
         preload: modules that trainers are forked with.
         resume: "auto" | "never" | "must".
-        recovery, faults: the settings. start_timeout_s: from the first machine of the job to the last.
+        recovery, snapshot, faults: the settings. start_timeout_s: from the first machine of the job to the last.
         deaths: number of this launch's agents that have died. died_s: when the last one did, on the machine's monotonic clock.
         environment, folder, path, command: of the slot process; the trainer gets the same.
         cores: of the slot process; the trainer runs on the same.
@@ -67,6 +67,7 @@ class Register:
     preload: list[str]
     resume: str
     recovery: RecoveryConfig
+    snapshot: SnapshotConfig
     faults: FaultsConfig
     start_timeout_s: float
     deaths: int

@@ -28,7 +28,7 @@ from typing import Any
 
 from gemini_gnn.cluster.launcher import let_the_first_speak
 from gemini_gnn.cluster.place import Place
-from gemini_gnn.config import FaultsConfig, RecoveryConfig
+from gemini_gnn.config import FaultsConfig, RecoveryConfig, SnapshotConfig
 from gemini_gnn.errors import RecoveryError, RunDirError
 from gemini_gnn.observe import terms
 from gemini_gnn.recovery import home, messages
@@ -39,7 +39,7 @@ HEIR_S = 0.3  # for the dead agent's warm parent to take its place
 ANSWER_S = 60.0  # until the agent of an earlier start is gone and ours answers
 MAX_DEATHS = 4  # so many agents in a row may not die before a step is done: something else is wrong
 AGENT = "gemini_gnn.recovery.worker.agent"
-NO_FAULTS = FaultsConfig()
+NO_FAULTS, IN_MEMORY = FaultsConfig(), SnapshotConfig()
 UNKNOWN_SCRIPT = RecoveryConfig(hang_factor=0.0)  # it may do anything between two steps, for any time
 
 
@@ -54,6 +54,7 @@ def run(
     terminal: bool,
     arena_root: str | os.PathLike[str] = "/dev/shm",
     recovery: RecoveryConfig = UNKNOWN_SCRIPT,
+    snapshot: SnapshotConfig = IN_MEMORY,
     faults: FaultsConfig = NO_FAULTS,
     start_timeout_s: float = 300.0,
 ) -> int:
@@ -72,6 +73,7 @@ def run(
         arena_root: RAM file system for the snapshots.
         terminal: stdout is a terminal, where a progress bar may stand in the current line.
         recovery: when a machine counts as silent and a trainer as hung, and which failure ends the job.
+        snapshot: where copies of the snapshots go, and how often.
         faults: what the agents break on purpose.
         start_timeout_s: from the first machine of the job to the last.
 
@@ -90,6 +92,7 @@ def run(
         preload=[*preload, target.partition(":")[0]],
         resume=resume,
         recovery=recovery,
+        snapshot=snapshot,
         faults=faults,
         start_timeout_s=start_timeout_s,
         deaths=0,
