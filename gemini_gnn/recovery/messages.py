@@ -181,6 +181,7 @@ class Join:
         world_size, local_world_size: of the job, as its slot processes say.
         alive: ranks of the trainers that are not reaped, of any generation.
         ready: it can fork a generation. unable: why it never can; ``time_s`` as in :class:`RankFailed`.
+        address, port: of its replicator; port 0: it has none.
     """
 
     machine: int
@@ -191,6 +192,8 @@ class Join:
     alive: list[int]
     ready: bool
     unable: Failure | None = None
+    address: str = ""
+    port: int = 0
 
 
 @dataclass(frozen=True)
@@ -251,12 +254,41 @@ class Beat:
 
 
 @dataclass(frozen=True)
+class Holds:
+    """The answer to Survey: shards that are committed in this machine's memory."""
+
+    number: int
+    shards: list[tuple[str, Identity]]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The answer to AskCheckpoints: shards of complete checkpoints; ``problem``: why they cannot be listed."""
+
+    number: int
+    shards: list[tuple[str, Identity]]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class Committed:
     """The answer to Commit, and to Inject. ``text``: the harm that was done to which process, or why none (``done``)."""
 
     ask: int
     done: bool
     text: str
+
+
+# --- replicators ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The replicator of another machine."""
+
+    name: str
+    address: str
+    port: int
 
 
 # --- root -> worker ---------------------------------------------------------------------------------------------------
@@ -285,6 +317,9 @@ class Begin:
     Attributes:
         ranks: by slot. master_addr, master_port: of the process groups' store.
         resume: "auto" | "never" | "must".
+        restore: the snapshot that it resumes from, as far as the root knows; all newer ones are void.
+        recoverable: the newest snapshot that has all its copies already.
+        replicas: copies of each shard. peers: that keep copies of this machine's. kept: ranks whose shards it keeps.
         descriptors: the store's listening socket, for the machine of rank 0.
     """
 
@@ -293,7 +328,33 @@ class Begin:
     master_addr: str
     master_port: int
     resume: str
+    restore: Identity | None = None
+    recoverable: Identity | None = None
+    replicas: int = 1
+    peers: list[Peer] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
     descriptors: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Say which shards lie in this machine's memory, once nothing writes there any more."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class AskCheckpoints:
+    """Say which checkpoints there are."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class PersistAt:
+    """Hold and persist the first snapshot of this step or a later one; 0: let go of it."""
+
+    step: int
 
 
 @dataclass(frozen=True)
@@ -363,36 +424,30 @@ class Unfit:
 
 
 @dataclass(frozen=True)
-class Peer:
-    """The replicator of another machine."""
-
-    name: str
-    address: str
-    port: int
-
-
-@dataclass(frozen=True)
 class Replicate:
     """A generation begins: push the shards of ``own``, keep those of ``kept``.
 
     Attributes:
         since: the snapshot that this generation resumes from: older ones are not pushed. None: at a fresh start.
+        recoverable: the newest snapshot that has all its copies already.
         own: shards of this machine's ranks, without the common one. kept: shards that peers push to this machine.
         peers: that keep copies of ``own``.
         pages: of the board, one per local rank.
         every_s: from the beginning of one snapshot's transfer to that of the next.
-        bytes_per_s: limit of what is sent; 0: none.
+        bytes_per_s: limit of what is sent; 0: none. interleave: wait while trainers exchange.
     """
 
     term: int
     generation: int
     since: Identity | None
+    recoverable: Identity | None
     own: list[str]
     kept: list[str]
     peers: list[Peer]
     pages: int
     every_s: float = 0.05
     bytes_per_s: float = 0.0
+    interleave: bool = True
 
 
 @dataclass(frozen=True)
@@ -601,7 +656,8 @@ class Failed:
 
 Message = (
     Register | Stop | Inject | Accepted | Refused | Ending | Stepped | Say | Ended
-    | Join | Able | Unable | Stuck | RankListens | RankFailed | RankExited | Beat | Committed
+    | Join | Able | Unable | Stuck | RankListens | RankFailed | RankExited | Beat | Holds | Stored | Committed
+    | Survey | AskCheckpoints | PersistAt
     | Welcome | RootBeat | Begin | Close | AskToStop | DumpStacks | Commit | Finish
     | Replicate | Advance | Quiet | Silent | Fetch | Fetched | Copied | Alive | Trouble
     | Persist | Persisted | Complete | Completed | ListCheckpoints | Checkpoints | Load
@@ -618,11 +674,37 @@ TO_ROOT = (
     RankFailed,
     RankExited,
     Beat,
+    Holds,
+    Stored,
+    Fetched,
+    Copied,
+    Trouble,
+    Persisted,
+    Completed,
     Committed,
     Stop,
     Inject,
 )  # from workers, visitors
-TO_WORKER = (Welcome, Refused, RootBeat, Begin, Close, AskToStop, DumpStacks, Commit, Say, Finish)  # from the root
+TO_WORKER = (
+    Welcome,
+    Refused,
+    RootBeat,
+    Survey,
+    AskCheckpoints,
+    Fetch,
+    Load,
+    Begin,
+    Advance,
+    PersistAt,
+    Persist,
+    Complete,
+    Close,
+    AskToStop,
+    DumpStacks,
+    Commit,
+    Say,
+    Finish,
+)  # from the root
 TO_REPLICATOR = (Replicate, Advance, Quiet, Fetch)
 FROM_REPLICATOR = (Silent, Fetched, Copied, Alive, Trouble)
 TO_PERSISTER = (Persist, Complete, ListCheckpoints, Load)

@@ -4,9 +4,10 @@
 actions, and the service carries those out. All times are on the root's monotonic clock.
 
     FORMING     the machines join; each says when its slot processes and its warm parent are there
+    PLANNING    all machines are ready and no trainer lives: what each holds is asked, what one lacks is fetched
     RUNNING     the trainers of `generation` run on all machines
     STOPPING    the trainers were asked to stop; they are killed at the deadline
-    RECOVERING  the trainers are killed; the next generation begins when all are reaped and every machine is ready
+    RECOVERING  the trainers are killed; the planning begins when all are reaped and every machine is ready
     WAITING     the same, and a machine is away: silent, or its worker agent died
     ENDING      the trainers are killed; the job ends when those of all machines that are here are reaped
     ENDED       the outcome is final
@@ -35,6 +36,7 @@ from gemini_gnn.recovery.outcome import STOPPED, Failure, Outcome, exit_name, fa
 
 class Phase(StrEnum):
     FORMING = "forming"
+    PLANNING = "planning"
     RUNNING = "running"
     STOPPING = "stopping"
     RECOVERING = "recovering"
@@ -191,6 +193,11 @@ class Stuck:
 
 
 @dataclass(frozen=True)
+class Planned:
+    """Every machine holds what its ranks need, as far as it is to be had (``restoring.py``)."""
+
+
+@dataclass(frozen=True)
 class Listens:
     rank: int
     generation: int
@@ -248,6 +255,11 @@ class Tick:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """Find out what the next generation resumes from, and bring it where it is needed; then comes Planned."""
+
+
+@dataclass(frozen=True)
 class Begin:
     generation: int
 
@@ -278,7 +290,7 @@ class Finish:
 
 
 Event = Any  # one of the events above
-Action = Begin | Close | AskToStop | DumpStacks | Say | Finish
+Action = Plan | Begin | Close | AskToStop | DumpStacks | Say | Finish
 Step = tuple[State, list[Action]]
 
 
@@ -301,6 +313,8 @@ def decide(state: State, event: Event, now: float) -> Step:
         case Stuck(machine, text):
             state = replace(state, alive=state.alive - state.ranks_of(machine), outcome=None)
             return _close(state, replace(failed(text, now), kind="lost"), now)
+        case Planned():
+            return _planned(state)
         case Listens(rank, generation):
             return (replace(state, listening=state.listening | {rank}) if generation == state.generation else state), []
         case Failed(failure, generation):
@@ -372,7 +386,7 @@ def _next(state: State, now: float) -> Step:
     if state.phase is Phase.ENDING:
         here = frozenset[int]().union(*(state.ranks_of(i) for i, one in enumerate(state.machines) if one.here))
         return (state, []) if state.alive & here else _finish(state)
-    if state.phase not in (Phase.FORMING, Phase.RECOVERING, Phase.WAITING):
+    if state.phase not in (Phase.FORMING, Phase.PLANNING, Phase.RECOVERING, Phase.WAITING):
         return state, []
     if not all(one.here for one in state.machines):
         if state.phase is Phase.FORMING:
@@ -383,6 +397,14 @@ def _next(state: State, now: float) -> Step:
         state = replace(state, phase=Phase.RECOVERING)
     state = replace(state, deadline=None)  # from here on each worker has deadlines of its own
     if state.alive or not all(one.ready for one in state.machines):
+        return (replace(state, phase=Phase.RECOVERING) if state.phase is Phase.PLANNING else state), []
+    if state.phase is Phase.PLANNING:
+        return state, []
+    return replace(state, phase=Phase.PLANNING), [Plan()]
+
+
+def _planned(state: State) -> Step:
+    if state.phase is not Phase.PLANNING:
         return state, []
     state = replace(
         state,

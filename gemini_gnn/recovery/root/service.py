@@ -26,12 +26,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gemini_gnn.config import RecoveryConfig
+from gemini_gnn.config import RecoveryConfig, SnapshotConfig
 from gemini_gnn.observe.failures import add_to_result
 from gemini_gnn.recovery import messages, wire
 from gemini_gnn.recovery.board import Board, dated
 from gemini_gnn.recovery.outcome import Outcome
 from gemini_gnn.recovery.root import decisions, hangs
+from gemini_gnn.recovery.root.copies import Copies
 from gemini_gnn.recovery.root.faults import Agent, Faults
 from gemini_gnn.recovery.root.ledger import Ledger
 from gemini_gnn.recovery.worker.journal import Journal
@@ -39,9 +40,11 @@ from gemini_gnn.recovery.worker.journal import Journal
 LEAVE_S = 10.0  # from the outcome to the end of the last other worker
 STRANGERS = 64  # connections at once that have not joined
 DONE_S = 1.0  # for the last word in status.json
+PERSIST_S = 20.0  # for the last snapshot to get to storage; a launcher gives its slot processes 30 s
 STATUS_S = 1.0  # between two versions of status.json while nothing changes
 STATES = {  # the words of observe/status.py for a job that has not ended
     decisions.Phase.FORMING: "starting",
+    decisions.Phase.PLANNING: "recovering",
     decisions.Phase.RUNNING: "running",
     decisions.Phase.RECOVERING: "recovering",
     decisions.Phase.WAITING: "waiting",
@@ -85,6 +88,8 @@ class Root:
         ledger: Ledger,
         journal: Journal,
         faults: Faults,
+        snapshot: SnapshotConfig,
+        storage: bool,
         selector: selectors.BaseSelector,
         now: float,
     ):
@@ -95,12 +100,15 @@ class Root:
         address = master_addr if len(state.machines) > 1 else "127.0.0.1"
         self._store_at = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
         self.faults = faults
+        ranks_of = [sorted(state.ranks_of(machine)) for machine in range(len(state.machines))]
+        self.copies = Copies(snapshot, ranks_of, self._send, self._say, journal, now, storage=storage)
         self.links: list[Link] = []
         self.finished = False
         self.away: list[str] = []  # machines that did not hear of the end
         ended = state.phase is decisions.Phase.ENDED
         self._ended_s = now if ended else None
         self._leaving = set(range(1, len(state.machines))) if ended else set[int]()  # are to be told the outcome
+        self._until_s = now  # after the end, for the last snapshot to be persisted
         self._ticked_s = self._beaten_s = self._reported_s = self._phase_s = now
         self._since = time.time()
         self._last: dict[str, Any] | None = None  # the status at the end
@@ -151,6 +159,12 @@ class Root:
             self._beat(now)
         if now - self._reported_s >= STATUS_S:
             self._report(now)
+        if self.state.phase is decisions.Phase.ENDED and self._ended_s is None:
+            if self.copies.ending and now > self._until_s:
+                self._say(f"the last snapshot was not on storage within {PERSIST_S:.0f} s; it stays in host memory")
+            if not self.copies.ending or now > self._until_s:
+                assert self.state.outcome is not None
+                self._end(self.state.outcome, now)
         if self._ended_s is not None and (not self._leaving or now - self._ended_s > LEAVE_S) and not self.finished:
             self._finish()
 
@@ -230,6 +244,17 @@ class Root:
                 self._see(decisions.Exited(rank, generation, code, why), now)
             case messages.Committed():
                 self.faults.answered(message)
+            case (
+                messages.Holds()
+                | messages.Stored()
+                | messages.Fetched()
+                | messages.Copied()
+                | messages.Trouble()
+                | messages.Persisted()
+                | messages.Completed()
+            ):
+                if self.copies.hear(link.machine, message, now):
+                    self._see(decisions.Planned(), now)
             case messages.Beat():
                 boards = {rank: dated(board, now) for rank, board in message.boards.items()}
                 link.beat = replace(message, boards=boards)
@@ -253,6 +278,7 @@ class Root:
         for old in [one for one in self.links if one.machine == number and one is not link]:
             self._lost(old, "agent", "has come again", now)
         link.machine, link.pid = number, join.pid
+        self.copies.peers[number] = messages.Peer(join.name, join.address, join.port)
         self.journal.log("worker_joined", machine=number, name=join.name, pid=join.pid, alive=join.alive)
         link.channel.send(messages.Welcome(self.term, self.settings.heartbeat_s, self.settings.silence_s))
         if self.state.phase is decisions.Phase.ENDED:
@@ -299,6 +325,9 @@ class Root:
 
     def _act(self, action: decisions.Action, now: float) -> None:
         match action:
+            case decisions.Plan():
+                if self.copies.plan():
+                    self._see(decisions.Planned(), now)
             case decisions.Begin(generation):
                 self._begin(generation, now)
             case decisions.Close():
@@ -308,17 +337,31 @@ class Root:
             case decisions.DumpStacks():
                 self._tell(messages.DumpStacks())
             case decisions.Say(text):
-                self._tell(messages.Say(text), lambda link: link.machine == 0)
+                self._say(text)
             case decisions.Finish(outcome):
-                self._ended_s = now
-                self._account(outcome, now)
-                self.away = [self.state.name(i) for i, one in enumerate(self.state.machines) if not one.here]
-                self._last = self.status(now)  # before the other machines leave
-                if outcome.kind == "done":  # a root that comes after this one must know before any machine has left
-                    self.journal.status(**{**self._last, "state": "done", "reason": outcome.reason, "exit_code": 0})
-                    self.journal.flush(DONE_S)
-                self._leaving = {link.machine for link in self.links if link.machine}
-                self._tell(messages.Finish(outcome, self.away), lambda link: link.machine != 0)
+                if outcome.kind == "stopped" and outcome.keep and all(one.here for one in self.state.machines):
+                    self.copies.end()
+                self._until_s = now + PERSIST_S
+                if not self.copies.ending:
+                    self._end(outcome, now)
+
+    def _end(self, outcome: Outcome, now: float) -> None:
+        """The job has ended: tell the other machines."""
+        self._ended_s = now
+        self._account(outcome, now)
+        self.away = [self.state.name(i) for i, one in enumerate(self.state.machines) if not one.here]
+        self._last = self.status(now)  # before the other machines leave
+        if outcome.kind == "done":  # a root that comes after this one must know before any machine has left
+            self.journal.status(**{**self._last, "state": "done", "reason": outcome.reason, "exit_code": 0})
+            self.journal.flush(DONE_S)
+        self._leaving = {link.machine for link in self.links if link.machine}
+        self._tell(messages.Finish(outcome, self.away), lambda link: link.machine != 0)
+
+    def _say(self, text: str) -> None:
+        self._send(0, messages.Say(text))
+
+    def _send(self, machine: int, message: messages.Message) -> None:
+        self._tell(message, lambda link: link.machine == machine)
 
     def _tell(self, message: messages.Message, whom: Callable[[Link], bool] = lambda link: True) -> None:
         for link in self.links:
@@ -338,11 +381,14 @@ class Root:
         store.listen(1024)
         address = self.master_addr if len(self.state.machines) > 1 else "127.0.0.1"
         port = store.getsockname()[1]
+        self.copies.begun(generation)
         for link in self.links:
             if link.machine is not None:
                 ranks = sorted(self.state.ranks_of(link.machine))
                 descriptors = [store.fileno()] if link.machine == 0 else []
-                link.channel.send(messages.Begin(generation, ranks, address, port, resume, descriptors))
+                copies = self.copies.order(link.machine)
+                begin = messages.Begin(generation, ranks, address, port, resume, **copies, descriptors=descriptors)
+                link.channel.send(begin)
         store.close()
 
     def _finish(self) -> None:
@@ -400,6 +446,8 @@ class Root:
             self._report(now)
         if self.state.phase is decisions.Phase.RUNNING and len(self._fresh) == len(self.state.machines):
             self._fresh.clear()
+            if self.ledger.current is None:  # the trainers go on
+                self.copies.look(self.state.reached, self.ledger.step_s, now)
             self._look_for_hang({rank: boards.get(rank) for rank in self.state.alive}, now)
 
     def _look_for_hang(self, boards: dict[int, Board | None], now: float) -> None:
@@ -439,6 +487,7 @@ class Root:
             "world_size": state.world,
             "machines": self._machines(now),
             "ranks": self._ranks(now),
+            **self.copies.status(),
             "recovers_from": current.cause if current else None,
             "failures": self.ledger.failures[-SHOWN:],
             **self.ledger.totals(now),

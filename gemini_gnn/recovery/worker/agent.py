@@ -42,6 +42,7 @@ from gemini_gnn.recovery.outcome import Failure, Outcome, failed
 from gemini_gnn.recovery.root.service import Root
 from gemini_gnn.recovery.worker import beginning, decisions, harm, out_of_memory
 from gemini_gnn.recovery.worker.children import Children, Warm
+from gemini_gnn.recovery.worker.copies import Copies
 from gemini_gnn.recovery.worker.decisions import Limits
 from gemini_gnn.recovery.worker.journal import Journal
 from gemini_gnn.recovery.worker.uplink import Uplink
@@ -93,6 +94,7 @@ class Agent:
         self.ranks: list[int] = []  # of this generation's trainers, by slot
         self.root: Root | None = None  # on rank 0's machine
         self.uplink: Uplink | None = None  # to the root, once there is a job
+        self.copies: Copies | None = None  # once there is a job
         self.stepped = False  # a trainer here has done a step
         self.ending = False  # a shim that comes now should ask again
         self.told = False  # the root said how the job ended
@@ -116,6 +118,8 @@ class Agent:
             self._read_shims()
             self._see(decisions.Tick())
             self._look_at_root(time.monotonic())
+            if self.copies is not None:
+                self.copies.look(time.monotonic())
             self._look_at_arena()
             self._look_at_journal()
             self._look_at_term()
@@ -134,6 +138,8 @@ class Agent:
             waits.append(self.uplink.patience_s(now))
             if self.uplink.welcome is not None:
                 waits.append(self.beaten_s + self.uplink.welcome.heartbeat_s - now)
+        if self.copies is not None:
+            waits.append(self.copies.patience_s(now))
         if self.root is not None:
             waits.append(self.root.patience_s(now))
         return max(0.0, min(waits))
@@ -230,7 +236,7 @@ class Agent:
 
     def _join(self, now: float) -> messages.Join:
         """This machine, and what lives on it."""
-        assert self.request is not None and self.state is not None
+        assert self.request is not None and self.state is not None and self.copies is not None
         place, unable = self.request.place, self.state.unable
         return messages.Join(
             machine=place.rank // place.local_world_size,
@@ -241,6 +247,8 @@ class Agent:
             alive=sorted(self.state.alive),
             ready=self.state.ready,
             unable=None if unable is None else _aged(unable, now),
+            address=self.copies.address,
+            port=self.copies.port,
         )
 
     def _obey(self, message: messages.Message, now: float) -> None:
@@ -261,6 +269,18 @@ class Agent:
                 self._say(text)
             case messages.Commit():
                 self._commit(message)
+            case (
+                messages.Survey()
+                | messages.AskCheckpoints()
+                | messages.Fetch()
+                | messages.Load()
+                | messages.Advance()
+                | messages.PersistAt()
+                | messages.Persist()
+                | messages.Complete()
+            ):
+                assert self.copies is not None
+                self.copies.obey(message, self.board, now)
             case messages.Finish(outcome, away):
                 self.outcome, self.away, self.told = outcome, away, True
 
@@ -276,11 +296,13 @@ class Agent:
     def _beat(self, now: float) -> None:
         """Say that this machine lives, and what its trainers do."""
         self.beaten_s = now
-        boards = {}
+        boards: dict[int, board.Board] = {}
         if self.board is not None:
             for slot, rank in enumerate(self.ranks):
                 if (seen := board.read(self.board, slot)) is not None:
                     boards[rank] = board.aged(seen, now)
+        if self.copies is not None:
+            self.copies.look_at_held(list(boards.values()))
         if not self.stepped and any(one.milestones[board.Milestone.STEPPED] is not None for one in boards.values()):
             self.stepped = True
             for shim in self.shims.values():
@@ -434,10 +456,12 @@ class Agent:
         stuck = beginning.kill_leftovers(self.arena, self.journal, self.limits.reap_s, spare)
         if stuck is None and not done:
             beginning.clear_arena(self.run_dir, self.arena, request, self.journal)
+        copies = Copies(self.arena, self.job, request, token, self.journal, self.selector, self._tell)
         # From here on there is a job. All that can refuse it is above.
         now = time.monotonic()
         self.request = request
         self.state = decisions.State(place.local_world_size, self.limits)
+        self.copies = copies
         self.uplink = Uplink(request, token, self.root, self.journal, self.selector, now)
         self._look_at_root(now)
         if stuck is not None:
@@ -474,6 +498,8 @@ class Agent:
         self.ranks = begin.ranks
         self._see(decisions.Begin(begin.generation, frozenset(begin.ranks)))
         self._make_board()
+        assert self.copies is not None
+        self.copies.begin(begin, self.journal.term, self.board)
         tasks = {}
         for slot, rank in enumerate(begin.ranks):
             request = self.shims[slot].request if slot in self.shims else self.request
@@ -516,6 +542,8 @@ class Agent:
             generation=begin.generation,
             resume=begin.resume,
             sharing=sum(shim.request.cores == request.cores for shim in self.shims.values()),
+            replicas=begin.replicas,
+            kept=begin.kept,
         )
 
     # --- the end ------------------------------------------------------------------------------------------------------
@@ -523,6 +551,8 @@ class Agent:
     def _end(self) -> None:
         """Clean up, then report: when a command returns, nothing of the job is left but what the report names."""
         outcome = self.outcome or self.nobody
+        if self.copies is not None:
+            self.copies.close()
         if not self.children.end(REAP_ORPHANS_S):
             self.journal.log("children_left", reason="not reaped in time")
         self.journal.write_errors(outcome.failure, set(self.ranks))

@@ -94,12 +94,19 @@ def make_root(
         ledger=_ledger(run_dir, request, journal.term, now),
         journal=journal,
         faults=faults,
+        snapshot=request.snapshot,
+        storage=not request.deaths and request.resume != "never" and checkpoint_folder(run_dir, request).is_dir(),
         selector=selector,
         now=now,
     )
     if not done:
         journal.status(**root.status(now))
     return root
+
+
+def checkpoint_folder(run_dir: Path, request: messages.Register) -> Path:
+    folder = request.snapshot.folder
+    return Path(request.folder, folder) if folder else run_dir / "checkpoints"
 
 
 def _ledger(run_dir: Path, request: messages.Register, term: int, now: float) -> Ledger:

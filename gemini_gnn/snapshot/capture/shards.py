@@ -18,14 +18,6 @@ from gemini_gnn.snapshot.state.collect import Entry, TrainingState
 from gemini_gnn.snapshot.store import arena, catalog, format
 from gemini_gnn.snapshot.store.format import Layout, TensorSpec
 
-COMMON = "common"  # the shard of the state that all data-parallel ranks hold identically
-
-
-def shard_of(rank: int) -> str:
-    """The name of a rank's own shard."""
-    return f"rank-{rank:05d}"
-
-
 class Piece(NamedTuple):
     """One tensor of a shard: its place in a slot, and the size it must have. Computed once, read at every capture."""
 

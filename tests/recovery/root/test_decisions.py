@@ -24,6 +24,8 @@ from gemini_gnn.recovery.root.decisions import (
     Limits,
     Listens,
     Phase,
+    Plan,
+    Planned,
     Reached,
     Ready,
     Say,
@@ -44,10 +46,14 @@ HUNG = Hung(1, "rank 1 hangs in exchange of step 12 for 31 s")
 
 
 def play(state: State, *events, now: float = 0.0):
-    """The state after all events, and the actions of the last one."""
+    """The state after all events, and the actions of the last one. A planning is over at once."""
     actions = []
     for event in events:
         state, actions = decide(state, event, now)
+        if actions and actions[-1] == Plan():
+            assert state.phase is Phase.PLANNING
+            state, more = decide(state, Planned(), now)
+            actions = actions[:-1] + more
     return state, actions
 
 
@@ -97,6 +103,40 @@ def finished(actions):
 def said(actions) -> str:
     (action,) = [action for action in actions if isinstance(action, Say)]
     return action.text
+
+
+# --- the planning -------------------------------------------------------------------------------------------------------
+
+
+def planning(machines: int = 2) -> State:
+    state = forming(machines, 1)
+    for machine in range(machines):
+        state, actions = play(state, joined(machine))
+        state, actions = decide(state, Ready(machine), 0.0)
+    assert actions == [Plan()] and state.phase is Phase.PLANNING and state.deadline is None
+    return state
+
+
+def test_a_generation_begins_when_the_planning_is_over_and_not_twice():
+    state, actions = decide(planning(), Planned(), 0.0)
+    assert actions == [Begin(1)] and state.phase is Phase.RUNNING
+    assert decide(state, Planned(), 0.0) == (state, [])
+
+
+@pytest.mark.parametrize("event", [Ready(1, False), gone(1), joined(1)], ids=["not ready", "gone", "come again"])
+def test_a_planning_is_begun_anew_when_a_machine_was_away(event):
+    state, actions = decide(planning(), event, 0.0)
+    assert actions == [] and state.phase in (Phase.RECOVERING, Phase.WAITING)
+    assert decide(state, Planned(), 0.0)[1] == [], "the answer of the planning before"
+    events = [Ready(1)] if isinstance(event, Ready | Joined) else [joined(1), Ready(1)]
+    for one in events:
+        state, actions = decide(state, one, 0.0)
+    assert actions == [Plan()]
+
+
+def test_a_job_may_be_stopped_while_it_plans():
+    state, actions = decide(planning(), STOP, 0.0)
+    assert finished(actions).kind == "stopped" and state.phase is Phase.ENDED
 
 
 # --- the beginning ------------------------------------------------------------------------------------------------------
@@ -241,7 +281,7 @@ def test_a_kill_seen_after_the_exceptions_it_caused_is_the_cause():
 
 def test_a_kill_seen_when_all_the_others_have_exited_names_the_right_generation():
     state, _ = play(running(), failure(0, 1.0, consequence=True), exited(0, 1), now=1.0)
-    _, actions = decide(state, exited(1), 1.1)
+    _, actions = play(state, exited(1), now=1.1)
     # Close is said though nothing lives: a worker that cannot fork another generation then says so.
     assert actions[1:] == [Close(), Begin(2)] and "as generation 2" in said(actions)
 
@@ -441,6 +481,7 @@ def in_every_phase() -> dict[Phase, State]:
     """A job on two machines in every phase but the last; in WAITING machine 1 is away."""
     states = [
         play(forming(2, 1), joined(0), joined(1), Ready(0))[0],
+        planning(),
         running(2, 1),
         play(listening(2, 1), STOP)[0],
         play(running(2, 1), exited(0))[0],
@@ -464,6 +505,7 @@ def test_a_machine_joins_again_in_any_phase(phase):
     assert state.machines[1].here and not state.machines[1].ready and 1 in state.alive and Close() in actions
     then = {
         Phase.FORMING: Phase.FORMING,
+        Phase.PLANNING: Phase.RECOVERING,
         Phase.RUNNING: Phase.RECOVERING,
         Phase.STOPPING: Phase.ENDING,
         Phase.RECOVERING: Phase.RECOVERING,
@@ -479,6 +521,7 @@ def test_a_machine_goes_in_any_phase(phase):
     assert not state.machines[0].here
     then = {
         Phase.FORMING: (Phase.FORMING, []),
+        Phase.PLANNING: (Phase.WAITING, []),
         Phase.RUNNING: (Phase.WAITING, [Close()]),
         Phase.STOPPING: (Phase.ENDING, [Close()]),
         Phase.RECOVERING: (Phase.WAITING, []),
@@ -492,6 +535,9 @@ def test_a_machine_goes_in_any_phase(phase):
 @EACH
 def test_readiness_in_any_phase_is_noted_and_begins_nothing_while_a_trainer_lives(phase):
     before = in_every_phase()[phase]
+    if phase is Phase.PLANNING:
+        assert play(before, Ready(0, False), Ready(0))[1] == [Begin(1)]
+        return
     state, actions = play(before, Ready(0, False), Ready(0))
     assert actions == [] and state == before  # a machine that forked is still ready
     assert not play(before, Ready(0, False))[0].machines[0].ready
@@ -502,7 +548,8 @@ def test_a_machine_that_can_fork_no_more_ends_the_job_unless_it_ends_already(pha
     state, _ = play(in_every_phase()[phase], unable(0))
     ended = phase in (Phase.STOPPING, Phase.ENDING)
     assert state.outcome.reason == ("Ctrl-C" if ended else "no module")
-    assert state.phase is {Phase.STOPPING: Phase.STOPPING, Phase.FORMING: Phase.ENDED}.get(phase, Phase.ENDING)
+    nothing_lives = dict.fromkeys((Phase.FORMING, Phase.PLANNING), Phase.ENDED)
+    assert state.phase is {Phase.STOPPING: Phase.STOPPING, **nothing_lives}.get(phase, Phase.ENDING)
 
 
 @EACH
@@ -520,7 +567,7 @@ def test_a_request_to_stop_in_any_phase(phase):
     state, actions = play(in_every_phase()[phase], StopAsked("launch/stop.py", 143, keep=False, force=True))
     first = phase in (Phase.STOPPING, Phase.ENDING)
     assert state.outcome.code == (130 if first else 143) and not state.outcome.keep
-    assert state.phase is (Phase.ENDED if phase is Phase.FORMING else Phase.ENDING)
+    assert state.phase is (Phase.ENDED if phase in (Phase.FORMING, Phase.PLANNING) else Phase.ENDING)
     if state.phase is not Phase.ENDED:
         here = [one for one in reaped(state) if state.machines[one.rank].here]
         actions = play(state, *here)[1]
@@ -683,7 +730,7 @@ def test_any_order_of_events_keeps_the_invariants(shape, script):
     def act(event):
         nonlocal state, alive
         before = state
-        state, actions = decide(state, event, now)
+        state, actions = play(state, event, now=now)
         for action in actions:
             assert not ended, "an action after the end"
             match action:

@@ -79,6 +79,7 @@ class World(NamedTuple):
         excuses: of the faults so far, those after which a job need not end as "done".
         dropped: somebody asked for the snapshots to be removed.
         zeros: ranks that ended with 0, in the newest generation.
+        plan: number of the root's last planning, and the machines that have said what they hold.
         told: the error that the root heard first in this generation, and since when; None once a death may explain it.
         ended: how the job ended.
     """
@@ -92,6 +93,7 @@ class World(NamedTuple):
     excuses: frozenset[str] = frozenset()
     dropped: bool = False
     zeros: tuple[tuple[int, int], frozenset[int]] = ((0, 0), frozenset())
+    plan: tuple[int, frozenset[int]] = (0, frozenset())
     told: tuple[int, float] | None = None
     ended: str | None = None
 
@@ -128,7 +130,13 @@ def to_root(world: World, event: Any) -> World:
     world = world._replace(root=replace(state, cause=None, row=0, row_step=-1))
     for action in actions:
         match action:
+            case root.Plan():
+                assert all(one.here and one.ready for one in state.machines) and not state.alive, "(f) planned too early"
+                world = world._replace(plan=(world.plan[0] + 1, frozenset()))
+                for number in range(len(world.machines)):
+                    world = sent(world, number, ("survey", world.term, world.plan[0]))
             case root.Begin(generation):
+                world = world._replace(plan=(0, frozenset()))
                 assert all(one.here and one.ready for one in state.machines), "(f) a machine is not ready"
                 assert not before.alive - event_ranks(before, event), "(f) a trainer lives"
                 assert world.told is None or world.told[1] <= SETTLE_S, "(e) an error is hidden by a restart"
@@ -234,6 +242,10 @@ def obeyed(world: World, number: int, message: Any) -> World:
         how = {"runs": "asked"}
         asked = tuple(one._replace(how=how.get(one.how, one.how)) for one in machine.trainers)
         return put(world, number, trainers=asked)
+    if message[0] == "survey":
+        assert not machine.agent.alive, "(a) a trainer lives while the machine says what it holds"
+        answer = () if not machine.linked or machine.cut else (("holds", *message[1:]),)
+        return put(world, number, up=(*machine.up, *answer))
     for other in world.machines:
         assert all(one.key == message for one in other.trainers), "(a) a trainer of another generation lives"
     ranks = range(number * world.local, (number + 1) * world.local)
@@ -249,6 +261,12 @@ def obeyed(world: World, number: int, message: Any) -> World:
 
 def heard(world: World, number: int, message: Any) -> World:
     """The root reads a message of a worker."""
+    if isinstance(message, tuple) and message[0] == "holds":
+        if message[1:] != (world.term, world.plan[0]) or world.root.phase is not root.Phase.PLANNING:
+            return world  # the answer to the question of an earlier planning
+        held = world.plan[1] | {number}
+        world = world._replace(plan=(world.plan[0], held))
+        return to_root(world, root.Planned()) if len(held) == len(world.machines) else world
     if isinstance(message, tuple):  # a Join: what lives, ready, unable
         alive, ready, unable = message
         world = put(world, number, joined=True)
@@ -418,6 +436,7 @@ def reborn(world: World, number: int) -> World:
     world = put(world, number, agent=fresh_agent(world.local), warm="imports", trainers=())
     if number == 0:
         world = world._replace(root=new_root(len(world.machines), world.local, world.term), term=world.term + 1)
+        world = world._replace(plan=(0, frozenset()))
         for other in range(len(world.machines)):
             world = put(world, other, joined=False, up=())
     return world

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from gemini_gnn.config import FaultsConfig, RecoveryConfig
+from gemini_gnn.config import FaultsConfig, RecoveryConfig, SnapshotConfig
 from gemini_gnn.errors import ConfigError
 from gemini_gnn.faults import injection
 from gemini_gnn.faults.schedule import parse_command
@@ -215,6 +215,8 @@ def test_a_visitor_may_wait_for_longer_than_a_worker_may_be_silent(tmp_path):
         ledger=Ledger(1, [], None),
         journal=journal,
         faults=Faults(FaultsConfig(), 2, tmp_path, journal),
+        snapshot=SnapshotConfig(),
+        storage=False,
         selector=selectors.DefaultSelector(),
         now=0.0,
     )

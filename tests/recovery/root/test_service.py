@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from gemini_gnn.config import FaultsConfig, RecoveryConfig
+from gemini_gnn.config import FaultsConfig, RecoveryConfig, SnapshotConfig
 from gemini_gnn.observe.status import read_status
 from gemini_gnn.recovery import messages
 from gemini_gnn.recovery.outcome import Outcome
@@ -31,6 +31,8 @@ def root(tmp_path):
         ledger=Ledger(2, [], None),
         journal=journal,
         faults=Faults(FaultsConfig(), 4, tmp_path, journal),
+        snapshot=SnapshotConfig(),
+        storage=False,
         selector=selector,
         now=100.0,
     )
@@ -40,7 +42,7 @@ def root(tmp_path):
 
 @pytest.mark.parametrize(
     ("phase", "word"),
-    [(phase, {"forming": "starting", "ending": "stopping", "ended": "stopping"}.get(phase, phase)) for phase in Phase],
+    [(phase, {"forming": "starting", "ending": "stopping", "ended": "stopping", "planning": "recovering"}.get(phase, phase)) for phase in Phase],
 )
 def test_each_phase_has_its_word(root, phase, word):
     outcome = Outcome("failed", 1, "the cause") if phase is Phase.ENDING else None

@@ -1,0 +1,241 @@
+"""The root's part in the copies of snapshots: what a generation resumes from, which snapshot is recoverable, which is persisted.
+
+Ownership. The root has one ``Copies`` from its beginning to its end. It decides by pure functions (``restoring.py``,
+``persisting.py``, ``snapshot.replicas``), and sends what they want through the root's connections.
+
+Interruptions. A worker may be lost between any two messages. In a planning its machine is then away, and the root begins
+another planning when it is back: answers to the old asks are nobody's. While trainers run, a lost worker ends the generation,
+and with it all that was under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from gemini_gnn.config import SnapshotConfig, interval
+from gemini_gnn.errors import ConfigError
+from gemini_gnn.recovery import messages
+from gemini_gnn.recovery.root import persisting, restoring
+from gemini_gnn.recovery.root.restoring import Kind
+from gemini_gnn.recovery.worker.journal import Journal
+from gemini_gnn.snapshot.replicas import plan
+from gemini_gnn.snapshot.replicas.placement import explain, kept, placement
+from gemini_gnn.snapshot.store.identity import Identity, shard_of
+
+
+def replicas_of(settings: SnapshotConfig, machines: int) -> int:
+    """Copies of each shard, the own one included.
+
+    Raises:
+        ConfigError: more than there are machines.
+    """
+    if settings.mode != "memory":
+        return 1
+    if settings.replicas == "auto":
+        return min(2, machines)
+    wanted = int(settings.replicas)
+    if wanted > machines:
+        raise ConfigError(
+            f"snapshot.replicas={wanted}: expected at most one copy per machine, the own one included; this job has "
+            f"{machines} machine{'s' * (machines > 1)}. Give snapshot.replicas={machines}, or auto"
+        )
+    return wanted
+
+
+class Copies:
+    """
+    Attributes:
+        replicas: copies of each shard. placement: by machine, those that keep copies of its shards, itself first.
+        identity: of the snapshot that the newest generation resumes from, as planned.
+        recoverable: the newest snapshot of which every shard has its copies.
+        ending: the job has ended, and its last snapshot is being persisted.
+    """
+
+    def __init__(
+        self,
+        settings: SnapshotConfig,
+        ranks_of: list[list[int]],
+        send: Callable[[int, messages.Message], None],
+        say: Callable[[str], None],
+        journal: Journal,
+        now: float,
+        *,
+        storage: bool,
+    ):
+        """``storage``: there may be checkpoints that are newer than what memory holds."""
+        self.settings, self.ranks_of, self.send, self.say, self.journal = settings, ranks_of, send, say, journal
+        machines = len(ranks_of)
+        self.replicas = replicas_of(settings, machines)
+        self.placement = placement(machines, self.replicas, settings.failure_domains if self.replicas > 1 else ())
+        self.peers: dict[int, messages.Peer] = {}
+        self.identity: Identity | None = None
+        self.recoverable: Identity | None = None
+        self._generation = 0
+        self._copied: dict[int, set[Identity]] = {}
+        self._restoring: restoring.Restoring | None = None
+        self._asked = 0  # numbers of asks
+        self._storage = storage  # only before the first generation
+        every = interval(settings.persist_every)
+        assert every is not None
+        self._persisting = persisting.State(machines, every, last_s=now)
+        self._troubles: set[str] = set()
+        self.ending = self._explained = False
+
+    # --- before a generation --------------------------------------------------------------------------------------------
+
+    def plan(self) -> bool:
+        """Begin to find out what is there. Returns whether there is nothing to find out."""
+        self.identity = None
+        if self.settings.mode != "memory":
+            return True
+        self._restoring, asks = restoring.begin(self.ranks_of, self._asked, storage=self._storage)
+        self._storage = False
+        self._send(asks)
+        return False
+
+    def _send(self, asks: list[restoring.Ask]) -> None:
+        self._asked += len(asks)
+        for ask in asks:
+            match ask.kind:
+                case Kind.HOLDS:
+                    self.send(ask.machine, messages.Survey(ask.number))
+                case Kind.CHECKPOINTS:
+                    self.send(ask.machine, messages.AskCheckpoints(ask.number))
+                case Kind.MEMORY:
+                    assert ask.identity is not None
+                    wanted = [messages.Wanted(get.shard, ask.identity, self.peers[get.source]) for get in ask.gets]
+                    self.journal.log("fetch", machine=ask.machine, identity=ask.identity, gets=ask.gets)
+                    self.send(ask.machine, messages.Fetch(ask.number, wanted))
+                case Kind.STORAGE:
+                    assert ask.identity is not None
+                    self.journal.log("load", machine=ask.machine, identity=ask.identity, gets=ask.gets)
+                    self.send(ask.machine, messages.Load(ask.number, ask.identity, [get.shard for get in ask.gets]))
+
+    def _answer(self, number: int, held: list[plan.Copy], misses: list[messages.Miss]) -> bool:
+        """Returns whether the planning is over."""
+        if self._restoring is None:
+            return False
+        ask = next((one for one in self._restoring.open if one.number == number), None)
+        missed = {miss.shard for miss in misses}
+        gets = [get for get in ask.gets if get.shard in missed] if ask is not None else []
+        for miss in misses:
+            self.say(f"shard {miss.shard} of snapshot {miss.identity}: {miss.text}; looking for another copy")
+        self._restoring, asks = restoring.answered(self._restoring, number, held, gets)
+        self._send(asks)
+        if not self._restoring.done:
+            return False
+        known = self._restoring.copies - self._restoring.refused
+        self.identity, self._restoring, self.recoverable = self._restoring.identity, None, None
+        if self.identity is not None:
+            needs = plan.needs_of(known, self.ranks_of)
+            self.recoverable = plan.replicated(known, needs, self.placement, self.identity)
+        self.journal.log("planned", identity=self.identity, recoverable=self.recoverable)
+        if self.ending:
+            self._persist(self.identity)
+        return True
+
+    # --- after the last generation ----------------------------------------------------------------------------------------
+
+    def end(self) -> None:
+        """Persist the newest snapshot, now that no trainer lives; ``ending`` until that is done or cannot be."""
+        if self.settings.mode == "memory" and self.settings.persist_every != "never" and self._generation > 0:
+            self.ending = True
+            self._restoring, asks = restoring.begin(self.ranks_of, self._asked, storage=False)
+            self._send(asks)
+
+    def _persist(self, identity: Identity | None) -> None:
+        if identity is None or identity == self._persisting.newest:
+            self.ending = False
+            return
+        self._persisting = persisting.at_the_end(self._persisting, identity)
+        for machine, ranks in enumerate(self.ranks_of):
+            self.send(machine, messages.Persist(identity, [shard_of(rank) for rank in ranks]))
+
+    # --- a generation -----------------------------------------------------------------------------------------------------
+
+    def begun(self, generation: int) -> None:
+        self._generation, self._copied = generation, {}
+        self._persisting = persisting.generation(self._persisting)
+        if self.replicas > 1 and not self._explained:
+            self._explained = True
+            names = [self.peers[machine].name for machine in range(len(self.ranks_of))]
+            for line in explain(self.placement, names, self.settings.failure_domains):
+                self.say(line)
+
+    def order(self, machine: int) -> dict[str, Any]:
+        """The fields of Begin for ``machine``."""
+        foreign = [rank for other in kept(self.placement, machine) for rank in self.ranks_of[other]]
+        return {
+            "restore": self.identity,
+            "recoverable": self.recoverable,
+            "replicas": self.replicas,
+            "peers": [self.peers[other] for other in self.placement[machine][1:]],
+            "kept": sorted(foreign),
+        }
+
+    def hear(self, machine: int, message: messages.Message, now: float) -> bool:
+        """A worker's word on copies. Returns whether it ends the planning."""
+        match message:
+            case messages.Holds(number, shards):
+                return self._answer(number, [plan.Copy(shard, identity, machine) for shard, identity in shards], [])
+            case messages.Stored(number, shards, problem):
+                if problem:
+                    self.say(f"checkpoints cannot be listed: {problem}")
+                return self._answer(number, [plan.Copy(shard, identity, plan.DISK) for shard, identity in shards], [])
+            case messages.Fetched(number, misses):
+                return self._answer(number, [], misses)
+            case messages.Copied(generation, identity) if generation == self._generation:
+                self._count(machine, identity)
+            case messages.Trouble(text):
+                if text not in self._troubles:  # once, however often it comes
+                    self._troubles.add(text)
+                    self.say(text)
+            case messages.Persisted(identity, problem):
+                self._act(*persisting.persisted(self._persisting, machine, identity, problem), now)
+            case messages.Completed(identity, problem):
+                self._act(*persisting.completed(self._persisting, identity, problem), now)
+        return False
+
+    def _count(self, machine: int, identity: Identity) -> None:
+        """A machine's shards of ``identity`` have their copies."""
+        self._copied.setdefault(machine, set()).add(identity)
+        newest = plan.recoverable(self._copied, len(self.ranks_of))
+        if newest is None or (self.recoverable is not None and newest <= self.recoverable):
+            return
+        self.recoverable = newest
+        for reported in self._copied.values():
+            reported -= {one for one in reported if one < newest}
+        for other in range(len(self.ranks_of)):
+            self.send(other, messages.Advance(newest))
+
+    def look(self, step: int, step_s: float, now: float) -> None:
+        """The job trains in ``step``: is a checkpoint due?"""
+        if self.settings.mode == "memory":
+            self._act(*persisting.look(self._persisting, step, step_s, now), now)
+
+    def _act(self, state: persisting.State, actions: list[persisting.Action], now: float) -> None:
+        self._persisting = state
+        for action in actions:
+            match action:
+                case persisting.Ask(step):
+                    for machine in range(len(self.ranks_of)):
+                        self.send(machine, messages.PersistAt(step))
+                case persisting.Mark(identity):
+                    self.send(0, messages.Complete(identity, self._shards()))
+                case persisting.Say(text):
+                    self.say(text)
+        if actions and not state.asked:
+            self.journal.log("checkpoint", identity=state.newest)
+            self.ending = False
+
+    def _shards(self) -> list[str]:
+        return [shard_of(rank) for ranks in self.ranks_of for rank in ranks]
+
+    def status(self) -> dict[str, Any]:
+        newest = self._persisting.newest
+        return {
+            "replicas": self.replicas,
+            "recoverable": None if self.recoverable is None else list(self.recoverable),
+            "checkpoint": None if newest is None else list(newest),
+        }
