@@ -59,6 +59,7 @@ def head(document: Mapping[str, Any]) -> list[str]:
         lines.append(f"recovers from: {document['recovers_from']}")
     if document.get("step"):
         lines.append(_progress(document))
+    lines.append(_copies(document))
     where = [f"{name} {document[name]}" for name in ("term", "generation") if document.get(name) is not None]
     if document.get("pid"):
         where.append(f"root: process {document['pid']} on {document.get('machine')}")
@@ -76,6 +77,17 @@ def _progress(document: Mapping[str, Any]) -> str:
         if total and document.get("root") != "ended":
             line += f", {span((total - step) * step_s)} left"
     return line
+
+
+def _copies(document: Mapping[str, Any]) -> str:
+    parts = []
+    if document.get("replicas", 1) > 1:
+        newest = document.get("recoverable")
+        named = f"the newest with all of them is {'-'.join(map(str, newest))}" if newest else "no snapshot has all of them"
+        parts.append(f"{document['replicas']} copies of each shard, {named}")
+    if document.get("checkpoint"):
+        parts.append(f"newest checkpoint of this start {'-'.join(map(str, document['checkpoint']))}")
+    return "; ".join(parts)
 
 
 def news(document: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ MAX_DESCRIPTORS = 253  # the kernel's limit for one message
 PROTOCOL = 5  # of messages to an agent, which may be of an older installation: count up with every change
 
 
-# --- slot process (or stop.py, inject.py) -> agent --------------------------------------------------------------------
+# --- slot process (or a visitor) -> agent --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,12 @@ class Inject:
     text: str
 
 
-# --- agent -> slot process (or stop.py, inject.py) --------------------------------------------------------------------
+@dataclass(frozen=True)
+class Inspect:
+    """Say which snapshots the machines of the job hold. The answer is Catalog."""
+
+
+# --- agent -> slot process (or a visitor) --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -125,6 +130,22 @@ class Refused:
 
     code: int
     text: str
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """The snapshots in the memory of all machines and in storage, in words.
+
+    Attributes:
+        snapshots: a line each, the newest first: whether it can be restored, and from where each shard would come.
+        recoverable: the newest one of which every shard has its copies.
+        replicas: copies of each shard. silent: machines that have not answered.
+    """
+
+    snapshots: str
+    recoverable: Identity | None
+    replicas: int
+    silent: list[str]
 
 
 @dataclass(frozen=True)
@@ -339,6 +360,13 @@ class Begin:
 @dataclass(frozen=True)
 class Survey:
     """Say which shards lie in this machine's memory, once nothing writes there any more."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Look:
+    """Say which shards lie in this machine's memory at this moment. The answer is Holds."""
 
     number: int
 
@@ -657,14 +685,14 @@ class Failed:
 Message = (
     Register | Stop | Inject | Accepted | Refused | Ending | Stepped | Say | Ended
     | Join | Able | Unable | Stuck | RankListens | RankFailed | RankExited | Beat | Holds | Stored | Committed
-    | Survey | AskCheckpoints | PersistAt
+    | Survey | Look | AskCheckpoints | PersistAt | Inspect | Catalog
     | Welcome | RootBeat | Begin | Close | AskToStop | DumpStacks | Commit | Finish
     | Replicate | Advance | Quiet | Silent | Fetch | Fetched | Copied | Alive | Trouble
     | Persist | Persisted | Complete | Completed | ListCheckpoints | Checkpoints | Load
     | Preload | Fork | Ready | Unfit | Forked | Task | Started | Listens | StopAsked | Failed
 )  # fmt: skip
-TO_AGENT = (Register, Stop, Inject)  # from slot processes and visitors, of any installation
-TO_SLOT = (Accepted, Refused, Ending, Stepped, Say, Ended, Committed)  # and to visitors
+TO_AGENT = (Register, Stop, Inject, Inspect)  # from slot processes and visitors, of any installation
+TO_SLOT = (Accepted, Refused, Ending, Stepped, Say, Ended, Committed, Catalog)  # and to visitors
 TO_ROOT = (
     Join,
     Able,
@@ -684,12 +712,14 @@ TO_ROOT = (
     Committed,
     Stop,
     Inject,
+    Inspect,
 )  # from workers, visitors
 TO_WORKER = (
     Welcome,
     Refused,
     RootBeat,
     Survey,
+    Look,
     AskCheckpoints,
     Fetch,
     Load,

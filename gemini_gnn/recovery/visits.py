@@ -1,4 +1,4 @@
-"""How ``stop.py`` and ``inject.py`` reach a job's root agent from any machine that sees the run directory."""
+"""How ``stop.py``, ``inject.py`` and ``inspect_snapshots.py`` reach a job's root agent from any machine that sees the run directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from gemini_gnn.errors import RecoveryError
 from gemini_gnn.observe import terms
 from gemini_gnn.observe.status import read_status
-from gemini_gnn.recovery import messages, wire
+from gemini_gnn.recovery import home, messages, wire
 
 OVER = ("done", "stopped", "failed")  # states of status.json
 PATIENCE_S = 5.0  # a root agent that was killed comes back sooner
@@ -22,6 +22,42 @@ Answer = TypeVar("Answer")
 def is_away(term: dict[str, Any]) -> bool:
     """Whether ``term`` is of a job on one machine, and not this one."""
     return "port" not in term and term.get("machine", os.uname().nodename) != os.uname().nodename
+
+
+def ask(
+    run_dir: Path,
+    request: messages.Message,
+    answer: type[Answer],
+    timeout_s: float,
+    arena_root: str | os.PathLike[str] | None = None,
+) -> Answer:
+    """The answer of the root agent of ``run_dir``'s job to ``request``.
+
+    Raises:
+        RecoveryError: it refuses or does not answer, no job runs, or it cannot be reached from here.
+    """
+    run_dir = Path(os.path.realpath(run_dir))
+    term, machine, deadline = terms.newest_term(run_dir), os.uname().nodename, time.monotonic() + timeout_s
+    found: Answer | str | None
+    if "port" in term:
+        found = ask_root(run_dir, term, request, answer, deadline)
+    elif is_away(term):
+        raise RecoveryError(f"the job of {run_dir} is on {term['machine']}, not on {machine}: type the command there")
+    else:
+        arena = home.arena_of(run_dir, arena_root or term.get("arena_root", "/dev/shm"))
+        agent = messages.connect(arena / home.AGENT_SOCKET)
+        if agent is None:
+            raise RecoveryError(f"no job of {run_dir} runs on {machine} for this user; {news(run_dir)}")
+        try:
+            agent.send(request, timeout_s=5.0)
+            found = wait_for(agent, answer, deadline)
+        finally:
+            agent.close()
+    if not isinstance(found, answer):
+        raise RecoveryError(
+            f"the root agent of {run_dir} does not answer ({found or 'it went, or is stopped'}); {news(run_dir)}"
+        )
+    return found
 
 
 def ask_root(

@@ -11,6 +11,7 @@ and with it all that was under way.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from gemini_gnn.config import SnapshotConfig, interval
@@ -22,6 +23,9 @@ from gemini_gnn.recovery.worker.journal import Journal
 from gemini_gnn.snapshot.replicas import plan
 from gemini_gnn.snapshot.replicas.placement import explain, kept, placement
 from gemini_gnn.snapshot.store.identity import Identity, shard_of
+
+
+VISIT_S = 5.0  # then a visitor hears of the machines that have answered
 
 
 def replicas_of(settings: SnapshotConfig, machines: int) -> int:
@@ -41,6 +45,17 @@ def replicas_of(settings: SnapshotConfig, machines: int) -> int:
             f"{machines} machine{'s' * (machines > 1)}. Give snapshot.replicas={machines}, or auto"
         )
     return wanted
+
+
+@dataclass
+class _Visit:
+    """A visitor that waits for the catalog. ``waiting``: by number of the ask, the machines that have not answered."""
+
+    channel: messages.Channel
+    until_s: float
+    waiting: dict[int, int]
+    heard: set[int] = field(default_factory=set)
+    copies: set[plan.Copy] = field(default_factory=set)
 
 
 class Copies:
@@ -81,6 +96,7 @@ class Copies:
         self._persisting = persisting.State(machines, every, last_s=now)
         self._troubles: set[str] = set()
         self.ending = self._explained = False
+        self._visits: list[_Visit] = []
 
     # --- before a generation --------------------------------------------------------------------------------------------
 
@@ -114,7 +130,7 @@ class Copies:
 
     def _answer(self, number: int, held: list[plan.Copy], misses: list[messages.Miss]) -> bool:
         """Returns whether the planning is over."""
-        if self._restoring is None:
+        if self._visited(number, held) or self._restoring is None:
             return False
         ask = next((one for one in self._restoring.open if one.number == number), None)
         missed = {miss.shard for miss in misses}
@@ -134,6 +150,38 @@ class Copies:
         if self.ending:
             self._persist(self.identity)
         return True
+
+    # --- visitors -----------------------------------------------------------------------------------------------------------
+
+    def inspect(self, visitor: messages.Channel, here: list[int], now: float) -> None:
+        """Ask the machines that are ``here`` what they hold at this moment; the answer comes when they have said it."""
+        asks = [(self._asked + number, machine) for number, machine in enumerate(here)]
+        self._asked += len(asks) + 1
+        self._visits.append(_Visit(visitor, now + VISIT_S, dict(asks)))
+        for number, machine in asks:
+            self.send(machine, messages.Look(number))
+        if 0 in here and self.settings.mode == "memory":
+            self._visits[-1].waiting[self._asked - 1] = 0
+            self.send(0, messages.AskCheckpoints(self._asked - 1))
+
+    def answer_visitors(self, now: float) -> None:
+        for visit in list(self._visits):
+            if not visit.waiting or now > visit.until_s:
+                self._visits.remove(visit)
+                names = [peer.name if (peer := self.peers.get(m)) else f"machine {m + 1}" for m in range(len(self.ranks_of))]
+                needs = plan.needs_of(visit.copies, self.ranks_of)
+                text = plan.describe(plan.plan(visit.copies, needs), visit.copies, needs, names)
+                away = sorted({*range(len(names))} - visit.heard)
+                answer = messages.Catalog(text, self.recoverable, self.replicas, [names[one] for one in away])
+                visit.channel.send(answer, timeout_s=1.0)
+
+    def _visited(self, number: int, held: list[plan.Copy]) -> bool:
+        for visit in self._visits:
+            if number in visit.waiting:
+                visit.heard.add(visit.waiting.pop(number))
+                visit.copies.update(held)
+                return True
+        return False
 
     # --- after the last generation ----------------------------------------------------------------------------------------
 

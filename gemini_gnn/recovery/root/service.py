@@ -155,6 +155,7 @@ class Root:
         for problem in self.faults.look(self._boards().values(), self.state, self._agents()):
             self._act(decisions.Say(problem), now)
         self._see(decisions.Tick(), now)
+        self.copies.answer_visitors(now)
         if now - self._beaten_s >= self.settings.heartbeat_s:
             self._beat(now)
         if now - self._reported_s >= STATUS_S:
@@ -217,7 +218,11 @@ class Root:
         if isinstance(message, messages.Join):
             self._join(link, message, now)
             return
-        link.visits |= link.machine is None and isinstance(message, messages.Stop | messages.Inject)
+        link.visits |= link.machine is None and isinstance(message, messages.Stop | messages.Inject | messages.Inspect)
+        if isinstance(message, messages.Inspect):
+            here = [machine for machine, one in enumerate(self.state.machines) if one.here]
+            self.copies.inspect(link.channel, here, now)
+            return
         if isinstance(message, messages.Inject):
             self.faults.ask(message.text, link.channel, self.state, self._agents())
             return

@@ -271,6 +271,7 @@ class Agent:
                 self._commit(message)
             case (
                 messages.Survey()
+                | messages.Look()
                 | messages.AskCheckpoints()
                 | messages.Fetch()
                 | messages.Load()
@@ -342,8 +343,8 @@ class Agent:
                     self._register(channel, message)
                 elif isinstance(message, messages.Stop):
                     self._stop_asked(channel, message)
-                elif isinstance(message, messages.Inject):
-                    self._inject(channel, message)
+                elif isinstance(message, messages.Inject | messages.Inspect):
+                    self._visit_root(channel, message)
             if isinstance(channel.complaint, messages.OtherProtocol):
                 text = (
                     f"the worker agent of this job (pid {os.getpid()} on {self.machine}) speaks protocol "
@@ -356,7 +357,7 @@ class Agent:
                 self.visitors.remove(channel)
                 self._forget(channel)
 
-    def _inject(self, channel: messages.Channel, message: messages.Inject) -> None:
+    def _visit_root(self, channel: messages.Channel, message: messages.Message) -> None:
         if self.root is None:
             self._refuse(channel, "no job has begun here yet, or its root agent is on another machine; try again")
             return

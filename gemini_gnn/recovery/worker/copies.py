@@ -80,6 +80,8 @@ class Copies:
                     self._hold()
                 else:
                     self.replicator.send(messages.Quiet())
+            case messages.Look(number):
+                self.tell(messages.Holds(number, self._held()))
             case messages.AskCheckpoints(number):
                 self._list = (number, now + LIST_S)
                 self._to_persister(messages.ListCheckpoints())
@@ -178,13 +180,16 @@ class Copies:
         if self._survey is None:
             return
         number, self._survey = self._survey, None
+        self.tell(messages.Holds(number, self._held()))
+
+    def _held(self) -> list[tuple[str, Identity]]:
         found = set()
         for file in self._slots():
             view = file.view()
             if view.state is SlotState.COMMITTED and view.identity is not None:
                 found.add((view.shard, view.identity))
             file.close()
-        self.tell(messages.Holds(number, sorted(found)))
+        return sorted(found)
 
     def _slots(self) -> list[arena.SlotFile]:
         return arena.slots(self.arena)
