@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+COMMON = "common"  # the shard of the state that all data-parallel ranks hold identically
+
+
+def shard_of(rank: int) -> str:
+    """The name of a rank's own shard."""
+    return f"rank-{rank:05d}"
+
 
 COMMON = "common"  # the shard of the state that all data-parallel ranks hold identically
 
