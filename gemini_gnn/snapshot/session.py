@@ -27,7 +27,8 @@ def attach(
     extra_state: Any = None,
     *,
     context: Context | None = None,
-    every: int = 1,
+    every: int | str = 1,
+    mtbf_s: float = 86400.0,
     agree: Callable[[bool], bool] | None = None,
     group: Any = None,
     hook: bool = True,
@@ -53,7 +54,9 @@ def attach(
         extra_state: an object with ``state_dict()`` and ``load_state_dict(dict)``: JSON values, numpy arrays, tensors.
             Small: it is copied while training waits.
         context: rank, arena and term of this process. Default: the one that the worker agent installed.
-        every: steps between snapshots.
+        every: steps between snapshots; "auto": so much time between them that least is lost, by what they are seen to cost
+            and by ``mtbf_s``.
+        mtbf_s: from one failure of the job to the next on average, as expected for "auto".
         agree: minimum of a bit over all ranks; default: one small all_reduce.
         group: a gloo group of all ranks for the agreements; made here where it is None.
         hook: wrap the engine's ``step`` (or the optimizer's and scheduler's), so that the loop calls nothing else.
@@ -71,8 +74,10 @@ def attach(
             structure or format; ``resume=must`` and there is no snapshot.
     """
     here = context if context is not None else current()
-    if every < 1:
-        raise SnapshotError(f"every: expected at least 1 step; got {every}")
+    if every != "auto" and (isinstance(every, str) or every < 1):
+        raise SnapshotError(f"every: expected at least 1 step, or 'auto'; got {every!r}")
+    if not mtbf_s > 0:
+        raise SnapshotError(f"mtbf_s: expected more than 0 seconds between failures; got {mtbf_s}")
     if extra_state is not None and not (hasattr(extra_state, "state_dict") and hasattr(extra_state, "load_state_dict")):
         raise SnapshotError(
             f"extra_state: expected an object with state_dict() and load_state_dict(); got {type(extra_state).__name__}"
@@ -91,7 +96,7 @@ def attach(
         if catalog.restorable([rank.usable() for rank in holdings]) is None:
             restore.check_start(here.resume, steps_done, catalog.explain(holdings))
     _open(ranks, shards, here, folder)
-    snapshots = Snapshots(here, ranks, state, shards, every=every, timeout_s=timeout_s)
+    snapshots = Snapshots(here, ranks, state, shards, every=every, mtbf_s=mtbf_s, timeout_s=timeout_s)
     try:
         identity = _restore(here, ranks, state, shards, holdings, steps_done)
         if identity is not None:
