@@ -43,5 +43,9 @@ class SnapshotError(GeminiError):
     """A snapshot cannot be taken, trusted or restored."""
 
 
+class DamagedSnapshot(SnapshotError):
+    """A copy in this job's memory was damaged and is voided: the next start of the trainers fetches a good one."""
+
+
 class RecoveryError(GeminiError):
     """The worker agent or its trainers cannot be started, reached or stopped."""

@@ -23,7 +23,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from gemini_gnn.errors import GeminiError, PeerLost
+from gemini_gnn.errors import DamagedSnapshot, GeminiError, PeerLost
 from gemini_gnn.files import write_atomically
 
 SETTLE_S = 3.0  # how long a rank with a consequence waits for the record of the cause
@@ -55,11 +55,13 @@ def first(errors: Iterable[E]) -> E | None:
 
 
 def is_consequence(error: BaseException) -> bool:
-    """Whether ``error``, or what caused it, says that another rank or the way to it is gone."""
+    """Whether the job can go on after ``error``: it, or what caused it, says that another rank or the way to it is gone, or
+    that a damaged snapshot is to be fetched from another machine.
+    """
     seen: BaseException | None = error
     while seen is not None:
         foreign = type(seen).__module__.startswith("torch") or type(seen) is RuntimeError
-        if isinstance(seen, PeerLost) or (foreign and _PEER_LOST.search(str(seen))):
+        if isinstance(seen, PeerLost | DamagedSnapshot) or (foreign and _PEER_LOST.search(str(seen))):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

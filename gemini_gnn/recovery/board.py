@@ -2,9 +2,13 @@
 
 Who owns what. The agent makes ``<arena>/board`` anew before every fork, one page per local rank, and removes it with the
 arena. A trainer writes its own page, from its training thread, but for two places: the thread that prepares batches writes
-``doing``, and the thread that copies snapshots writes the newest one. Both sides map the file: no system call, so a trainer
-marks in microseconds and a stopped or dead file system harms neither. All times are on the monotonic clock, which the
-processes of one machine share.
+``doing``, and the thread that copies snapshots writes the newest one and the held one. The agent writes back which snapshot
+is recoverable, and from which step on one is to be held. Both sides map the file: no system call, so a trainer marks in
+microseconds and a stopped or dead file system harms neither. All times are on the monotonic clock, which the processes of
+one machine share.
+
+``<arena>/bell`` is a FIFO: a trainer that has committed a snapshot puts a byte into it, and whoever copies snapshots need not
+look at the board all the time. It outlives the boards, as its reader does. A full one is as good as a byte more.
 
 What may be interrupted where. A page holds two records. Mark n is written into record n % 2, and then the word 0 becomes n,
 in one aligned store of 8 bytes. So a trainer that is stopped or killed in the middle of a mark leaves the mark before it
@@ -19,21 +23,25 @@ import mmap
 import os
 import struct
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
 from gemini_gnn.faults import injection
+from gemini_gnn.snapshot.store.identity import Identity
 
-FILE = "board"
+FILE, BELL = "board", "bell"
 PAGE_BYTES = 4096
 FADES = 6  # the longest time loses 1 / 2**FADES with each observation: one slow step is forgotten after some hundred
 
 # In words of 8 bytes: number of the mark, what the other thread does, two records, then two words for each phase; number of
-# the newest snapshot, steps in all, the step that was restored, a time for each milestone, two records of snapshots.
+# the newest snapshot, steps in all, the step that was restored, a time for each milestone, two records of snapshots; number of
+# the recoverable snapshot, the step to persist, number of the held snapshot, two records of each.
 _MARKS, _DOING, _RECORDS, _RECORD_WORDS, _TABLE = 0, 1, 8, 8, 32
 _SNAPSHOTS, _TOTAL_STEPS, _RESTORED_STEP, _MILESTONES, _SNAPSHOT_RECORDS = 64, 65, 66, 72, 80
+_RECOVERABLE, _PERSIST_AT, _HELD, _RECOVERABLE_RECORDS, _HELD_RECORDS = 96, 97, 98, 104, 120
 _RECORD = struct.Struct("@6Q")
 
 
@@ -89,6 +97,7 @@ class Board:
         restored_step: steps done that it began with.
         total_steps: of the run; 0: unknown.
         snapshot: its newest committed one.
+        held: the last one that it held to be persisted.
     """
 
     marks: int
@@ -103,10 +112,13 @@ class Board:
     restored_step: int = 0
     total_steps: int = 0
     snapshot: Newest | None = None
+    held: Identity | None = None
 
 
 def make(arena: Path, pages: int) -> None:
-    """A new, empty board. A trainer of an earlier one that is not quite dead keeps writing into a file without a name.
+    """A new, empty board, and the bell where there is none.
+
+    A trainer of an earlier board that is not quite dead keeps writing into a file without a name.
 
     Raises:
         OSError: there is no room.
@@ -121,6 +133,8 @@ def make(arena: Path, pages: int) -> None:
         raise
     finally:
         os.close(descriptor)
+    with suppress(FileExistsError):
+        os.mkfifo(arena / BELL, 0o600)
 
 
 def open_board(arena: Path) -> mmap.mmap | None:
@@ -135,9 +149,21 @@ def open_board(arena: Path) -> mmap.mmap | None:
         os.close(descriptor)
 
 
+def open_bell(arena: Path) -> int | None:
+    """The bell of this arena, for either side: neither waits for the other. None where there is none."""
+    try:
+        return os.open(arena / BELL, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+
+
+def _words(board: mmap.mmap, page: int) -> memoryview:
+    return memoryview(board)[page * PAGE_BYTES : (page + 1) * PAGE_BYTES].cast("Q")
+
+
 def read(board: mmap.mmap, page: int) -> Board | None:
     """What stands on ``page``; None before the first mark, or while marks come faster than they can be read."""
-    words = memoryview(board)[page * PAGE_BYTES : (page + 1) * PAGE_BYTES].cast("Q")
+    words = _words(board, page)
     if (record := _read_record(words, _MARKS, _RECORDS)) is None:
         return None
     marks, generation, step, place, phase, since_ns = record
@@ -158,7 +184,18 @@ def read(board: mmap.mmap, page: int) -> Board | None:
         restored_step=words[_RESTORED_STEP],
         total_steps=words[_TOTAL_STEPS],
         snapshot=Newest(newest[1], newest[2], newest[3], newest[4] / 1e9) if newest else None,
+        held=_read_identity(words, _HELD, _HELD_RECORDS),
     )
+
+
+def tell_recoverable(board: mmap.mmap, page: int, identity: Identity) -> None:
+    """The agent tells a trainer: every shard of this snapshot has its copies."""
+    _write_record(_words(board, page), _RECOVERABLE, _RECOVERABLE_RECORDS, *identity)
+
+
+def ask_to_persist(board: mmap.mmap, page: int, step: int) -> None:
+    """The agent asks a trainer to hold its first snapshot of ``step`` or a later one; 0: to hold none any more."""
+    _words(board, page)[_PERSIST_AT] = step
 
 
 def _read_record(words: memoryview, number: int, records: int) -> list[int] | None:
@@ -170,6 +207,20 @@ def _read_record(words: memoryview, number: int, records: int) -> list[int] | No
         if count and words[number] == count == record[0]:
             return record
     return None
+
+
+def _read_identity(words: memoryview, number: int, records: int) -> Identity | None:
+    record = _read_record(words, number, records)
+    return None if record is None else Identity(*record[1:4])
+
+
+def _write_record(
+    words: memoryview, number: int, records: int, term: int, generation: int, step: int, when_ns: int = 0
+) -> None:
+    """The next record that the word ``number`` counts; whole before it counts."""
+    count = words[number] + 1
+    _RECORD.pack_into(words, 8 * (records + _RECORD_WORDS * (count % 2)), count, term, generation, step, when_ns, 0)
+    words[number] = count
 
 
 def aged(board: Board, now: float) -> Board:
@@ -188,11 +239,14 @@ def dated(board: Board, now: float) -> Board:
 
 
 class Page:
-    """The writer of a page. The training thread calls all but :meth:`doing` and :meth:`committed`, one thread each."""
+    """A trainer's side of a page. The training thread calls all but :meth:`doing`, and :meth:`committed` and :meth:`hold`.
 
-    def __init__(self, board: mmap.mmap, page: int, generation: int):
-        self._board, self._offset, self._generation = board, page * PAGE_BYTES, generation
-        self._words = memoryview(board)[self._offset : self._offset + PAGE_BYTES].cast("Q")
+    These belong to the thread that prepares batches, and to the one that copies snapshots. ``bell``: to ring, if any.
+    """
+
+    def __init__(self, board: mmap.mmap, page: int, generation: int, bell: int | None = None):
+        self._board, self._offset, self._generation, self._bell = board, page * PAGE_BYTES, generation, bell
+        self._words = _words(board, page)
         self._marks, self._place, self._since_ns = 0, 0, 0
         self.step = self._phase = -1
 
@@ -233,10 +287,22 @@ class Page:
 
     def committed(self, term: int, generation: int, step: int) -> None:
         """This rank's snapshot of ``step`` is committed: the newest one."""
-        count = self._words[_SNAPSHOTS] + 1
-        at = self._offset + 8 * (_SNAPSHOT_RECORDS + _RECORD_WORDS * (count % 2))
-        _RECORD.pack_into(self._board, at, count, term, generation, step, time.monotonic_ns(), 0)
-        self._words[_SNAPSHOTS] = count
+        _write_record(self._words, _SNAPSHOTS, _SNAPSHOT_RECORDS, term, generation, step, time.monotonic_ns())
+        if self._bell is not None:
+            with suppress(BlockingIOError):  # it is full: its reader has enough to wake up for
+                os.write(self._bell, b"\0")
+
+    def recoverable(self) -> Identity | None:
+        """The newest snapshot of which every shard has its copies; None: not yet one."""
+        return _read_identity(self._words, _RECOVERABLE, _RECOVERABLE_RECORDS)
+
+    def persist_at(self) -> int:
+        """The first snapshot of this step or a later one is to be held; 0: none."""
+        return self._words[_PERSIST_AT]
+
+    def hold(self, term: int, generation: int, step: int) -> None:
+        """This rank's snapshot of ``step`` is committed, and stays until :meth:`persist_at` says something else."""
+        _write_record(self._words, _HELD, _HELD_RECORDS, term, generation, step)
 
 
 _page: Page | None = None  # of this process; None where no agent looks
@@ -247,7 +313,7 @@ def attach(arena: Path, page: int, generation: int) -> None:
     global _page
     board = open_board(arena)
     if board is not None and len(board) >= (page + 1) * PAGE_BYTES:
-        _page = Page(board, page, generation)
+        _page = Page(board, page, generation, open_bell(arena))
         _page.milestone(Milestone.STARTED)
         _page.mark(Phase.START_UP, 0)
 
@@ -291,6 +357,22 @@ def committed(term: int, generation: int, step: int) -> None:
     """See :meth:`Page.committed`."""
     if _page is not None:
         _page.committed(term, generation, step)
+
+
+def recoverable() -> Identity | None:
+    """See :meth:`Page.recoverable`."""
+    return None if _page is None else _page.recoverable()
+
+
+def persist_at() -> int:
+    """See :meth:`Page.persist_at`."""
+    return 0 if _page is None else _page.persist_at()
+
+
+def hold(term: int, generation: int, step: int) -> None:
+    """See :meth:`Page.hold`."""
+    if _page is not None:
+        _page.hold(term, generation, step)
 
 
 def attaching() -> None:

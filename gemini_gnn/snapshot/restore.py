@@ -4,7 +4,8 @@
    nothing made or changed and the reason in words (pure: ``catalog.explain``).
 1. The ranks choose the newest identity under which every rank finds all the shards it needs (pure: ``catalog.restorable``).
 2. Every rank pins and verifies its slots of that identity: structure, then checksums. If one rank's bytes are damaged, all
-   refuse the identity together and go back to 1.
+   refuse the identity together and go back to 1. Where shards have copies on other machines, the rank voids its slot instead
+   and all end with ``DamagedSnapshot``: the agents fetch a good copy, and no step is lost.
 3. All ranks void newer slots before they compute anything from the chosen one.
 4. Every rank puts the state back in the proved order: masters and moments, low-precision weights (collective under ZeRO),
    buffers, scheduler, parameter groups, counters, the user's extra state, random generators last.
@@ -19,7 +20,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gemini_gnn.errors import SnapshotError
+from gemini_gnn.errors import DamagedSnapshot, SnapshotError
 from gemini_gnn.snapshot.agree import Ranks
 from gemini_gnn.snapshot.capture.shards import Shard, tensor_in
 from gemini_gnn.snapshot.state import generators, tree
@@ -91,7 +92,9 @@ def check_start(resume: str, steps_done: int, why: str) -> None:
         )
 
 
-def choose(ranks: Ranks, shards: list[Shard], holdings: list[Holding]) -> tuple[Identity | None, Opened, str]:
+def choose(
+    ranks: Ranks, shards: list[Shard], holdings: list[Holding], replicas: int = 1
+) -> tuple[Identity | None, Opened, str]:
     """The snapshot to restore, verified. Collective.
 
     Args:
@@ -99,18 +102,27 @@ def choose(ranks: Ranks, shards: list[Shard], holdings: list[Holding]) -> tuple[
 
     Returns:
         The identity or None, the manifests and bytes of this rank's shards, and the result in words.
+
+    Raises:
+        DamagedSnapshot: on all ranks. The damaged slot is void, and another machine has a copy.
     """
     found = [rank.usable() for rank in holdings]
     refused: set[Identity] = set()
     notes: list[str] = []
     while (identity := catalog.restorable(found, refused)) is not None:
-        opened, damage = _open(shards, identity)
+        opened, damage = _open(shards, identity, void=replicas > 1)
         complaints = ranks.exchange(damage)
         if not any(complaints):
             return identity, opened, "; ".join([*notes, f"restored {identity} from host memory"])
         _unpin(shards)
+        if replicas > 1:
+            where = "; ".join(f"rank {r} on {c}" for r, c in enumerate(complaints) if c)
+            raise DamagedSnapshot(
+                f"snapshot {identity} cannot be restored from memory: {where}. What is damaged is void now, and the next "
+                "generation fetches a good copy from another machine"
+            )
         refused.add(identity)
-        notes += [f"{identity} is damaged on rank {r}: {c}" for r, c in enumerate(complaints) if c]
+        notes += [f"{identity} is damaged on rank {r} on {c}" for r, c in enumerate(complaints) if c]
         log.warning("%s", notes[-1])
     return None, {}, "; ".join(notes) or "there is none that all ranks can be restored from"
 
@@ -137,8 +149,9 @@ def _difference(file: arena.SlotFile, header: Header, shard: Shard) -> str:
     return difference(manifest.structure, shard.structure)
 
 
-def _open(shards: list[Shard], identity: Identity) -> tuple[Opened, str]:
-    """Pin and verify this rank's slots of ``identity``; also the fault found, or ""."""
+def _open(shards: list[Shard], identity: Identity, void: bool) -> tuple[Opened, str]:
+    """Pin and verify this rank's slots of ``identity``; also the fault found and the machine, or "". ``void`` damaged ones."""
+    machine = os.uname().nodename
     opened: Opened = {}
     for shard in shards:
         for file in shard.files:
@@ -146,14 +159,16 @@ def _open(shards: list[Shard], identity: Identity) -> tuple[Opened, str]:
             if h is None or h.state is not SlotState.COMMITTED or h.identity != identity:
                 continue
             if not file.lock(exclusive=False):
-                return {}, f"{file.path} is being written"
+                return {}, f"{machine}: {file.path} is being written"
             try:
                 opened[shard.name] = file.manifest(h)
             except SnapshotError as error:
-                return {}, str(error)
+                if void:
+                    file.void()
+                return {}, f"{machine}: {error}"
             break
         else:
-            return {}, f"shard {shard.name} is no longer there"
+            return {}, f"{machine}: shard {shard.name} is no longer there"
     return opened, ""
 
 

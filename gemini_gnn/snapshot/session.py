@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def attach(
     extra_state: Any = None,
     *,
     context: Context | None = None,
-    every: int = 1,
+    every: int | str = 1,
+    mtbf_s: float = 86400.0,
     agree: Callable[[bool], bool] | None = None,
     group: Any = None,
     hook: bool = True,
@@ -53,7 +55,9 @@ def attach(
         extra_state: an object with ``state_dict()`` and ``load_state_dict(dict)``: JSON values, numpy arrays, tensors.
             Small: it is copied while training waits.
         context: rank, arena and term of this process. Default: the one that the worker agent installed.
-        every: steps between snapshots.
+        every: steps between snapshots; "auto": so much time between them that least is lost, by what they are seen to cost
+            and by ``mtbf_s``.
+        mtbf_s: from one failure of the job to the next on average, as expected for "auto".
         agree: minimum of a bit over all ranks; default: one small all_reduce.
         group: a gloo group of all ranks for the agreements; made here where it is None.
         hook: wrap the engine's ``step`` (or the optimizer's and scheduler's), so that the loop calls nothing else.
@@ -71,8 +75,10 @@ def attach(
             structure or format; ``resume=must`` and there is no snapshot.
     """
     here = context if context is not None else current()
-    if every < 1:
-        raise SnapshotError(f"every: expected at least 1 step; got {every}")
+    if every != "auto" and (isinstance(every, str) or every < 1):
+        raise SnapshotError(f"every: expected at least 1 step, or 'auto'; got {every!r}")
+    if not mtbf_s > 0:
+        raise SnapshotError(f"mtbf_s: expected more than 0 seconds between failures; got {mtbf_s}")
     if extra_state is not None and not (hasattr(extra_state, "state_dict") and hasattr(extra_state, "load_state_dict")):
         raise SnapshotError(
             f"extra_state: expected an object with state_dict() and load_state_dict(); got {type(extra_state).__name__}"
@@ -91,7 +97,7 @@ def attach(
         if catalog.restorable([rank.usable() for rank in holdings]) is None:
             restore.check_start(here.resume, steps_done, catalog.explain(holdings))
     _open(ranks, shards, here, folder)
-    snapshots = Snapshots(here, ranks, state, shards, every=every, timeout_s=timeout_s)
+    snapshots = Snapshots(here, ranks, state, shards, every=every, mtbf_s=mtbf_s, timeout_s=timeout_s)
     try:
         identity = _restore(here, ranks, state, shards, holdings, steps_done)
         if identity is not None:
@@ -135,33 +141,63 @@ def _plan(ranks: Ranks, state: TrainingState, here: Context) -> list[Shard]:
 
 
 def _open(ranks: Ranks, shards: list[Shard], here: Context, folder: Path) -> None:
-    """Check that this machine has room for all its slots, then reserve it."""
+    """Check that this machine has room for all its slots, and for those it keeps for others; then reserve it."""
     _, machine = restore.machine_of(folder)
     # All ranks measure before any of them allocates: the exchange lets none pass before all have spoken.
     where = arena.room(folder)
-    needed = more = 0
-    for shard in shards:
-        if shard.owned:
-            for slot in range(catalog.OWN_SLOTS):
-                path = folder / f"{shard.name}.{slot}"
-                have = path.stat().st_blocks * 512 if path.exists() else 0
-                needed += shard.layout.file_bytes
-                more += max(0, shard.layout.file_bytes - have)
-    said = ranks.exchange([machine, needed, more, where.available])
+    own = {s.name: s.layout.file_bytes for s in shards if s.owned}
+    said = ranks.exchange(
+        [machine, *_needs(folder, own, catalog.OWN_SLOTS), where.available, shards[0].layout.file_bytes]
+    )
+    kept = {shard_of(rank): said[rank][4] for rank in here.kept}  # the same on all ranks of this machine
+    needed, more = _needs(folder, kept, catalog.FOREIGN_SLOTS)
     here_said = [s[1:] for s in said if s[0] == machine]
-    all_needed, total = sum(s[0] for s in here_said), sum(s[1] for s in here_said)
-    available = min(s[2] for s in here_said)
-    where = arena.Room(available, where.limit, where.remedy)
-    ranks.together(lambda: arena.check_room(total, where))
+    needed, more = needed + sum(s[0] for s in here_said), more + sum(s[1] for s in here_said)
+    where = arena.Room(min(s[2] for s in here_said), where.limit, where.remedy)
+    ranks.together(lambda: arena.check_room(more, where))
     if here.local_rank == 0:
         log.info(
-            "snapshots: %.1f MB of host memory needed on this machine, %.1f MB of it not allocated yet, %.1f MB available",
-            all_needed / 1e6,
-            total / 1e6,
-            available / 1e6,
+            "snapshots: %.1f MB of host memory needed on this machine, %.1f %% of all it has: %d slots of each own shard, %d of "
+            "each of %d shards kept for other machines. %.1f MB of it not allocated yet, %.1f MB available",
+            needed / 1e6,
+            100 * needed / (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")),
+            catalog.OWN_SLOTS,
+            catalog.FOREIGN_SLOTS,
+            len(kept),
+            more / 1e6,
+            where.available / 1e6,
         )
     for owned in (True, False):  # owners make the files that the others open
         ranks.together(functools.partial(_open_all, [s for s in shards if s.owned is owned], folder))
+    if here.replicas > 1:
+        ranks.together(lambda: _keep(folder, kept if here.local_rank == 0 else {}))
+
+
+def _needs(folder: Path, shards: dict[str, int], slots: int) -> tuple[int, int]:
+    """Bytes of so many slots of each shard (its bytes by name), and what of it is not allocated yet."""
+    paths = [(folder / f"{shard}.{slot}", nbytes) for shard, nbytes in shards.items() for slot in range(slots)]
+    have = [path.stat().st_blocks * 512 if path.exists() else 0 for path, _ in paths]
+    more = (max(0, nbytes - had) for (_, nbytes), had in zip(paths, have, strict=True))
+    return sum(nbytes for _, nbytes in paths), sum(more)
+
+
+def _keep(folder: Path, shards: dict[str, int]) -> None:
+    """Reserve the slots of shards that this machine keeps for others; drop a third one, of when it owned the shard.
+
+    A third one that holds the newest copy here stays until a newer one has arrived.
+    """
+    for shard, nbytes in shards.items():
+        found: set[Identity] = set()
+        for slot in range(catalog.FOREIGN_SLOTS):
+            with closing(arena.SlotFile(folder, shard, slot, create=True)) as file:
+                file.reserve(nbytes)
+                found |= catalog.committed([file.view()])[shard]
+        third = folder / f"{shard}.{catalog.FOREIGN_SLOTS}"
+        if third.exists():
+            with closing(arena.SlotFile(folder, shard, catalog.FOREIGN_SLOTS)) as file:
+                last = catalog.committed([file.view()])[shard]
+            if found >= last or max(found, default=Identity(0, 0, 0)) > max(last):
+                third.unlink()
 
 
 def _open_all(shards: list[Shard], folder: Path) -> None:
@@ -186,7 +222,7 @@ def _restore(
     opened: restore.Opened = {}
     note = "resume=never"
     if here.resume != "never":
-        identity, opened, note = restore.choose(ranks, shards, holdings)
+        identity, opened, note = restore.choose(ranks, shards, holdings, here.replicas)
         if identity is None:
             restore.check_start(here.resume, steps_done, note)
     if identity is not None and (here.term, here.generation) < identity[:2]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 
 from gemini_gnn.recovery import board, home
 from gemini_gnn.recovery.board import Milestone, Page, Phase
+from gemini_gnn.snapshot.store.identity import Identity
 
 
 @pytest.fixture
@@ -122,6 +124,51 @@ def test_the_newest_snapshot_is_whole_also_when_its_writer_is_stopped_in_the_mid
     assert board.read(view, 0).snapshot == newest
 
 
+def test_the_agent_writes_back_which_snapshot_is_recoverable_and_what_to_hold(pages):
+    """Each page has its own; a record that is not whole yet leaves the one before."""
+    view, page, other = pages
+    assert page.recoverable() is None and page.persist_at() == 0
+    for step in (4, 5):
+        board.tell_recoverable(view, 0, Identity(2, 3, step))
+        assert page.recoverable() == (2, 3, step)
+    at = 8 * (board._RECOVERABLE_RECORDS + board._RECORD_WORDS)  # of number 3, which is not said yet
+    board._RECORD.pack_into(view, at, 3, 2, 3, 6, 0, 0)
+    assert page.recoverable() == (2, 3, 5)
+    board.ask_to_persist(view, 0, 40)
+    assert page.persist_at() == 40 and (other.recoverable(), other.persist_at()) == (None, 0)
+    page.mark(Phase.FORWARD, 41)
+    assert board.read(view, 0).held is None
+    page.hold(2, 3, 40)
+    board.ask_to_persist(view, 0, 0)
+    seen = board.read(view, 0)
+    assert seen.held == Identity(2, 3, 40) and page.persist_at() == 0
+    assert board.dated(board.aged(seen, 1.0), 1.0).held == seen.held and seen.snapshot is None
+
+
+def test_a_commit_rings_the_bell_and_a_full_one_stops_nobody(tmp_path, monkeypatch):
+    """The bell outlives the boards: its reader keeps it open over generations."""
+    board.make(tmp_path, 1)
+    reader = board.open_bell(tmp_path)
+    board.make(tmp_path, 1)
+    monkeypatch.setattr(board, "_page", None)
+    board.attach(tmp_path, 0, 1)
+    bell, view = board._page._bell, board.open_board(tmp_path)
+    try:
+        assert stat.filemode(os.fstat(bell).st_mode) == "prw-------"
+        with pytest.raises(BlockingIOError):
+            os.read(reader, 1)
+        board.committed(1, 1, 1)
+        assert os.read(reader, 10) == b"\0"
+        with pytest.raises(BlockingIOError):
+            while True:
+                os.write(bell, bytes(4096))
+        board.committed(1, 1, 2)
+        assert board.read(view, 0).snapshot.step == 2
+    finally:
+        os.close(bell)
+        os.close(reader)
+
+
 def test_what_a_script_says_are_its_milestones(pages, monkeypatch):
     view, page, _ = pages
     monkeypatch.setattr(board, "_page", page)
@@ -147,6 +194,7 @@ print("here", flush=True)
 for number in range(400_000):
     page.mark(rounds[number % 4], number // 4)
     page.committed(number, number + 1, number + 2)
+    page.hold(number, number + 1, number + 2)
 """
 
 
@@ -163,6 +211,8 @@ def test_a_reader_beside_a_writer_sees_only_marks_that_were_made(tmp_path):
                 assert (seen.step, seen.place, seen.phase) == (number // 4, number % 4, rounds[number % 4])
                 term, generation, step, _ = seen.snapshot or (0, 1, 2, 0.0)
                 assert (generation, step) == (term + 1, term + 2)
+                held = seen.held or (0, 1, 2)
+                assert held == (held[0], held[0] + 1, held[0] + 2)
                 read += 1
     assert writer.returncode == 0 and read > 100
     print(f"{read} reads")
@@ -197,8 +247,14 @@ def test_without_an_agent_marks_are_nothing(tmp_path):
     board.restored(1)
     board.total_steps(1)
     board.committed(1, 1, 1)
+    board.hold(1, 1, 1)
+    assert board.recoverable() is None and board.persist_at() == 0
     board.attach(tmp_path, 0, 1)
-    assert board._page is None
+    assert board._page is None and board.open_bell(tmp_path) is None
+    board.make(tmp_path, 1)
+    (tmp_path / board.BELL).unlink()
+    page = Page(board.open_board(tmp_path), 0, 1, board.open_bell(tmp_path))
+    page.committed(1, 1, 1)
 
 
 def test_without_room_there_is_no_board(tmp_path, monkeypatch):

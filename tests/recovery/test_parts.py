@@ -177,8 +177,9 @@ def test_nonsense_of_a_trainer_closes_its_connection_and_harms_nobody(below):
 
 
 A_BOARD = board.Board(
-    9, 1, 3, 2, board.Phase.FORWARD, 0.5, 7, 0.25, (1.5, None, None, None, None), 2, 40, board.Newest(1, 1, 2, 0.25)
-)
+    9, 1, 3, 2, board.Phase.FORWARD, 0.5, 7, 0.25, (1.5, None, None, None, None), 2, 40, board.Newest(1, 1, 2, 0.25),
+    Identity(1, 1, 2),
+)  # fmt: skip
 EXAMPLES = [
     messages.Register(
         Place(0, 1, 0, 1, "m", "h0", 1, "plain"), "m:f", {"a": [1, None, 2.5]}, ["m"], "auto", RecoveryConfig(), FaultsConfig(),

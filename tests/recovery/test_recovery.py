@@ -36,7 +36,7 @@ def test_a_job_runs_and_leaves_nothing(job):
     log = os.fspath(run.run_dir / "logs" / "rank-0.log")
     assert (first["links"]["0"], first["links"]["1"], first["links"]["2"]) == ("/dev/null", log, log)
     rest = [path for number, path in second["links"].items() if int(number) > 2]
-    ours = [os.fspath(run.arena / name) for name in ("board", "trainers.lock")]
+    ours = [os.fspath(run.arena / name) for name in ("bell", "board", "trainers.lock")]
     assert sorted(path.split(":")[0] for path in rest) == [*ours, "socket"]
     assert json.loads((run.run_dir / "status.json").read_text())["state"] == "done"
     run.assert_nothing_left()

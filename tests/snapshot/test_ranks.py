@@ -222,7 +222,7 @@ def swapped_case(rank, world, root):
         f"of snapshot 1-1-2 rank 0 on {h1} lacks shard rank-00000, which is on {h0}; rank 1 on {h0} lacks shard rank-00001"
         in said
     )
-    assert f"hosts in the order {h0}, {h1}: it fits" in said and "resume=never" in said
+    assert "resume=never" in said
     torch.distributed.barrier()
     assert contents(root) == before, "nothing was made, voided or changed"
     torch.distributed.barrier()

@@ -160,6 +160,11 @@ def _become(task: messages.Task, agent: messages.Channel, added: dict[str, str])
             restored=board.restored,
             stepped=board.stepped,
             committed=board.committed,
+            replicas=task.replicas,
+            kept=tuple(task.kept),
+            recoverable=board.recoverable,
+            persist_at=board.persist_at,
+            hold=board.hold,
         )
     )
 

@@ -21,8 +21,9 @@ import ctypes
 import queue
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,6 +59,8 @@ class Capture:
         values: of the rank's own shard, packed; without those of ``generators``, which the copying thread packs.
         compare: keep the checksum of the common state, for ``divergence.check``.
         versions: of the tensors when the capture began.
+        hold: tell that this one is held, once it is committed.
+        held: slots that are not to be overwritten, whatever they hold.
         fenced: on CUDA, of the tensors when training passed the fence; copies may still be under way then.
     """
 
@@ -67,7 +70,25 @@ class Capture:
     generators: Generators
     compare: bool
     versions: list[Version]
+    hold: bool
+    held: dict[str, tuple[int, ...]]
     fenced: list[Version] | None = None
+
+
+class NextSlot(NamedTuple):
+    """The slot of a shard to overwrite next; ``old``: the snapshot that is lost then, None: none."""
+
+    slot: int
+    old: Identity | None
+
+
+def next_slot(shard: Shard, newest: Identity | None, busy: Collection[int]) -> NextSlot | None:
+    """The slot to overwrite while ``newest`` must stay, and those that are ``busy``."""
+    views = [replace(view, pinned=view.slot in busy) for view in shard.views()]
+    slot = catalog.writable(views, newest)
+    if slot is None:
+        return None
+    return NextSlot(slot, views[slot].identity if views[slot].state is SlotState.COMMITTED else None)
 
 
 class _Warm:
@@ -81,8 +102,8 @@ class Copier:
         copied, committed: set when the last capture is, and before the first one.
         error: the exception of this thread; no capture after it is valid.
         common: checksum of the common state of the last capture with ``compare``.
-        next_slots: per shard of ours the slot to take when all ranks have committed the last capture, if one is free
-            then. Only this process writes them, so it stays right; the slot's lock tells whether a reader holds it.
+        next_slots: per shard of ours the slot to take for the next capture, if one but the last capture's is left. Only this
+            process writes them, so it stays right; the slot's lock tells whether a reader holds it.
         late: the tensors that are copied in the background.
     """
 
@@ -95,7 +116,7 @@ class Copier:
         self.committed.set()
         self.error: BaseException | None = None
         self.common = b""
-        self.next_slots: dict[str, int] = {}
+        self.next_slots: dict[str, NextSlot] = {}
         self.late = [e for s in own for e in s.entries if not e.at_once]
         self._early = [(s, pieces) for s in own if (pieces := [p for p in s.pieces if p.entry.at_once])]
         self.cuda = CudaCopies() if any(on_gpu(e.get()) for s in shards for e in s.entries) else None
@@ -183,8 +204,10 @@ class Copier:
             data_checksum = self._seal(shard, capture, present[shard.name])
             compared = data_checksum if shard.name == COMMON else compared
         self._here.committed(*capture.identity)
-        free = {s.name: catalog.writable(s.views(), capture.identity) for s in self._own}
-        self.next_slots = {name: slot for name, slot in free.items() if slot is not None}
+        if capture.hold:
+            self._here.hold(*capture.identity)
+        found = {s.name: next_slot(s, capture.identity, capture.held.get(s.name, ())) for s in self._own}
+        self.next_slots = {name: one for name, one in found.items() if one is not None}
         if capture.compare:
             self.common = compared
         self._stats.copy_s += copied - begin

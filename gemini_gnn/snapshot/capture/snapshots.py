@@ -19,30 +19,41 @@ free), and ``after_step`` gets the minimum over all ranks. So when it captures, 
 snapshot: the whole job can restore that one, and older ones may be overwritten. Nothing else is needed to keep one
 restorable snapshot at every instant, and no message can be lost.
 
+With several replicas that is not enough, since the snapshot must outlive a machine: a slot is overwritten only if the one in
+it is older than the *recoverable* one, of which every shard has its copies. The agents say which that is (``Context``). If
+copies are slow no slot is free, and all ranks skip together.
+
+To be persisted, the first capture of a step or a later one is *held*: its slots are left alone until the agent says so.
+
 A kill anywhere leaves slots WRITING (void) or COMMITTED; locks die with the process.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot.agree import Ranks
 from gemini_gnn.snapshot.capture import divergence
-from gemini_gnn.snapshot.capture.copier import Capture, Copier
+from gemini_gnn.snapshot.capture.copier import Capture, Copier, next_slot
+from gemini_gnn.snapshot.capture.pace import Pace
 from gemini_gnn.snapshot.capture.shards import COMMON, Shard
 from gemini_gnn.snapshot.capture.stats import Stats
 from gemini_gnn.snapshot.capture.unchanged import versions
 from gemini_gnn.snapshot.context import Context
 from gemini_gnn.snapshot.state import generators, tree
 from gemini_gnn.snapshot.state.collect import TrainingState
-from gemini_gnn.snapshot.store import catalog
 from gemini_gnn.snapshot.store.identity import Identity
+
+FINAL_COPIES_S = 2.0  # what the last snapshot is given to reach its peers
+POLL_S = 0.002
+
+log = logging.getLogger(__name__)
 
 
 class Snapshots:
@@ -51,23 +62,34 @@ class Snapshots:
     Attributes:
         restored: identity of the snapshot that training resumed from, or None at a fresh start.
         steps: optimizer steps completed, across restarts; with ``hook=False`` only those before this start.
-        recoverable: newest snapshot known to be committed by all ranks.
         stats: the cost so far.
     """
 
     def __init__(
-        self, here: Context, ranks: Ranks, state: TrainingState, shards: list[Shard], *, every: int, timeout_s: float
+        self,
+        here: Context,
+        ranks: Ranks,
+        state: TrainingState,
+        shards: list[Shard],
+        *,
+        every: int | str,
+        mtbf_s: float,
+        timeout_s: float,
     ):
         self._here, self._ranks, self._state, self._shards = here, ranks, state, shards
         self._own = [s for s in shards if s.owned]
         self._every, self._timeout_s = every, timeout_s
         self.restored: Identity | None = None
         self.steps = 0
-        self.recoverable: Identity | None = None
+        self._agreed: Identity | None = None  # newest that all ranks have committed
         self.stats = Stats()
         self._last: Identity | None = None  # newest capture of this rank
         self._running: Capture | None = None  # on CUDA: the last capture, until training passes its fence
         self._reserved: dict[str, int] = {}
+        self._held: dict[str, tuple[int, ...]] = {}  # slots of the held snapshot,
+        self._held_for = 0  # and the step for which it was asked
+        self._pace = Pace(every, mtbf_s) if every == "auto" or here.replicas > 1 else None
+        self._due = True
         self._closing: list[Callable[[], Any]] = []
         self._common = ranks.world_size > 1 and any(s.name == COMMON for s in shards)
         self._compare = False  # the last capture is one to compare over all ranks
@@ -75,15 +97,25 @@ class Snapshots:
 
     def wants(self, step: int) -> bool:
         """Whether step ``step`` (steps completed) is one to capture. The same on all ranks."""
-        return step % self._every == 0
+        return isinstance(self._every, str) or step % self._every == 0
+
+    @property
+    def recoverable(self) -> Identity | None:
+        """Newest snapshot that is committed on all ranks and, with several replicas, has all its copies."""
+        return self._here.recoverable() if self._here.replicas > 1 else self._agreed
 
     def ready(self) -> bool:
-        """This rank's bit of capture-or-skip: the previous capture is committed and a slot is free. Never blocks.
+        """This rank's bit of capture-or-skip: one is due, the one before is committed, a slot is free. Never blocks.
 
         Raises:
             SnapshotError: the background failed.
         """
         begin = time.perf_counter()
+        if self._pace is not None:
+            self._pace.recoverable(self.recoverable, begin)
+            self._due = self._pace.due(begin)
+            if not self._due:
+                return False
         try:
             self._raise()
             return self._copier.committed.is_set() and self._reserve()
@@ -126,12 +158,12 @@ class Snapshots:
         if not self.wants(step):
             return
         if not capture:
-            self.stats.skipped += 1
+            self.stats.skipped += self._due
             return
         if not self._copier.committed.is_set() or not self._reserve():
             raise SnapshotError("after_step(capture=True) without this rank being ready(): pass the agreed minimum")
         self._compare_common()
-        self.recoverable = self._last  # all ranks were ready, so all have committed the previous one
+        self._agreed = self._last  # all ranks were ready, so all have committed the previous one
         self._begin(step)
         self.stats.stall_s += time.perf_counter() - begin
 
@@ -148,6 +180,7 @@ class Snapshots:
         """At an orderly stop that all ranks agreed on: commit step ``step`` (steps completed) on every rank.
 
         Captures it if the newest snapshot is of another step, whatever ``every`` says. Collective; call it before ``close``.
+        Copies on peers are not waited for, but for a moment: what is committed is enough to go on from.
 
         Raises:
             SnapshotError: as for :meth:`before_step`, on all ranks together; or no slot came free within the timeout.
@@ -155,20 +188,23 @@ class Snapshots:
         """
         self._ranks.together(self.wait)
         self._compare_common()
-        self.recoverable = self._last  # all have committed it
-        if self._ranks.all_true(self._last is not None and self._last.step == step):
-            return
-        self._ranks.together(lambda: self._begin_final(step))
-        self._ranks.together(self.wait)
-        self.recoverable = self._last
+        self._agreed = self._last  # all have committed it
+        if not self._ranks.all_true(self._last is not None and self._last.step == step):
+            self._ranks.together(lambda: self._begin_final(step))
+            self._ranks.together(self.wait)
+            self._agreed = self._last
+        self._copied(FINAL_COPIES_S)
 
     def _begin_final(self, step: int) -> None:
         deadline = time.monotonic() + self._timeout_s
         while not self._reserve():
             if time.monotonic() > deadline:
+                why = f"other processes kept reading the slots of rank {self._here.rank}"
+                if self._here.replicas > 1:
+                    why = f"copies to peers were not done: {self.recoverable} is the newest snapshot that has them"
                 raise SnapshotError(
-                    f"expected a free slot for the last snapshot (step {step}) within {self._timeout_s:.0f} s; other "
-                    f"processes kept reading the slots of rank {self._here.rank}. The same command resumes from {self._last}"
+                    f"expected a free slot for the last snapshot (step {step}) within {self._timeout_s:.0f} s; {why}. The "
+                    f"same command resumes from {self._last}"
                 )
             time.sleep(0.05)  # a reader releases its lock without notice
         self._begin(step)
@@ -181,15 +217,18 @@ class Snapshots:
 
     def resumed_from(self, identity: Identity) -> None:
         """``attach`` calls this when all ranks have restored ``identity``."""
-        self.restored = self.recoverable = self._last = identity
+        self.restored = self._agreed = self._last = identity
         self.steps = identity.step
         self._here.committed(*identity)
 
     def first(self) -> None:
         """``attach`` calls this at a fresh start: from here on there is always a snapshot to restore. Collective.
 
+        With several replicas training waits here until it has its copies. So a blocked port is found before hours of work
+        count on it, and no step is ever without protection.
+
         Raises:
-            SnapshotError: as for :meth:`after_step`; or a rank has no free slot.
+            SnapshotError: as for :meth:`after_step`; or a rank has no free slot; or copies do not arrive within the timeout.
         """
         if not self._ranks.all_true(self.ready()):
             raise SnapshotError(
@@ -198,7 +237,26 @@ class Snapshots:
             )
         self.after_step(0, capture=True)
         self._ranks.together(self.wait)
-        self.recoverable = self.last
+        self._agreed = self.last
+        if self._here.replicas == 1:
+            return
+        # In parts, each of which the ranks end together: none waits in vain for one that waits for copies.
+        if not any(self._ranks.all_true(self._copied(self._timeout_s / 10)) for _ in range(10)):
+            raise SnapshotError(
+                f"expected every shard of the first snapshot {self._last} on {self._here.replicas} machines within "
+                f"{self._timeout_s:.0f} s; its copies did not arrive. logs/agent-*.log names the two machines that do not reach "
+                "each other: open the ports between them (firewall). If they are only slow, set a higher "
+                "distributed.timeout_s (attach: timeout_s), or snapshot.replicas=1"
+            )
+
+    def _copied(self, within_s: float) -> bool:
+        """Wait until the last snapshot has all its copies; False: not within that time."""
+        deadline = time.monotonic() + within_s
+        while self.recoverable is None or self._last is None or self.recoverable < self._last:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_S)  # the agent writes into shared memory, which wakes nobody
+        return True
 
     def warm(self) -> None:
         """``attach`` calls this at its end."""
@@ -242,37 +300,50 @@ class Snapshots:
 
     def _reserve(self) -> bool:
         """Lock a free slot of every shard of ours; a locked slot stays so until it is used."""
-        # The ranks agree on this slot's capture only when every rank has committed _last: that one is kept.
+        if self._held and self._here.persist_at() != self._held_for:
+            self._held, self._copier.next_slots = {}, {}  # its slots are the oldest now
+        # With one replica _last is kept: the ranks agree on the capture into this slot only when all have committed _last.
+        kept = self.recoverable if self._here.replicas > 1 else self._last
         for shard in self._own:
-            if shard.name in self._reserved:
-                continue
-            slot = self._copier.next_slots.get(shard.name)
-            if slot is not None and shard.files[slot].lock(exclusive=True):
-                self._reserved[shard.name] = slot
-                continue
-            views = shard.views()
-            while True:
-                slot = catalog.writable(views, self._last)
+            if shard.name not in self._reserved:
+                slot = self._lock_free(shard, kept)
                 if slot is None:
                     return False
-                if shard.files[slot].lock(exclusive=True):
-                    self._reserved[shard.name] = slot
-                    break
-                views[slot] = replace(views[slot], pinned=True)
+                self._reserved[shard.name] = slot
         return True
+
+    def _lock_free(self, shard: Shard, kept: Identity | None) -> int | None:
+        busy = set(self._held.get(shard.name, ()))
+        found = self._copier.next_slots.get(shard.name) or next_slot(shard, self._last, busy)
+        if found is not None:
+            self._copier.next_slots[shard.name] = found
+        while found is not None and (found.old is None or (kept is not None and found.old < kept)):
+            if shard.files[found.slot].lock(exclusive=True):
+                return found.slot
+            busy.add(found.slot)
+            found = next_slot(shard, self._last, busy)
+        return None
 
     def _begin(self, step: int) -> None:
         identity = Identity(self._here.term, self._here.generation, step)
         packed = tree.pack(self._state.values())
         self._compare = self._common and self.stats.captures % divergence.VERIFY_EVERY == 0
         late = versions(self._copier.late)
-        capture = Capture(identity, self._reserved, packed, generators.read(), self._compare, late)
+        asked = self._here.persist_at()
+        hold = 0 < asked <= step and not self._held
+        if hold:
+            self._held_for, self._held = asked, {name: (slot,) for name, slot in self._reserved.items()}
+        capture = Capture(identity, self._reserved, packed, generators.read(), self._compare, late, hold, self._held)
         self._reserved = {}
         self._copier.begin(capture)
         self._last = identity
         if self._copier.cuda is not None:
             self._running = capture
         self.stats.captures += 1
+        if self._pace is not None:
+            news = self._pace.begun(identity, time.perf_counter(), self.stats.stall_s)
+            if news and self._here.rank == 0:
+                log.info("%s", news)
 
     def _compare_common(self) -> None:
         """Collective if the last capture is one to compare; all ranks have committed it when they call this."""

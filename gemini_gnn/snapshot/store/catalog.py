@@ -16,6 +16,7 @@ from gemini_gnn.snapshot.store.format import SlotState
 from gemini_gnn.snapshot.store.identity import Identity
 
 OWN_SLOTS = 3  # one recoverable, one being written, one being sent or restored from
+FOREIGN_SLOTS = 2  # of a shard kept for another machine: the recoverable one, and the one that arrives
 MOST_LACKING = 8  # shards named in a message
 
 
@@ -120,36 +121,17 @@ def steps_in_memory(ranks: Sequence[Holding]) -> int:
 
 
 def explain(ranks: Sequence[Holding]) -> str:
-    """Say which shards the ranks lack, which machines hold these, and which order of hosts fits."""
-    every = sorted({i for rank in ranks for found in rank.held.values() for i in found}, reverse=True)
-    if not every:
+    """Say which shards of the newest snapshot the ranks lack, and which machines hold these."""
+    identity = max((i for rank in ranks for found in rank.held.values() for i in found), default=None)
+    if identity is None:
         return "the memory of this job's machines holds no snapshot (it is lost when a machine restarts or is replaced)"
-    orders = [(identity, order) for identity in every if (order := order_of_hosts(ranks, identity))]
-    identity, order = orders[0] if orders else (every[0], [])
     lacking = [
         f"rank {r} on {rank.machine} lacks shard {shard}, which is on {_holders(ranks, shard, identity)}"
         for r, rank in enumerate(ranks)
         for shard in rank.lacks(identity)
     ]
     more = f"; and {len(lacking) - MOST_LACKING} more" if len(lacking) > MOST_LACKING else ""
-    words = f"of snapshot {identity} {'; '.join(lacking[:MOST_LACKING])}{more}"
-    return words + (f". Start with the hosts in the order {', '.join(order)}: it fits that snapshot" if order else "")
-
-
-def order_of_hosts(ranks: Sequence[Holding], identity: Identity) -> list[str]:
-    """The order of machines in which every rank finds its shards of ``identity``; empty where there is none.
-
-    Ranks are numbered machine by machine, equally many on each: the k-th machine must hold what the k-th group of ranks needs.
-    """
-    here = list(dict.fromkeys(rank.machine for rank in ranks))
-    held = {rank.machine: rank.held for rank in ranks}
-    size = len(ranks) // len(here)
-    order: list[str] = []
-    for first in range(0, len(ranks), size):
-        needed = {shard for rank in ranks[first : first + size] for shard in rank.needed}
-        fits = [m for m in here if m not in order and all(identity in held[m].get(shard, ()) for shard in needed)]
-        order += fits[:1]
-    return order if len(order) == len(here) else []
+    return f"of snapshot {identity} {'; '.join(lacking[:MOST_LACKING])}{more}"
 
 
 def _holders(ranks: Sequence[Holding], shard: str, identity: Identity) -> str:

@@ -320,16 +320,12 @@ def test_shards_are_combined_under_one_identity_only():
     assert usable(views, "own", "absent") == set()
 
 
-def holdings(*machines, slots=1):
-    """``slots`` ranks on each machine: its name, and what it holds under which identities (besides "common")."""
-    return [
-        Holding(name, (f"rank-{machine * slots + slot:05d}", "common"), held)
-        for machine, (name, held) in enumerate(machines)
-        for slot in range(slots)
-    ]
+def holdings(*machines):
+    """A rank on each machine: its name, and what it holds under which identities (besides "common")."""
+    return [Holding(name, (f"rank-{rank:05d}", "common"), held) for rank, (name, held) in enumerate(machines)]
 
 
-def test_ranks_on_other_machines_than_their_shards_are_told_the_order_that_fits():
+def test_ranks_on_other_machines_than_their_shards_are_told_where_these_are():
     old, new = Identity(1, 1, 61), Identity(1, 1, 62)
     a = {"rank-00000": {old, new}, "common": {old, new}}
     b = {"rank-00001": {new}, "common": {new}}
@@ -338,15 +334,13 @@ def test_ranks_on_other_machines_than_their_shards_are_told_the_order_that_fits(
     assert catalog.steps_in_memory(swapped) == 62
     assert catalog.explain(swapped) == (
         "of snapshot 1-1-62 rank 0 on h1 lacks shard rank-00000, which is on h0; "
-        "rank 1 on h0 lacks shard rank-00001, which is on h1. "
-        "Start with the hosts in the order h0, h1: it fits that snapshot"
+        "rank 1 on h0 lacks shard rank-00001, which is on h1"
     )
     right = holdings(("h0", a), ("h1", b))
     assert catalog.restorable([rank.usable() for rank in right]) == new
-    assert catalog.order_of_hosts(right, new) == ["h0", "h1"]
 
 
-def test_a_replaced_machine_is_named_and_no_order_is_made_up():
+def test_a_replaced_machine_is_named():
     new = Identity(1, 1, 62)
     replaced = holdings(("h0", {"rank-00000": {new}, "common": {new}}), ("h2", {}))
     assert catalog.explain(replaced) == (
@@ -360,17 +354,3 @@ def test_a_replaced_machine_is_named_and_no_order_is_made_up():
         "of snapshot 1-2-1 rank 0 on h0 lacks shard rank-00000, which is on no machine of this job"
         in catalog.explain(apart)
     )
-    assert "order" not in catalog.explain(apart)
-
-
-@given(st.permutations(range(4)), st.integers(1, 2))
-def test_any_order_of_hosts_finds_its_way_back(order, slots):
-    identity = Identity(1, 1, 5)
-    held = [
-        {"common": {identity}} | {f"rank-{host * slots + slot:05d}": {identity} for slot in range(slots)}
-        for host in range(4)
-    ]
-    started = holdings(*((f"h{host}", held[host]) for host in order), slots=slots)
-    assert catalog.order_of_hosts(started, identity) == ["h0", "h1", "h2", "h3"]
-    in_order = list(order) == [0, 1, 2, 3]
-    assert (catalog.restorable([rank.usable() for rank in started]) == identity) is in_order
