@@ -21,7 +21,7 @@ from gemini_gnn.snapshot.store.locks import AGENT_LOCK, TRAINERS_LOCK, living_tr
 AGENT_SOCKET = "agent.sock"
 RUN_ID, NEW_RUN_ID = "run-id", "run-id.new"  # id of the run directory that the snapshots belong to
 # All other files in an arena are snapshots.
-OWN_FILES = {AGENT_LOCK, AGENT_SOCKET, TRAINERS_LOCK, RUN_ID, NEW_RUN_ID, board.FILE}
+OWN_FILES = {AGENT_LOCK, AGENT_SOCKET, TRAINERS_LOCK, RUN_ID, NEW_RUN_ID, board.FILE, board.BELL}
 MAX_SOCKET_PATH = 100  # of 108 bytes in sockaddr_un, with room for a temporary name
 
 
@@ -106,7 +106,7 @@ def holds_nothing(arena: Path) -> bool:
 
 def leave_arena(arena: Path) -> None:
     """Remove the agent's files and, where no snapshot is left, the folders. The caller holds the arena's lock."""
-    ours = [AGENT_SOCKET, board.FILE, TRAINERS_LOCK, AGENT_LOCK]
+    ours = [AGENT_SOCKET, board.FILE, board.BELL, TRAINERS_LOCK, AGENT_LOCK]
     if living_trainer(arena) is not None:  # it is stuck in the kernel: the next agent must see it
         ours.remove(TRAINERS_LOCK)
     if not snapshot_files(arena):
