@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 # The words of recovery.board.Phase, which stands higher; a test compares them.
 PHASES = (
-    *("start-up", "partitioning", "sampling", "exchange", "forward", "backward", "agreement", "step", "capture"),
-    *("evaluation", "writing"),
+    *("start-up", "partitioning", "sampling", "exchange", "forward", "backward", "agreement", "reduction", "step"),
+    *("capture", "evaluation", "writing"),
 )
 BEFORE_STEPS = ("start-up", "partitioning")
 OF_RANK = ("kill-rank", "stop-rank", "oom-rank", "hang-collective", "raise-rank")

@@ -32,7 +32,8 @@ from typing import NamedTuple
 from gemini_gnn.faults import injection
 from gemini_gnn.snapshot.store.identity import Identity
 
-FILE, BELL = "board", "bell"
+FILE = "board"
+BELL = "bell"  # the FIFO beside it: a trainer writes a byte for each committed snapshot
 PAGE_BYTES = 4096
 FADES = 6  # the longest time loses 1 / 2**FADES with each observation: one slow step is forgotten after some hundred
 
@@ -53,10 +54,11 @@ class Phase(IntEnum):
     FORWARD = 4
     BACKWARD = 5
     AGREEMENT = 6
-    STEP = 7
-    CAPTURE = 8
-    EVALUATION = 9
-    WRITING = 10
+    REDUCTION = 7
+    STEP = 8
+    CAPTURE = 9
+    EVALUATION = 10
+    WRITING = 11
 
     @property
     def word(self) -> str:
@@ -196,6 +198,20 @@ def tell_recoverable(board: mmap.mmap, page: int, identity: Identity) -> None:
 def ask_to_persist(board: mmap.mmap, page: int, step: int) -> None:
     """The agent asks a trainer to hold its first snapshot of ``step`` or a later one; 0: to hold none any more."""
     _words(board, page)[_PERSIST_AT] = step
+
+
+def talks(board: mmap.mmap, page: int) -> bool:
+    """Whether the trainer of ``page`` is in a burst of traffic with other machines, as far as it says so.
+
+    One that marks no reduction (a script) says only STEP, all the time; of the others STEP may gather parameters (ZeRO).
+    """
+    words = memoryview(board)[page * PAGE_BYTES : (page + 1) * PAGE_BYTES].cast("Q")
+    if words[_DOING] == Phase.EXCHANGE:  # in the other thread
+        return True
+    phase = words[_RECORDS + _RECORD_WORDS * (words[_MARKS] % 2) + 4]
+    return phase in (Phase.AGREEMENT, Phase.REDUCTION) or (
+        phase == Phase.STEP and words[_TABLE + 2 * Phase.REDUCTION] > 0
+    )
 
 
 def _read_record(words: memoryview, number: int, records: int) -> list[int] | None:

@@ -462,7 +462,8 @@ class Replicate:
         peers: that keep copies of ``own``.
         pages: of the board, one per local rank.
         every_s: from the beginning of one snapshot's transfer to that of the next.
-        bytes_per_s: limit of what is sent; 0: none. interleave: wait while trainers exchange.
+        bytes_per_s: limit of what is sent; 0: none.
+        interleave: send between the bursts of the trainers' own traffic.
     """
 
     term: int
@@ -547,6 +548,71 @@ class Alive:
 @dataclass(frozen=True)
 class Trouble:
     """News for people: what does not work between which machines, and what to try."""
+
+    text: str
+
+
+# --- replicator <-> replicator ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Keep this committed shard. The answer is Go, Kept, Later or NotKept.
+
+    Attributes:
+        term, generation: in which the sender pushes.
+        header: of the sender's slot, as it lies there.
+        recoverable: the newest snapshot that the sender knows to be recoverable.
+    """
+
+    term: int
+    generation: int
+    header: bytes
+    recoverable: Identity | None
+
+
+@dataclass(frozen=True)
+class Go:
+    """Send the bytes of the offered shard: from the first page after the header to the end of the tail."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The offered shard is committed here, and its bytes fit their checksums."""
+
+
+@dataclass(frozen=True)
+class Later:
+    """The offered shard cannot be kept yet; ``text`` says why, if it lasts."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class NotKept:
+    """The offered shard is not kept; ``text`` says why, for people."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Send this shard. The answer is Serve or Lacks."""
+
+    shard: str
+    identity: Identity
+
+
+@dataclass(frozen=True)
+class Serve:
+    """``header`` of the slot that has the shard. Its bytes follow, as after Go."""
+
+    header: bytes
+
+
+@dataclass(frozen=True)
+class Lacks:
+    """The shard that was asked for is not committed here, or cannot be read; ``text`` says why."""
 
     text: str
 
@@ -688,6 +754,7 @@ Message = (
     | Survey | Look | AskCheckpoints | PersistAt | Inspect | Catalog
     | Welcome | RootBeat | Begin | Close | AskToStop | DumpStacks | Commit | Finish
     | Replicate | Advance | Quiet | Silent | Fetch | Fetched | Copied | Alive | Trouble
+    | Offer | Go | Kept | Later | NotKept | Ask | Serve | Lacks
     | Persist | Persisted | Complete | Completed | ListCheckpoints | Checkpoints | Load
     | Preload | Fork | Ready | Unfit | Forked | Task | Started | Listens | StopAsked | Failed
 )  # fmt: skip
@@ -737,6 +804,8 @@ TO_WORKER = (
 )  # from the root
 TO_REPLICATOR = (Replicate, Advance, Quiet, Fetch)
 FROM_REPLICATOR = (Silent, Fetched, Copied, Alive, Trouble)
+TO_KEEPER = (Offer, Ask)  # from the replicator that opened the connection
+FROM_KEEPER = (Go, Kept, Later, NotKept, Serve, Lacks)
 TO_PERSISTER = (Persist, Complete, ListCheckpoints, Load)
 FROM_PERSISTER = (Persisted, Completed, Checkpoints, Fetched)
 FROM_WARM = (Ready, Unfit)

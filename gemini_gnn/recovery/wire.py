@@ -7,6 +7,8 @@ Ownership. Both agents hold the job's token, a secret that never travels. A ``Wi
 whose number it shows to selectors: that becomes readable when the socket is, or has room for what waits to be sent. So a
 loop that only looks for readable descriptors also finishes connects, handshakes and long messages. No call waits, but
 ``send`` with a ``timeout_s``, and ``connect`` and ``listen`` for the resolver if they get a name instead of an address.
+A thread that has nothing else to do calls ``receive_one``, ``send_bytes`` and ``receive_bytes`` instead of ``receive``:
+they wait, and raise where the loop would look at ``closed``. Raw bytes follow a line; no MAC covers them.
 
 Handshake. Three lines, the same in every version of this code, so that two versions can say what is wrong:
 
@@ -51,6 +53,7 @@ from gemini_gnn.recovery import messages
 HANDSHAKE_BYTES = 4096  # that a peer without proof can make us keep
 UNANSWERED_S = 10  # then the kernel gives a connection up; heartbeats notice sooner
 MAC_BYTES = 16
+_READ_AHEAD = 1 << 16
 
 FIRST_WORD = b"gemini_gnn "
 HELLO = re.compile(
@@ -137,15 +140,102 @@ class Wire(messages.Channel):
         return alive
 
     def receive(self) -> list[messages.Message]:
+        self._shake()
+        return super().receive() if self.authenticated else []
+
+    # --- for a thread that may wait -----------------------------------------------------------------------------------
+
+    def receive_one(self, timeout_s: float) -> messages.Message:
+        """The next message. What follows it stays for the next call: a message or raw bytes.
+
+        Raises:
+            TimeoutError: it has not come within ``timeout_s``; the connection is as before.
+            OSError: the connection has ended. ValueError: what came was refused; the text is for people.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            self._shake()
+            if self.authenticated and b"\n" in self._received:
+                line, _, rest = self._received.partition(b"\n")
+                self._received = rest
+                try:
+                    return messages.decode(self._opened(bytes(line)), self.expects, [])
+                except ValueError as error:
+                    self._refuse(error)
+            if self.complaint is not None:
+                raise self.complaint
+            if self.closed:
+                raise self._ended()
+            left_s = deadline - time.monotonic()
+            if left_s <= 0:
+                raise self._silent(timeout_s)
+            if not self.authenticated:
+                select.select([self], [], [], min(left_s, max(0.0, self._deadline - time.monotonic())))
+            elif len(self._received) > messages.MAX_MESSAGE_BYTES:
+                self._refuse(f"a message of more than {messages.MAX_MESSAGE_BYTES} bytes from {self.peer}")
+            else:
+                self._received += self._read(bytearray(_READ_AHEAD), left_s)
+
+    def receive_bytes(self, into: memoryview, stall_s: float) -> None:
+        """Fill ``into`` with the raw bytes that follow a message.
+
+        Raises:
+            TimeoutError: nothing came for ``stall_s``. OSError: the connection has ended.
+        """
+        ahead = min(len(self._received), len(into))
+        into[:ahead] = self._received[:ahead]
+        del self._received[:ahead]
+        while into := into[ahead:]:
+            ahead = len(self._read(into, stall_s))
+
+    def send_bytes(self, data: memoryview, stall_s: float) -> None:
+        """Send raw bytes after all messages; return when the kernel has taken them.
+
+        Raises:
+            TimeoutError: the peer took nothing for ``stall_s``. OSError: the connection has ended.
+        """
+        assert self.authenticated
+        waited, self._unsent = memoryview(self._unsent), bytearray()
+        if waited:
+            self._epoll.modify(self.sock, self._interest())
+        for view in (waited, data):
+            while view:
+                try:
+                    view = view[self.sock.send(view, socket.MSG_NOSIGNAL) :]
+                except (BlockingIOError, InterruptedError):
+                    if not select.select([], [self.sock], [], stall_s)[1]:
+                        raise self._silent(stall_s) from None
+
+    def _read(self, into: bytearray | memoryview, timeout_s: float) -> bytearray | memoryview:
+        """What has come, at the beginning of ``into``; waits for something."""
+        while True:
+            try:
+                count = self.sock.recv_into(into)
+            except (BlockingIOError, InterruptedError):
+                if not select.select([self.sock], [], [], timeout_s)[0]:
+                    raise self._silent(timeout_s) from None
+                continue
+            if not count:
+                self.closed = True
+                raise self._ended()
+            return into[:count]
+
+    def _ended(self) -> ConnectionError:
+        return ConnectionError(f"{self.peer} has closed the connection")
+
+    def _silent(self, seconds: float) -> TimeoutError:
+        return TimeoutError(f"{self.peer} has not moved a byte for {seconds:g} s")
+
+    # --- handshake ----------------------------------------------------------------------------------------------------
+
+    def _shake(self) -> None:
+        """What can be done now of the handshake, and of what waits to be sent."""
         if not self.closed:
             self._write()
         while not self.closed and not self.authenticated and (line := self._handshake_line()) is not None:
             self._take(line)
         if not self.closed and not self.authenticated and time.monotonic() >= self._deadline:
             self._refuse_late()
-        return super().receive() if self.authenticated else []
-
-    # --- handshake ----------------------------------------------------------------------------------------------------
 
     def _handshake_line(self) -> bytes | None:
         """The next line; None if it has not come, or never will."""

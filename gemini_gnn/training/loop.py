@@ -106,7 +106,7 @@ def agree(group: Any, loss_sum: float, ready: bool, stop: bool) -> Agreed:
     vector = torch.tensor([loss_sum, not ready, stop], dtype=torch.float64)
     dist.all_reduce(vector, group=group)
     total, unready, stops = vector.tolist()
-    board.mark(Phase.BACKWARD)  # the reduction belongs to it
+    board.mark(Phase.REDUCTION)
     return Agreed(total, unready == 0, stops > 0, time.perf_counter() - begin)
 
 

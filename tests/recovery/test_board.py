@@ -282,3 +282,28 @@ def test_a_new_board_is_another_file_and_no_snapshot(tmp_path):
     assert os.stat(arena / board.FILE).st_mode & 0o777 == 0o600
     home.leave_arena(arena)
     assert not arena.exists()
+
+
+def test_bursts_of_traffic_are_seen(pages):
+    """A script marks nothing but STEP: that is no burst. A trainer that marks its reduction may gather in STEP (ZeRO)."""
+    view, page, _ = pages
+    assert not board.talks(view, 0) and not board.talks(view, 1)
+    page.mark(Phase.STEP, 1)
+    assert not board.talks(view, 0)
+    talking = {}
+    for phase in [
+        Phase.SAMPLING,
+        Phase.FORWARD,
+        Phase.BACKWARD,
+        Phase.AGREEMENT,
+        Phase.REDUCTION,
+        Phase.STEP,
+        Phase.WRITING,
+    ]:
+        page.mark(phase)
+        talking[phase] = board.talks(view, 0)
+    assert {phase for phase, talks in talking.items() if talks} == {Phase.AGREEMENT, Phase.REDUCTION, Phase.STEP}
+    page.doing(Phase.EXCHANGE)
+    assert board.talks(view, 0)
+    page.doing(Phase.SAMPLING)
+    assert not board.talks(view, 0)
