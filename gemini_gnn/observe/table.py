@@ -83,7 +83,9 @@ def _copies(document: Mapping[str, Any]) -> str:
     parts = []
     if document.get("replicas", 1) > 1:
         newest = document.get("recoverable")
-        named = f"the newest with all of them is {'-'.join(map(str, newest))}" if newest else "no snapshot has all of them"
+        named = (
+            f"the newest with all of them is {'-'.join(map(str, newest))}" if newest else "no snapshot has all of them"
+        )
         parts.append(f"{document['replicas']} copies of each shard, {named}")
     if document.get("checkpoint"):
         parts.append(f"newest checkpoint of this start {'-'.join(map(str, document['checkpoint']))}")

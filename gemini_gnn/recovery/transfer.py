@@ -49,7 +49,7 @@ Gate = Callable[[int], None]  # called before so many bytes are sent; returns wh
 
 @dataclass(frozen=True)
 class Order:
-    """What this machine keeps now. ``recoverable``: also the snapshot that the generation resumed from."""
+    """What this machine keeps now."""
 
     term: int
     generation: int

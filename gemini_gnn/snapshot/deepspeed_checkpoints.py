@@ -32,12 +32,12 @@ import xxhash
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.files import sync, write_atomically
 from gemini_gnn.snapshot.agree import Ranks, connect
-from gemini_gnn.snapshot.capture.shards import shard_of, structure_of
+from gemini_gnn.snapshot.capture.shards import structure_of
 from gemini_gnn.snapshot.capture.stats import Stats
 from gemini_gnn.snapshot.state import generators, tree
 from gemini_gnn.snapshot.state.collect import TrainingState, collect, is_deepspeed
 from gemini_gnn.snapshot.store import format
-from gemini_gnn.snapshot.store.identity import Identity
+from gemini_gnn.snapshot.store.identity import Identity, shard_of
 
 COMPLETE = "COMPLETE"
 KEEP = 2

@@ -13,12 +13,12 @@ from typing import Any
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot import restore
 from gemini_gnn.snapshot.agree import Ranks, connect
-from gemini_gnn.snapshot.capture.shards import COMMON, Shard, live_pieces, make_shard, shard_of
+from gemini_gnn.snapshot.capture.shards import Shard, live_pieces, make_shard
 from gemini_gnn.snapshot.capture.snapshots import Snapshots
 from gemini_gnn.snapshot.context import Context, current
 from gemini_gnn.snapshot.state.collect import TrainingState, collect, is_deepspeed
 from gemini_gnn.snapshot.store import arena, catalog
-from gemini_gnn.snapshot.store.identity import Identity
+from gemini_gnn.snapshot.store.identity import COMMON, Identity, shard_of
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,9 @@ from gemini_gnn.recovery import messages
 from gemini_gnn.recovery.root import persisting, restoring
 from gemini_gnn.recovery.root.restoring import Kind
 from gemini_gnn.recovery.worker.journal import Journal
-from gemini_gnn.snapshot.replicas import plan
+from gemini_gnn.snapshot.replicas import plan as catalog
 from gemini_gnn.snapshot.replicas.placement import explain, kept, placement
 from gemini_gnn.snapshot.store.identity import Identity, shard_of
-
 
 VISIT_S = 5.0  # then a visitor hears of the machines that have answered
 
@@ -55,7 +54,7 @@ class _Visit:
     until_s: float
     waiting: dict[int, int]
     heard: set[int] = field(default_factory=set)
-    copies: set[plan.Copy] = field(default_factory=set)
+    copies: set[catalog.Copy] = field(default_factory=set)
 
 
 class Copies:
@@ -128,7 +127,7 @@ class Copies:
                     self.journal.log("load", machine=ask.machine, identity=ask.identity, gets=ask.gets)
                     self.send(ask.machine, messages.Load(ask.number, ask.identity, [get.shard for get in ask.gets]))
 
-    def _answer(self, number: int, held: list[plan.Copy], misses: list[messages.Miss]) -> bool:
+    def _answer(self, number: int, held: list[catalog.Copy], misses: list[messages.Miss]) -> bool:
         """Returns whether the planning is over."""
         if self._visited(number, held) or self._restoring is None:
             return False
@@ -144,8 +143,8 @@ class Copies:
         known = self._restoring.copies - self._restoring.refused
         self.identity, self._restoring, self.recoverable = self._restoring.identity, None, None
         if self.identity is not None:
-            needs = plan.needs_of(known, self.ranks_of)
-            self.recoverable = plan.replicated(known, needs, self.placement, self.identity)
+            needs = catalog.needs_of(known, self.ranks_of)
+            self.recoverable = catalog.replicated(known, needs, self.placement, self.identity)
         self.journal.log("planned", identity=self.identity, recoverable=self.recoverable)
         if self.ending:
             self._persist(self.identity)
@@ -168,14 +167,16 @@ class Copies:
         for visit in list(self._visits):
             if not visit.waiting or now > visit.until_s:
                 self._visits.remove(visit)
-                names = [peer.name if (peer := self.peers.get(m)) else f"machine {m + 1}" for m in range(len(self.ranks_of))]
-                needs = plan.needs_of(visit.copies, self.ranks_of)
-                text = plan.describe(plan.plan(visit.copies, needs), visit.copies, needs, names)
+                names = [
+                    peer.name if (peer := self.peers.get(m)) else f"machine {m + 1}" for m in range(len(self.ranks_of))
+                ]
+                needs = catalog.needs_of(visit.copies, self.ranks_of)
+                text = catalog.describe(catalog.plan(visit.copies, needs), visit.copies, needs, names)
                 away = sorted({*range(len(names))} - visit.heard)
                 answer = messages.Catalog(text, self.recoverable, self.replicas, [names[one] for one in away])
                 visit.channel.send(answer, timeout_s=1.0)
 
-    def _visited(self, number: int, held: list[plan.Copy]) -> bool:
+    def _visited(self, number: int, held: list[catalog.Copy]) -> bool:
         for visit in self._visits:
             if number in visit.waiting:
                 visit.heard.add(visit.waiting.pop(number))
@@ -226,11 +227,13 @@ class Copies:
         """A worker's word on copies. Returns whether it ends the planning."""
         match message:
             case messages.Holds(number, shards):
-                return self._answer(number, [plan.Copy(shard, identity, machine) for shard, identity in shards], [])
+                return self._answer(number, [catalog.Copy(shard, identity, machine) for shard, identity in shards], [])
             case messages.Stored(number, shards, problem):
                 if problem:
                     self.say(f"checkpoints cannot be listed: {problem}")
-                return self._answer(number, [plan.Copy(shard, identity, plan.DISK) for shard, identity in shards], [])
+                return self._answer(
+                    number, [catalog.Copy(shard, identity, catalog.DISK) for shard, identity in shards], []
+                )
             case messages.Fetched(number, misses):
                 return self._answer(number, [], misses)
             case messages.Copied(generation, identity) if generation == self._generation:
@@ -248,7 +251,7 @@ class Copies:
     def _count(self, machine: int, identity: Identity) -> None:
         """A machine's shards of ``identity`` have their copies."""
         self._copied.setdefault(machine, set()).add(identity)
-        newest = plan.recoverable(self._copied, len(self.ranks_of))
+        newest = catalog.recoverable(self._copied, len(self.ranks_of))
         if newest is None or (self.recoverable is not None and newest <= self.recoverable):
             return
         self.recoverable = newest

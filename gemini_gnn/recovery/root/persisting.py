@@ -1,6 +1,6 @@
 """When a snapshot is written to storage, and whether it counts. Pure; ``now`` in seconds, on the root's clock.
 
-    due        every so many seconds or steps, the root names a step that lies a little ahead, so that all machines hear of it in time
+    due        every so many seconds or steps the root names a step a little ahead, so that all machines hear of it in time
     held       each rank holds its first snapshot of that step or a later one; it is not overwritten, the other slots go on
     persisted  each machine has written its shards
     complete   all machines wrote the same snapshot: machine 0 marks it. From then on it counts
@@ -104,7 +104,9 @@ def persisted(state: State, machine: int, identity: Identity, problem: str) -> S
     if not state.asked or state.completing is not None:
         return state, []
     if problem:
-        return _failed(state, f"checkpoint of step {identity.step}: {problem}. Training goes on; older checkpoints stay")
+        return _failed(
+            state, f"checkpoint of step {identity.step}: {problem}. Training goes on; older checkpoints stay"
+        )
     state = replace(state, persisted={**state.persisted, machine: identity})
     if len(state.persisted) < state.machines:
         return state, []
@@ -119,7 +121,9 @@ def completed(state: State, identity: Identity, problem: str) -> Step:
     if identity != state.completing:
         return state, []
     if problem:
-        return _failed(state, f"checkpoint of step {identity.step}: {problem}. Training goes on; older checkpoints stay")
+        return _failed(
+            state, f"checkpoint of step {identity.step}: {problem}. Training goes on; older checkpoints stay"
+        )
     state = replace(state, asked=0, persisted={}, completing=None, newest=identity, said="")
     return state, [Ask(0)]
 

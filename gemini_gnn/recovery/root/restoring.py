@@ -80,14 +80,12 @@ def answered(state: Restoring, number: int, copies: Iterable[Copy] = (), misses:
     ask = next((one for one in state.open if one.number == number), None)
     if ask is None:
         return state, []
-    got = {Copy(get.shard, ask.identity, get.machine) for get in ask.gets if get not in misses}
-    failed = {Copy(get.shard, ask.identity, get.source) for get in misses}
-    state = replace(
-        state,
-        open=tuple(one for one in state.open if one is not ask),
-        copies=state.copies | frozenset(copies) | got,
-        refused=state.refused | failed,
-    )
+    state = replace(state, open=tuple(one for one in state.open if one is not ask))
+    state = replace(state, copies=state.copies | frozenset(copies))
+    if ask.identity is not None:
+        got = {Copy(get.shard, ask.identity, get.machine) for get in ask.gets if get not in misses}
+        failed = {Copy(get.shard, ask.identity, get.source) for get in misses}
+        state = replace(state, copies=state.copies | got, refused=state.refused | failed)
     return (state, []) if state.open else _plan(state)
 
 

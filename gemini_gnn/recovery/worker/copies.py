@@ -51,7 +51,7 @@ class Copies:
         place, self.address, self.port = request.place, "", 0
         self._listener: socket.socket | None = None
         self._token = -1
-        self.replicator: Helper | None = None
+        self.replicator: helpers.Helper | None = None
         if place.machines > 1 and request.snapshot.mode == "memory":
             self.address = _address_towards(place.master_addr)
             self._listener = wire.listen(self.address, 0)

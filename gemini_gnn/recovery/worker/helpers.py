@@ -199,3 +199,15 @@ def replicator(
     descriptors = [listener.fileno(), token]
     expects = messages.FROM_REPLICATOR
     return Helper("the replicator", command, descriptors, expects, arena, journal, selector, silence_s)
+
+
+def persister(
+    arena: Path, run_dir: Path, folder: Path, keep: int, job: str, journal: Journal, selector: selectors.BaseSelector
+) -> Helper:
+    """
+    Args:
+        folder: of the checkpoints. keep: so many complete ones.
+    """
+    command = ["gemini_gnn.recovery.worker.persister", "--arena", os.fspath(arena), "--job", job]
+    command += ["--run-dir", os.fspath(run_dir), "--folder", os.fspath(folder), "--keep", str(keep)]
+    return Helper("the persister", command, [], messages.FROM_PERSISTER, arena, journal, selector)

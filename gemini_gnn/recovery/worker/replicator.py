@@ -243,7 +243,7 @@ class Replicator:
         self.pace = Pace(replicate.bytes_per_s if replicate else 0.0, self.shift.stop)
         self._replicate = replicate
         self.order: transfer.Order | None = None
-        self._recoverable: Identity | None = None
+        self._recoverable = replicate.recoverable if replicate else None
         self._pushing: Identity | None = None
         self._waits = False  # for the next round to be due
         self._next_s = 0.0
@@ -254,7 +254,8 @@ class Replicator:
         self._misses: list[messages.Miss] = []
         if replicate is None:
             return
-        self.order = transfer.Order(replicate.term, replicate.generation, frozenset(replicate.kept), replicate.since)
+        kept = frozenset(replicate.kept)
+        self.order = transfer.Order(replicate.term, replicate.generation, kept, replicate.recoverable)
         for peer in replicate.peers:
             courier = Courier(peer, replicate, self)
             self._couriers.append(courier)

@@ -29,7 +29,7 @@ import numpy as np
 
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot.capture.cuda import CudaCopies, on_gpu
-from gemini_gnn.snapshot.capture.shards import COMMON, Piece, Shard, live_pieces
+from gemini_gnn.snapshot.capture.shards import Piece, Shard, live_pieces
 from gemini_gnn.snapshot.capture.stats import Stats
 from gemini_gnn.snapshot.capture.unchanged import Version, check_unchanged, versions
 from gemini_gnn.snapshot.context import Context
@@ -37,7 +37,7 @@ from gemini_gnn.snapshot.state import generators, tree
 from gemini_gnn.snapshot.state.generators import Generators
 from gemini_gnn.snapshot.store import arena, catalog, format
 from gemini_gnn.snapshot.store.format import Header, SlotState
-from gemini_gnn.snapshot.store.identity import Identity
+from gemini_gnn.snapshot.store.identity import COMMON, Identity
 
 _HELD_BELOW = 128 << 10  # smaller copies keep the interpreter lock: getting it back can take a 5 ms switch interval
 

@@ -18,6 +18,7 @@ from gemini_gnn.snapshot.state.collect import Entry, TrainingState
 from gemini_gnn.snapshot.store import arena, catalog, format
 from gemini_gnn.snapshot.store.format import Layout, TensorSpec
 
+
 class Piece(NamedTuple):
     """One tensor of a shard: its place in a slot, and the size it must have. Computed once, read at every capture."""
 

@@ -42,13 +42,13 @@ from gemini_gnn.snapshot.agree import Ranks
 from gemini_gnn.snapshot.capture import divergence
 from gemini_gnn.snapshot.capture.copier import Capture, Copier, next_slot
 from gemini_gnn.snapshot.capture.pace import Pace
-from gemini_gnn.snapshot.capture.shards import COMMON, Shard
+from gemini_gnn.snapshot.capture.shards import Shard
 from gemini_gnn.snapshot.capture.stats import Stats
 from gemini_gnn.snapshot.capture.unchanged import versions
 from gemini_gnn.snapshot.context import Context
 from gemini_gnn.snapshot.state import generators, tree
 from gemini_gnn.snapshot.state.collect import TrainingState
-from gemini_gnn.snapshot.store.identity import Identity
+from gemini_gnn.snapshot.store.identity import COMMON, Identity
 
 FINAL_COPIES_S = 2.0  # what the last snapshot is given to reach its peers
 POLL_S = 0.002

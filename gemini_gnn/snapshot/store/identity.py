@@ -12,14 +12,6 @@ def shard_of(rank: int) -> str:
     return f"rank-{rank:05d}"
 
 
-COMMON = "common"  # the shard of the state that all data-parallel ranks hold identically
-
-
-def shard_of(rank: int) -> str:
-    """The name of a rank's own shard."""
-    return f"rank-{rank:05d}"
-
-
 class Identity(NamedTuple):
     """The name of a snapshot: never the step alone, because a step is computed again after every roll-back.
 
