@@ -1,4 +1,4 @@
-"""How visitors (stop.py, inject.py, inspect_snapshots.py) reach a job's root agent, from any machine that sees the run directory."""
+"""How visitors (stop.py, inject.py, inspect_snapshots.py) reach a job's root agent from any machine of it."""
 
 from __future__ import annotations
 

@@ -75,9 +75,9 @@ class Copies:
         journal: Journal,
         now: float,
         *,
-        storage: bool,
+        storage: restoring.Storage,
     ):
-        """``storage``: there may be checkpoints that are newer than what memory holds."""
+        """``storage``: when to look at checkpoints before the first generation."""
         self.settings, self.ranks_of, self.send, self.say, self.journal = settings, ranks_of, send, say, journal
         machines = len(ranks_of)
         self.replicas = replicas_of(settings, machines)
@@ -89,7 +89,7 @@ class Copies:
         self._copied: dict[int, set[Identity]] = {}
         self._restoring: restoring.Restoring | None = None
         self._asked = 0  # numbers of asks
-        self._storage = storage  # only before the first generation
+        self._storage = storage
         every = interval(settings.persist_every)
         assert every is not None
         self._persisting = persisting.State(machines, every, last_s=now)
@@ -104,8 +104,8 @@ class Copies:
         self.identity = None
         if self.settings.mode != "memory":
             return True
-        self._restoring, asks = restoring.begin(self.ranks_of, self._asked, storage=self._storage)
-        self._storage = False
+        self._restoring, asks = restoring.begin(self.ranks_of, self._asked, self._storage)
+        self._storage = restoring.Storage.IF_NEEDED
         self._send(asks)
         return False
 
@@ -190,7 +190,7 @@ class Copies:
         """Persist the newest snapshot, now that no trainer lives; ``ending`` until that is done or cannot be."""
         if self.settings.mode == "memory" and self.settings.persist_every != "never" and self._generation > 0:
             self.ending = True
-            self._restoring, asks = restoring.begin(self.ranks_of, self._asked, storage=False)
+            self._restoring, asks = restoring.begin(self.ranks_of, self._asked, restoring.Storage.NEVER)
             self._send(asks)
 
     def _persist(self, identity: Identity | None) -> None:

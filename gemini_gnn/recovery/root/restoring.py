@@ -28,6 +28,14 @@ class Kind(StrEnum):
     STORAGE = "storage"
 
 
+class Storage(StrEnum):
+    """When checkpoints are looked at."""
+
+    AT_ONCE = "at once"  # they may be newer than what memory holds
+    IF_NEEDED = "if needed"  # memory lacks a shard
+    NEVER = "never"  # there are none
+
+
 class Ask(NamedTuple):
     """To a machine's worker. ``gets``: of MEMORY and STORAGE, all of one identity."""
 
@@ -46,7 +54,7 @@ class Restoring:
         next: number of the next ask.
         open: asks without an answer.
         copies: that are known. refused: those of them that turned out damaged or could not be had.
-        listed: the checkpoints were asked for.
+        listed: the checkpoints were asked for, or there are none.
         done: nothing is left to be asked; ``identity`` is what the next generation resumes from, None: nothing.
     """
 
@@ -63,11 +71,11 @@ class Restoring:
 Step = tuple[Restoring, list[Ask]]
 
 
-def begin(ranks_of: Sequence[Sequence[int]], number: int, *, storage: bool) -> Step:
-    """Ask all machines what they hold. ``storage``: there may be checkpoints newer than what memory holds."""
-    state = Restoring(tuple(map(tuple, ranks_of)), number, listed=storage)
+def begin(ranks_of: Sequence[Sequence[int]], number: int, storage: Storage) -> Step:
+    """Ask all machines what they hold."""
+    state = Restoring(tuple(map(tuple, ranks_of)), number, listed=storage is not Storage.IF_NEEDED)
     asked = [(machine, Kind.HOLDS) for machine in range(len(ranks_of))]
-    return _ask(state, [*asked, (0, Kind.CHECKPOINTS)] if storage else asked)
+    return _ask(state, [*asked, (0, Kind.CHECKPOINTS)] if storage is Storage.AT_ONCE else asked)
 
 
 def answered(state: Restoring, number: int, copies: Iterable[Copy] = (), misses: Collection[Get] = ()) -> Step:

@@ -35,6 +35,7 @@ from gemini_gnn.recovery.root import decisions, hangs
 from gemini_gnn.recovery.root.copies import Copies
 from gemini_gnn.recovery.root.faults import Agent, Faults
 from gemini_gnn.recovery.root.ledger import Ledger
+from gemini_gnn.recovery.root.restoring import Storage
 from gemini_gnn.recovery.worker.journal import Journal
 
 LEAVE_S = 10.0  # from the outcome to the end of the last other worker
@@ -89,7 +90,7 @@ class Root:
         journal: Journal,
         faults: Faults,
         snapshot: SnapshotConfig,
-        storage: bool,
+        storage: Storage,
         selector: selectors.BaseSelector,
         now: float,
     ):

@@ -22,6 +22,7 @@ from gemini_gnn.recovery.outcome import Outcome
 from gemini_gnn.recovery.root import decisions
 from gemini_gnn.recovery.root.faults import Faults
 from gemini_gnn.recovery.root.ledger import Ledger
+from gemini_gnn.recovery.root.restoring import Storage
 from gemini_gnn.recovery.root.service import Root
 from gemini_gnn.recovery.worker.journal import Journal
 from gemini_gnn.snapshot.store import locks
@@ -95,7 +96,7 @@ def make_root(
         journal=journal,
         faults=faults,
         snapshot=request.snapshot,
-        storage=not request.deaths and request.resume != "never" and checkpoint_folder(run_dir, request).is_dir(),
+        storage=_storage(run_dir, request),
         selector=selector,
         now=now,
     )
@@ -107,6 +108,14 @@ def make_root(
 def checkpoint_folder(run_dir: Path, request: messages.Register) -> Path:
     folder = request.snapshot.folder
     return Path(request.folder, folder) if folder else run_dir / "checkpoints"
+
+
+def _storage(run_dir: Path, request: messages.Register) -> Storage:
+    """When the root looks at checkpoints before its first generation."""
+    if request.deaths:
+        return Storage.IF_NEEDED
+    there = request.resume != "never" and checkpoint_folder(run_dir, request).is_dir()
+    return Storage.AT_ONCE if there else Storage.NEVER
 
 
 def _ledger(run_dir: Path, request: messages.Register, term: int, now: float) -> Ledger:

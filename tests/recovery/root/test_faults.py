@@ -17,6 +17,7 @@ from gemini_gnn.recovery.board import Board, Phase
 from gemini_gnn.recovery.root import decisions
 from gemini_gnn.recovery.root.faults import Agent, Faults, check_able, machine_of, reads_orders
 from gemini_gnn.recovery.root.ledger import Ledger
+from gemini_gnn.recovery.root.restoring import Storage
 from gemini_gnn.recovery.root.service import Root
 from gemini_gnn.recovery.worker.journal import Journal
 
@@ -216,7 +217,7 @@ def test_a_visitor_may_wait_for_longer_than_a_worker_may_be_silent(tmp_path):
         journal=journal,
         faults=Faults(FaultsConfig(), 2, tmp_path, journal),
         snapshot=SnapshotConfig(),
-        storage=False,
+        storage=Storage.NEVER,
         selector=selectors.DefaultSelector(),
         now=0.0,
     )

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemini_gnn.recovery.root import restoring
-from gemini_gnn.recovery.root.restoring import Kind
+from gemini_gnn.recovery.root.restoring import Kind, Storage
 from gemini_gnn.snapshot.replicas.plan import DISK, Copy, Get, needs_of
 from gemini_gnn.snapshot.store.identity import Identity, shard_of
 
@@ -22,8 +22,8 @@ def kinds(asks):
     return [(ask.machine, ask.kind) for ask in asks]
 
 
-def begun(storage: bool = False):
-    return restoring.begin(RANKS, 7, storage=storage)
+def begun(storage: Storage = Storage.IF_NEEDED):
+    return restoring.begin(RANKS, 7, storage)
 
 
 def test_where_every_machine_has_its_own_nothing_is_fetched():
@@ -70,12 +70,19 @@ def test_storage_is_looked_at_when_memory_lacks_a_shard():
 
 
 def test_nothing_anywhere_is_nothing():
-    state, _ = begun(storage=True)
+    state, _ = begun(Storage.AT_ONCE)
     for number in (9, 7, 8):
         assert not state.done
         state, asks = restoring.answered(state, number)
         assert asks == []
     assert state.done and state.identity is None
+
+
+def test_a_fresh_start_asks_no_storage():
+    state, _ = begun(Storage.NEVER)
+    state, _ = restoring.answered(state, 7)
+    state, asks = restoring.answered(state, 8)
+    assert asks == [] and state.done and state.identity is None
 
 
 def test_the_answer_to_an_earlier_planning_is_nobodys():
@@ -93,7 +100,7 @@ def test_any_order_of_answers_ends_with_what_is_there(held, data):
     ranks = ((0,), (1,), (2,))
     there = {Copy(shard_of(rank), identity, place) for rank, identity, place in held}
     bad = data.draw(st.sets(st.sampled_from(sorted(there)))) if there else set()
-    state, waiting = restoring.begin(ranks, 0, storage=data.draw(st.booleans()))
+    state, waiting = restoring.begin(ranks, 0, data.draw(st.sampled_from([Storage.AT_ONCE, Storage.IF_NEEDED])))
     waiting, asked = list(waiting), len(waiting)
     while waiting:
         ask = waiting.pop(data.draw(st.integers(0, len(waiting) - 1)))

@@ -13,6 +13,7 @@ from gemini_gnn.recovery.root import decisions
 from gemini_gnn.recovery.root.decisions import Phase
 from gemini_gnn.recovery.root.faults import Faults
 from gemini_gnn.recovery.root.ledger import Ledger
+from gemini_gnn.recovery.root.restoring import Storage
 from gemini_gnn.recovery.root.service import Link, Root
 from gemini_gnn.recovery.worker.journal import Journal
 
@@ -32,7 +33,7 @@ def root(tmp_path):
         journal=journal,
         faults=Faults(FaultsConfig(), 4, tmp_path, journal),
         snapshot=SnapshotConfig(),
-        storage=False,
+        storage=Storage.NEVER,
         selector=selector,
         now=100.0,
     )
@@ -89,6 +90,8 @@ def test_reaping_is_not_taken_for_waiting_until_all_are_ready():
         state, actions = decisions.decide(state, event, now)
         if state.cause is not before.cause:
             ledger.failed(state.cause, "", before.generation, 5, now, now, now, 0.0)
+        if decisions.Plan() in actions:
+            see(decisions.Planned())
         if any(isinstance(action, decisions.Begin) for action in actions):
             ledger.begun(now)
 
