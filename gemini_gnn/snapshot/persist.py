@@ -57,7 +57,7 @@ _DTYPES = {
     "float64": "F64", "int64": "I64", "uint64": "U64", "float32": "F32", "int32": "I32", "uint32": "U32",
     "float16": "F16", "bfloat16": "BF16", "int16": "I16", "uint16": "U16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
-    "complex64": "F32", "complex128": "F64",  # with a last dimension of 2: not every reader knows complex numbers
+    "complex64": "C64", "complex128": "F64",  # the latter with a last dimension of 2: safetensors has no type for it
 }  # fmt: skip
 
 
@@ -110,10 +110,11 @@ def survey(folder: Path) -> list[Checkpoint]:
 def _look(path: Path, step: int, partial: bool) -> Checkpoint:
     if partial:
         return Checkpoint(path, step, None, "incomplete")
-    if not (path / COMPLETE).exists():
+    try:
+        raw = (path / COMPLETE).read_bytes()
+    except FileNotFoundError:
         ours = all(_OURS.fullmatch(p.name) for p in arena.list_folder(path))
         return Checkpoint(path, step, None, "incomplete" if ours else "incomplete, and not of snapshot=memory")
-    raw = (path / COMPLETE).read_bytes()
     if not raw:
         return Checkpoint(path, step, None, "DeepSpeed's, of snapshot=nfs")
     try:
@@ -125,10 +126,23 @@ def _look(path: Path, step: int, partial: bool) -> Checkpoint:
     return Checkpoint(path, step, mark)
 
 
-def complete_checkpoints(folder: Path, job: str | None = None) -> list[tuple[Mark, Path]]:
-    """The complete checkpoints, by identity. ``job``: only those of this job."""
-    found = [(c.mark, c.path) for c in survey(folder) if c.mark is not None and job in (None, c.mark.job)]
+def complete_checkpoints(folder: Path) -> list[tuple[Mark, Path]]:
+    """The complete checkpoints, by identity."""
+    found = [(c.mark, c.path) for c in survey(folder) if c.mark is not None]
     return sorted(found, key=lambda one: one[0].identity)
+
+
+def check_ours(folder: Path, job: str) -> None:
+    """
+    Raises:
+        SnapshotError: another job has its checkpoints in ``folder``.
+    """
+    for mark, path in complete_checkpoints(folder):
+        if mark.job != job:
+            raise SnapshotError(
+                f"expected checkpoints of job {job} in {folder}; {path.name} is of job {mark.job}, which has another run "
+                "directory. Give each job a folder of its own (snapshot.folder)"
+            )
 
 
 # The head of a safetensors file
@@ -145,7 +159,7 @@ def head_of(
     offsets, end = [0] * len(rows), 0
     for i in sorted(range(len(rows)), key=lambda i: -format.itemsize(rows[i][1])):
         name, dtype, shape, nbytes = rows[i]
-        pair = [2] if dtype.startswith("complex") else []
+        pair = [2] if dtype == "complex128" else []
         table[name] = {"dtype": _DTYPES[dtype], "shape": [*shape, *pair], "data_offsets": [end, end + nbytes]}
         offsets[i], end = end, end + nbytes
     text = json.dumps(table, separators=(",", ":")).encode()
@@ -299,11 +313,8 @@ def _cannot(what: str, error: OSError) -> SnapshotError:
     )
 
 
-def complete(folder: Path, identity: Identity, shards: Sequence[str], keep: int, job: str | None = None) -> None:
+def complete(folder: Path, identity: Identity, shards: Sequence[str], keep: int) -> None:
     """Mark a checkpoint that all machines have written, then remove all but the newest ``keep`` of them, and leftovers.
-
-    Args:
-        job: whose checkpoints may be removed; None: all.
 
     Raises:
         SnapshotError: a shard is not there, or not of this snapshot; the folder cannot be written; or the name is taken by
@@ -320,7 +331,7 @@ def complete(folder: Path, identity: Identity, shards: Sequence[str], keep: int,
             os.rename(partial_of(folder, identity), here)
             sync(folder)
             write_atomically(here / COMPLETE, json.dumps(asdict(mark)), mode=0o600)
-        _remove_old(folder, identity, keep, job)
+        _remove_old(folder, identity, keep)
     except OSError as error:
         raise _cannot(f"complete the checkpoint {identity} in {folder}", error) from error
 
@@ -348,11 +359,11 @@ def _make_way(before: Checkpoint) -> None:
         )
 
 
-def _remove_old(folder: Path, identity: Identity, keep: int, job: str | None) -> None:
+def _remove_old(folder: Path, identity: Identity, keep: int) -> None:
     """Remove all but the newest ``keep``, and what was never completed. What cannot be removed is tried again next time."""
-    mine = complete_checkpoints(folder, job)
-    replaced = [path for mark, path in mine if path.name.startswith(f"{tag_of(identity.step)}.replaced-")]
-    others = [path for mark, path in mine if path not in replaced and mark.identity != identity]
+    every = complete_checkpoints(folder)
+    replaced = [path for _, path in every if path.name.startswith(f"{tag_of(identity.step)}.replaced-")]
+    others = [path for mark, path in every if path not in replaced and mark.identity != identity]
     for path in replaced + others[: max(0, len(others) - keep + 1)]:
         (path / COMPLETE).unlink(missing_ok=True)
         sync(path)
@@ -362,9 +373,9 @@ def _remove_old(folder: Path, identity: Identity, keep: int, job: str | None) ->
         shutil.rmtree(path, ignore_errors=True)
 
 
-def forget(folder: Path, job: str | None = None) -> None:
+def forget(folder: Path) -> None:
     """No checkpoint counts any more. Their files stay until the next one is complete."""
-    for _, path in complete_checkpoints(folder, job):
+    for _, path in complete_checkpoints(folder):
         (path / COMPLETE).unlink(missing_ok=True)
         sync(path)
 

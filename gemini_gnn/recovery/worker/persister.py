@@ -36,30 +36,30 @@ class Storage:
 
     Attributes:
         arena: of the snapshots. folder: of the checkpoints. keep: so many complete ones. job: the name of the arena.
-        ours: whose checkpoints in ``folder`` may be used and removed. None: all of them, because the folder is in the run
-            directory, which may have had another path, and so another job, before.
+        inside: the folder is in the run directory. It is this job's, even if the directory had another path before, and
+            so another job.
     """
 
     arena: Path
     folder: Path
     keep: int
     job: str
-    ours: str | None
+    inside: bool
 
 
 def storage_of(arena: Path, run_dir: Path, folder: Path, keep: int, job: str) -> Storage:
     inside = Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(run_dir))
-    return Storage(arena, folder, keep, job, None if inside else job)
+    return Storage(arena, folder, keep, job, inside)
 
 
 def obey(order: messages.Message, storage: Storage) -> messages.Message:
     """Carry an order out; the answer to it."""
     if isinstance(order, messages.Persist):
-        problem = _problem(lambda: persist.write(storage.arena, storage.folder, order.identity, order.shards))
+        problem = _problem(storage, lambda: persist.write(storage.arena, storage.folder, order.identity, order.shards))
         return messages.Persisted(order.identity, problem)
     if isinstance(order, messages.Complete):
-        keep, ours = storage.keep, storage.ours
-        problem = _problem(lambda: persist.complete(storage.folder, order.identity, order.shards, keep, ours))
+        keep = storage.keep
+        problem = _problem(storage, lambda: persist.complete(storage.folder, order.identity, order.shards, keep))
         return messages.Completed(order.identity, problem)
     if isinstance(order, messages.ListCheckpoints):
         return _list(order, storage)
@@ -67,8 +67,10 @@ def obey(order: messages.Message, storage: Storage) -> messages.Message:
     return messages.Fetched(order.attempt, _load(order, storage))
 
 
-def _problem(call: Callable[[], Any]) -> str:
+def _problem(storage: Storage, call: Callable[[], Any]) -> str:
     try:
+        if not storage.inside:
+            persist.check_ours(storage.folder, storage.job)
         call()
     except (SnapshotError, OSError) as error:
         return str(error)
@@ -80,17 +82,17 @@ def _list(order: messages.ListCheckpoints, storage: Storage) -> messages.Checkpo
 
     def look() -> None:
         if order.forget:
-            persist.forget(storage.folder, storage.ours)
-        found.extend(persist.complete_checkpoints(storage.folder, storage.ours))
+            persist.forget(storage.folder)
+        found.extend(persist.complete_checkpoints(storage.folder))
 
-    problem = _problem(look)
+    problem = _problem(storage, look)
     return messages.Checkpoints([mark.identity for mark, _ in found], [list(mark.shards) for mark, _ in found], problem)
 
 
 def _load(order: messages.Load, storage: Storage) -> list[messages.Miss]:
     paths: dict[Any, Path] = {}
     problem = _problem(
-        lambda: paths.update({m.identity: p for m, p in persist.complete_checkpoints(storage.folder, storage.ours)})
+        storage, lambda: paths.update({m.identity: p for m, p in persist.complete_checkpoints(storage.folder)})
     )
     path = paths.get(order.identity)
     misses = []

@@ -285,17 +285,23 @@ def _derive_zero3(wrapper: Any) -> None:
 
 
 def _placed(module: torch.nn.Module, entries: list[Entry], places: Places) -> list[Placed]:
-    """Where the tensors of the module's state dict lie; without the runs that are wholly other ranks'."""
+    """Where the tensors of the module's state dict lie; without those of which other ranks have all.
+
+    Its names are spelled here: ``state_dict()`` may run code of the user's.
+    """
     if isinstance(module, torch.nn.parallel.DistributedDataParallel):
         module = module.module
     whole = {id(t): (e.spec.name, 0, 0, t.numel()) for e in entries if (t := e.get()) is not None}
     everywhere = places | whole
     found = []
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        place = everywhere.get(id(tensor))
-        shape = tuple(getattr(tensor, "ds_shape", getattr(tensor, "shape", ())))
-        if place is not None and (place[3] or 0 in shape):
-            found.append(Placed(name, shape, *place))
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        buffers = {n: b for n, b in owner._buffers.items() if n not in owner._non_persistent_buffers_set}
+        for name, tensor in [*owner._parameters.items(), *buffers.items()]:
+            place = everywhere.get(id(tensor))
+            if tensor is not None and place is not None:
+                shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+                if place[3] or 0 in shape:
+                    found.append(Placed(f"{prefix}.{name}" if prefix else name, shape, *place))
     return found
 
 

@@ -189,7 +189,7 @@ def test_whose_checkpoints_count(memory, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "run")
     inside = persister.storage_of(memory, tmp_path / "link", tmp_path / "run" / "checkpoints", 2, "job")
     outside = persister.storage_of(memory, tmp_path / "run", tmp_path / "checkpoints", 2, "job")
-    assert inside.ours is None and outside.ours == "job"
+    assert inside.inside and not outside.inside
     identity = Identity(1, 1, 3)
     assert not persister.obey(messages.Persist(identity, SHARDS), outside).problem
     assert not persister.obey(messages.Complete(identity, SHARDS), outside).problem
@@ -200,8 +200,14 @@ def test_whose_checkpoints_count(memory, tmp_path):
         assert persister.obey(messages.ListCheckpoints(), moved).identities == [identity]
         assert persister.obey(messages.Load(1, identity, SHARDS), moved) == messages.Fetched(1, [])
         assert slots_of(other, "common")[0][1].header().job == "moved"
-    foreign = persister.storage_of(memory, tmp_path, tmp_path / "run" / "checkpoints", 2, "foreign")
-    assert foreign.ours is None
     foreign = persister.storage_of(memory, tmp_path / "else", tmp_path / "run" / "checkpoints", 2, "foreign")
-    assert persister.obey(messages.ListCheckpoints(forget=True), foreign).identities == []
+    for order in (
+        messages.ListCheckpoints(forget=True),
+        messages.Persist(identity, SHARDS),
+        messages.Complete(identity, []),
+    ):
+        problem = persister.obey(order, foreign).problem
+        assert "step-000000003 is of job job" in problem and "Give each job a folder of its own" in problem
+    (miss,) = persister.obey(messages.Load(1, identity, ["common"]), foreign).misses
+    assert "step-000000003 is of job job" in miss.text
     assert persister.obey(messages.ListCheckpoints(), moved).identities == [identity]
