@@ -34,12 +34,12 @@ from gemini_gnn.files import sync, write_atomically
 from gemini_gnn.snapshot.agree import Ranks, connect
 from gemini_gnn.snapshot.capture.shards import structure_of
 from gemini_gnn.snapshot.capture.stats import Stats
+from gemini_gnn.snapshot.persist import COMPLETE, tag_of
 from gemini_gnn.snapshot.state import generators, tree
 from gemini_gnn.snapshot.state.collect import TrainingState, collect, is_deepspeed
 from gemini_gnn.snapshot.store import format
 from gemini_gnn.snapshot.store.identity import Identity, shard_of
 
-COMPLETE = "COMPLETE"
 KEEP = 2
 _SAFE = (
     ("deepspeed.runtime.zero.config", "ZeroStageEnum"),
@@ -49,13 +49,10 @@ _SAFE = (
 )
 
 
-def tag_of(step: int) -> str:
-    return f"step-{step:09d}"
-
-
 def complete_steps(folder: Path) -> list[int]:
-    """Steps of the checkpoints in ``folder`` that count, ascending."""
-    found = (re.fullmatch(r"step-(\d{9})", p.parent.name) for p in folder.glob(f"step-*/{COMPLETE}"))
+    """Steps of the checkpoints in ``folder`` that count, ascending. The mark of a checkpoint of snapshot=memory is not empty."""
+    marks = (p for p in folder.glob(f"step-*/{COMPLETE}") if not p.stat().st_size)
+    found = (re.fullmatch(r"step-(\d{9})", p.parent.name) for p in marks)
     return sorted(int(m[1]) for m in found if m)
 
 
@@ -83,7 +80,16 @@ def _end(folder: Path, tag: str) -> None:
 
 
 def _begin(here: Path) -> None:
-    """Remove an incomplete checkpoint of this step, or one that was rolled back."""
+    """Remove an incomplete checkpoint of this step, or one that was rolled back.
+
+    Raises:
+        SnapshotError: it is of another kind.
+    """
+    if (here / COMPLETE).exists() and (here / COMPLETE).stat().st_size:
+        raise SnapshotError(
+            f"{here}: expected no checkpoint, or one of snapshot=nfs; it is one of snapshot=memory. "
+            "Give another folder (snapshot.folder)"
+        )
     if here.exists():
         (here / COMPLETE).unlink(missing_ok=True)
         shutil.rmtree(here)

@@ -266,7 +266,7 @@ class Copier:
         slot = capture.slots[shard.name]
         file, plan = shard.files[slot], shard.layout
         if present not in shard.layout_json:
-            shard.layout_json[present] = format.layout_json(plan, present, shard.structure)
+            shard.layout_json[present] = format.layout_json(plan, present, shard.structure, shard.parameters)
         values, arrays = capture.values if shard.name != COMMON else (None, [])
         tail = format.encode_tail(shard.layout_json[present], values, arrays)
         file.write_tail(tail, plan.tail_offset)

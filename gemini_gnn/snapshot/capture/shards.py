@@ -16,7 +16,7 @@ import torch
 
 from gemini_gnn.snapshot.state.collect import Entry, TrainingState
 from gemini_gnn.snapshot.store import arena, catalog, format
-from gemini_gnn.snapshot.store.format import Layout, TensorSpec
+from gemini_gnn.snapshot.store.format import Layout, Placed, TensorSpec
 
 
 class Piece(NamedTuple):
@@ -51,6 +51,7 @@ class Shard:
     memory: list[Any] = field(default_factory=list)  # keeps the mappings alive that addresses point into
     addresses: list[int] = field(default_factory=list)
     layout_json: dict[tuple[int, ...], bytes] = field(default_factory=dict)
+    parameters: list[Placed] = field(default_factory=list)  # what of the model lies in this shard
 
     def open(self, folder: Path) -> None:
         """Reserve and map all slots (owner), or open the owner's files.
@@ -99,7 +100,9 @@ def make_shard(name: str, entries: list[Entry], state: TrainingState, world_size
         Piece(e, offset, e.spec.nbytes, torch.Size(e.spec.shape), getattr(torch, e.spec.dtype))
         for e, offset in zip(entries, plan.offsets, strict=True)
     ]
-    return Shard(name, entries, plan, structure, format.fingerprint(structure), owned, pieces)
+    names = {e.spec.name for e in entries}
+    placed = [p for p in state.parameters if p.tensor in names]
+    return Shard(name, entries, plan, structure, format.fingerprint(structure), owned, pieces, parameters=placed)
 
 
 def live_pieces(entries: list[Entry]) -> Iterator[memoryview]:

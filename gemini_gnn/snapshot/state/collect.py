@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from typing import Any
 import torch
 
 from gemini_gnn.errors import SnapshotError
-from gemini_gnn.snapshot.store.format import TensorSpec
+from gemini_gnn.snapshot.store.format import Placed, TensorSpec
 
+Places = dict[int, tuple[str, int, int, int]]
 COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
 
 
@@ -56,6 +58,7 @@ class TrainingState:
         sharded: every rank holds another part. Otherwise parameters and moments are common to all ranks of a
             data-parallel job, which the caller checks by checksum.
         entries: parameters and moments first, buffers (``at_once``) last.
+        parameters: where the tensors of the module's state dict lie in the entries; under ZeRO this rank's part of them.
         values: everything that is neither an entry nor a random generator, as a tree for ``tree.pack``.
         load_values: the inverse, in the proved order.
         derive: recompute the low-precision weights from the masters. Collective under ZeRO.
@@ -69,6 +72,7 @@ class TrainingState:
     extra_state: bool
     sharded: bool
     entries: list[Entry]
+    parameters: list[Placed]
     values: Callable[[], dict[str, Any]]
     load_values: Callable[[dict[str, Any]], None]
     derive: Callable[[], None]
@@ -170,6 +174,7 @@ def collect(engine: Any, extra_state: Any = None) -> TrainingState:
         extra_state=extra_state is not None,
         sharded=found.sharded,
         entries=entries,
+        parameters=_placed(module, entries, found.places),
         values=values,
         load_values=load_values,
         derive=found.derive,
@@ -179,7 +184,9 @@ def collect(engine: Any, extra_state: Any = None) -> TrainingState:
 
 @dataclass
 class _Found:
-    """Where an optimizer keeps its masters: ``derived`` are the model parameters that follow from them."""
+    """Where an optimizer keeps its masters: ``derived`` are the model parameters that follow from them, and ``places``
+    says by the id of each where: name of the master, first element in it, first element in the parameter, length.
+    """
 
     kind: str
     precision: str
@@ -188,6 +195,7 @@ class _Found:
     masters: list[tuple[str, torch.Tensor]]
     derived: list[torch.Tensor]
     derive: Callable[[], None]
+    places: Places
 
 
 def _masters(module: torch.nn.Module, wrapper: Any) -> _Found:
@@ -197,23 +205,30 @@ def _masters(module: torch.nn.Module, wrapper: Any) -> _Found:
         raise SnapshotError("expected the optimizer state in memory; ZeRO-Infinity keeps it on NVMe: use snapshot=nfs")
 
     def flat(
-        kind: str, tensors: list[torch.Tensor], lows: list[list[torch.Tensor]], derive: Callable[[], None]
+        kind: str,
+        tensors: list[torch.Tensor],
+        lows: list[list[torch.Tensor]],
+        derive: Callable[[], None],
+        places: Places,
     ) -> _Found:
         named = [(f"master.{i}", t) for i, t in enumerate(tensors)]
         # Only parameters that the optimizer was given: a trainable one that it was not given has no master.
         derived = [p for group in lows for p in group]
-        return _Found(kind, precision, True, wrapper.optimizer, named, derived, derive)
+        return _Found(kind, precision, True, wrapper.optimizer, named, derived, derive, places)
 
     if hasattr(wrapper, "single_partition_of_fp32_groups"):
         stage = 2 if getattr(wrapper, "partition_gradients", False) else 1
-        return flat(
-            f"zero{stage}", wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups, wrapper.update_lp_params
-        )
+        masters, lows = wrapper.single_partition_of_fp32_groups, wrapper.bit16_groups
+        places = _places_in_partitions(wrapper, masters, lows, wrapper.bit16_groups_flat)
+        return flat(f"zero{stage}", masters, lows, wrapper.update_lp_params, places)
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         _zero_padding(wrapper)
-        return flat("zero3", wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups, lambda: _derive_zero3(wrapper))
+        masters, lows = wrapper.fp32_partitioned_groups_flat, wrapper.fp16_groups
+        return flat("zero3", masters, lows, lambda: _derive_zero3(wrapper), _places_in_zero3(module, wrapper))
     if hasattr(wrapper, "fp32_groups_flat_partition"):
-        return flat("bf16_optimizer", wrapper.fp32_groups_flat_partition, wrapper.bf16_groups, wrapper.update_lp_params)
+        masters, lows = wrapper.fp32_groups_flat_partition, wrapper.bf16_groups
+        places = _places_in_partitions(wrapper, masters, lows, wrapper.bf16_groups_flat)
+        return flat("bf16_optimizer", masters, lows, wrapper.update_lp_params, places)
 
     names = {id(p): n for n, p in module.named_parameters()}
     if hasattr(wrapper, "fp32_groups") and hasattr(wrapper, "fp16_groups"):  # stage 0, low precision, unfused
@@ -224,7 +239,8 @@ def _masters(module: torch.nn.Module, wrapper: Any) -> _Found:
         ]
         masters = [(f"master.{names[id(low)]}", high) for low, high in pairs]
         lows = [low for low, _ in pairs]
-        return _Found("stage0", precision, False, wrapper.optimizer, masters, lows, lambda: _copy_down(pairs))
+        places = {id(low): (n, 0, 0, low.numel()) for (n, _), low in zip(masters, lows, strict=True)}
+        return _Found("stage0", precision, False, wrapper.optimizer, masters, lows, lambda: _copy_down(pairs), places)
     if hasattr(wrapper, "fp32_groups_flat") and hasattr(wrapper, "fp16_groups"):  # stage 0, low precision, fused
 
         def derive_fused() -> None:
@@ -237,14 +253,18 @@ def _masters(module: torch.nn.Module, wrapper: Any) -> _Found:
 
         masters = [(f"master.{i}", t) for i, t in enumerate(wrapper.fp32_groups_flat)]
         lows = [low for group in wrapper.fp16_groups for low in group]
-        return _Found("stage0 fused", precision, False, wrapper.optimizer, masters, lows, derive_fused)
+        places = {}
+        for i, group in enumerate(wrapper.fp16_groups):
+            offsets = itertools.accumulate((p.numel() for p in group), initial=0)
+            places |= {id(p): (f"master.{i}", o, 0, p.numel()) for p, o in zip(group, offsets, strict=False)}
+        return _Found("stage0 fused", precision, False, wrapper.optimizer, masters, lows, derive_fused, places)
     if isinstance(wrapper, torch.optim.Optimizer):
         masters = [
             (f"master.{names.get(id(p), f'{g}.{i}')}", p)
             for g, group in enumerate(wrapper.param_groups)
             for i, p in enumerate(group["params"])
         ]
-        return _Found("stage0", precision, False, wrapper, masters, [], lambda: None)
+        return _Found("stage0", precision, False, wrapper, masters, [], lambda: None, {})
     raise SnapshotError(
         f"expected a torch optimizer or one of DeepSpeed's (ZeRO 0-3, bf16); got {type(wrapper).__name__}, whose state "
         "snapshots cannot find: use snapshot=nfs or snapshot=none"
@@ -264,18 +284,71 @@ def _derive_zero3(wrapper: Any) -> None:
                 low.copy_(high)
 
 
+def _placed(module: torch.nn.Module, entries: list[Entry], places: Places) -> list[Placed]:
+    """Where the tensors of the module's state dict lie; without those of which other ranks have all.
+
+    Its names are spelled here: ``state_dict()`` may run code of the user's.
+    """
+    if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+        module = module.module
+    whole = {id(t): (e.spec.name, 0, 0, t.numel()) for e in entries if (t := e.get()) is not None}
+    everywhere = places | whole
+    found = []
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        buffers = {n: b for n, b in owner._buffers.items() if n not in owner._non_persistent_buffers_set}
+        for name, tensor in [*owner._parameters.items(), *buffers.items()]:
+            place = everywhere.get(id(tensor))
+            if tensor is not None and place is not None:
+                shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+                if place[3] or 0 in shape:
+                    found.append(Placed(f"{prefix}.{name}" if prefix else name, shape, *place))
+    return found
+
+
+def _places_in_partitions(
+    wrapper: Any, masters: list[torch.Tensor], lows: list[list[torch.Tensor]], flats: list[torch.Tensor]
+) -> Places:
+    """ZeRO-1, ZeRO-2, BF16_Optimizer: parameters are views of one flat tensor per group, in any order and with any padding.
+    It is cut into equal partitions, and each rank keeps a master of its own.
+    """
+    places: Places = {}
+    for i, (master, group, flat) in enumerate(zip(masters, lows, flats, strict=True)):
+        begin = torch.distributed.get_rank(wrapper.real_dp_process_group[i]) * master.numel()
+        for p in group:
+            first = (p.data_ptr() - flat.data_ptr()) // p.element_size()
+            start = max(begin - first, 0)
+            length = max(min(first + p.numel(), begin + master.numel()) - first - start, 0)
+            places[id(p)] = (f"master.{i}", first + start - begin, start, length)
+    return places
+
+
+def _part_of_zero3(parameter: Any) -> tuple[int, int]:
+    """ZeRO-3 cuts each parameter into equal parts, one per rank: where this rank's begins, and its length without padding."""
+    part = parameter.partition_numel()
+    start = torch.distributed.get_rank(parameter.ds_process_group) * part
+    return start, min(max(parameter.ds_numel - start, 0), part)
+
+
+def _places_in_zero3(module: torch.nn.Module, wrapper: Any) -> Places:
+    """In one master per group the parts of its parameters lie one after the other; frozen parameters are not in it."""
+    places: Places = {}
+    for i, group in enumerate(wrapper.fp16_groups):
+        offsets = itertools.accumulate((p.partition_numel() for p in group), initial=0)
+        places |= {id(p): (f"master.{i}", o, *_part_of_zero3(p)) for p, o in zip(group, offsets, strict=False)}
+    for name, p in module.named_parameters():
+        if id(p) not in places and hasattr(p, "ds_tensor"):
+            places[id(p)] = (f"frozen.{name}", 0, *_part_of_zero3(p))
+    return places
+
+
 def padding_of(wrapper: Any) -> list[list[slice]]:
     """Per flat tensor of ZeRO-3 the ranges that belong to no parameter; they are excluded from any comparison."""
     ranges = []
     for group in wrapper.fp16_groups:
-        offset, found = 0, []
-        for p in group:
-            part = p.partition_numel()
-            rank = torch.distributed.get_rank(p.ds_process_group)
-            real = min(max(p.ds_numel - rank * part, 0), part)
-            found.append(slice(offset + real, offset + part))
-            offset += part
-        ranges.append(found)
+        ends = itertools.accumulate(p.partition_numel() for p in group)
+        ranges.append(
+            [slice(e - p.partition_numel() + _part_of_zero3(p)[1], e) for p, e in zip(group, ends, strict=True)]
+        )
     return ranges
 
 

@@ -274,8 +274,8 @@ class SlotFile:
             return SlotView(self.shard, self.slot)
         return SlotView(self.shard, self.slot, h.state, h.identity)
 
-    def manifest(self, header: Header) -> tuple[Manifest, memoryview]:
-        """Manifest and bytes (up to the tail) of a committed slot, every checksum verified. Hold a lock.
+    def tail(self, header: Header) -> memoryview:
+        """The tail of a committed slot, its checksum verified. Hold a lock.
 
         Raises:
             SnapshotError: the bytes are not those that were committed.
@@ -283,11 +283,19 @@ class SlotFile:
         end = header.tail_offset + header.tail_bytes
         if not PAGE <= header.tail_offset <= end <= os.fstat(self._fd).st_size:
             raise SnapshotError(f"{self.path}: expected {end} bytes; the file is shorter: it was cut")
-        raw = memoryview(self.map(header.tail_offset))
         tail = memoryview(os.pread(self._fd, header.tail_bytes, header.tail_offset))
         if checksum([tail]) != header.tail_checksum:
             raise SnapshotError(f"{self.path}: the manifest of {header.identity} does not fit its checksum")
-        manifest = decode_tail(tail, header.tail_offset)
+        return tail
+
+    def manifest(self, header: Header) -> tuple[Manifest, memoryview]:
+        """Manifest and bytes (up to the tail) of a committed slot, every checksum verified. Hold a lock.
+
+        Raises:
+            SnapshotError: the bytes are not those that were committed.
+        """
+        manifest = decode_tail(self.tail(header), header.tail_offset)
+        raw = memoryview(self.map(header.tail_offset))
         pieces = tensor_pieces(manifest, raw)
         if sum(p.nbytes for p in pieces) != header.data_bytes or checksum(pieces) != header.data_checksum:
             raise SnapshotError(f"{self.path}: the tensors of {header.identity} do not fit their checksum")

@@ -24,7 +24,7 @@ import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -74,6 +74,23 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return itemsize(self.dtype) * math.prod(self.shape)
+
+
+class Placed(NamedTuple):
+    """Elements of a parameter or buffer, and the tensor of the shard that holds them: for export, never for a restore.
+
+    Attributes:
+        name, shape: of the whole parameter, as the model's state dict has it.
+        tensor: of the shard; offset: the first of the elements in it, as if it had one dimension.
+        start: the first of the elements in the parameter; length: how many.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    tensor: str
+    offset: int
+    start: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -278,12 +295,14 @@ class Manifest:
         structure: as :func:`describe` made it.
         tree: the values, as ``tree.pack`` made them.
         arrays: the small arrays ``tree`` refers to, as views of the tail.
+        parameters: what of the model lies where; empty in a snapshot that an older release took.
     """
 
     layout: Layout
     structure: dict[str, Any]
     tree: Any
     arrays: list[memoryview]
+    parameters: list[Placed]
 
 
 def encode_tail(layout_json: bytes, tree: Any, arrays: Sequence[Any]) -> bytes:
@@ -308,8 +327,12 @@ def encode_tail(layout_json: bytes, tree: Any, arrays: Sequence[Any]) -> bytes:
     return b"".join(parts)
 
 
-def layout_json(layout: Layout, present: Sequence[int], structure: dict[str, Any]) -> bytes:
+def layout_json(
+    layout: Layout, present: Sequence[int], structure: dict[str, Any], parameters: Sequence[Placed] = ()
+) -> bytes:
     """``present``: indices of the tensors that the snapshot holds (an optimizer makes its moments in its first step)."""
+    # Beside the structure, not in it: snapshots of older releases must still fit.
+    placed = {"parameters": [list(p) for p in parameters]} if parameters else {}
     return json.dumps(
         {
             "tensors": [
@@ -317,6 +340,7 @@ def layout_json(layout: Layout, present: Sequence[int], structure: dict[str, Any
                 for i in present
             ],
             "topology": structure,  # its name since version 1, and in the checkpoints of existing run directories
+            **placed,
         },
         separators=(",", ":"),
     ).encode()
@@ -350,7 +374,8 @@ def decode_tail(raw: memoryview, tail_offset: int) -> Manifest:
             arrays.append(raw[position : position + nbytes])
             position += nbytes
         layout = Layout(tuple(specs), tuple(offsets), tail_offset)
-        return Manifest(layout, dict(value["layout"]["topology"]), value["tree"], arrays)
+        placed = [Placed(str(n), tuple(s), str(t), *at) for n, s, t, *at in value["layout"].get("parameters", ())]
+        return Manifest(layout, dict(value["layout"]["topology"]), value["tree"], arrays, placed)
     except (ValueError, KeyError, TypeError, struct.error) as error:
         raise SnapshotError(
             f"expected a snapshot manifest; got one that does not hold together: {error}; start again with resume=never"

@@ -1,0 +1,144 @@
+"""The persister: writes snapshots from memory to checkpoints on storage, and reads them back, one order after the other.
+
+It is a process of its own (``python -P -m gemini_gnn.recovery.worker.persister``). A file system that hangs hangs only this
+process; its agent may kill it at any instant and start another one (snapshot/persist.py says what a kill leaves). What goes
+wrong is an answer, never an end of this process: a full disk, a missing permission, a slot that was overwritten.
+
+It dies with its agent. While an order to load is carried out it writes into the arena, so it holds the trainers' lock as long
+as it lives: no other agent begins a membership before it is gone. It pins a slot only while it copies that shard.
+
+It runs at the lowest priority, for cores and for disks. What it has written leaves the page cache at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from gemini_gnn.errors import SnapshotError
+from gemini_gnn.recovery import messages, processes
+from gemini_gnn.snapshot import persist
+from gemini_gnn.snapshot.store import locks
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Where this job's snapshots and checkpoints are.
+
+    Attributes:
+        arena: of the snapshots. folder: of the checkpoints. keep: so many complete ones. job: the name of the arena.
+        inside: the folder is in the run directory. It is this job's, even if the directory had another path before, and
+            so another job.
+    """
+
+    arena: Path
+    folder: Path
+    keep: int
+    job: str
+    inside: bool
+
+
+def storage_of(arena: Path, run_dir: Path, folder: Path, keep: int, job: str) -> Storage:
+    inside = Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(run_dir))
+    return Storage(arena, folder, keep, job, inside)
+
+
+def obey(order: messages.Message, storage: Storage) -> messages.Message:
+    """Carry an order out; the answer to it."""
+    if isinstance(order, messages.Persist):
+        problem = _problem(storage, lambda: persist.write(storage.arena, storage.folder, order.identity, order.shards))
+        return messages.Persisted(order.identity, problem)
+    if isinstance(order, messages.Complete):
+        keep = storage.keep
+        problem = _problem(storage, lambda: persist.complete(storage.folder, order.identity, order.shards, keep))
+        return messages.Completed(order.identity, problem)
+    if isinstance(order, messages.ListCheckpoints):
+        return _list(order, storage)
+    assert isinstance(order, messages.Load)
+    return messages.Fetched(order.attempt, _load(order, storage))
+
+
+def _problem(storage: Storage, call: Callable[[], Any]) -> str:
+    try:
+        if not storage.inside:
+            persist.check_ours(storage.folder, storage.job)
+        call()
+    except (SnapshotError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _list(order: messages.ListCheckpoints, storage: Storage) -> messages.Checkpoints:
+    found: list[tuple[persist.Mark, Path]] = []
+
+    def look() -> None:
+        if order.forget:
+            persist.forget(storage.folder)
+        found.extend(persist.complete_checkpoints(storage.folder))
+
+    problem = _problem(storage, look)
+    return messages.Checkpoints([mark.identity for mark, _ in found], [list(mark.shards) for mark, _ in found], problem)
+
+
+def _load(order: messages.Load, storage: Storage) -> list[messages.Miss]:
+    paths: dict[Any, Path] = {}
+    problem = _problem(
+        storage, lambda: paths.update({m.identity: p for m, p in persist.complete_checkpoints(storage.folder)})
+    )
+    path = paths.get(order.identity)
+    misses = []
+    for shard in order.shards:
+        damaged, why = False, problem
+        if path is None:
+            why = why or f"expected a complete checkpoint {order.identity} in {storage.folder}; there is none"
+        else:
+            try:
+                persist.load(path, storage.arena, order.identity, shard, storage.job)
+                continue
+            except (SnapshotError, OSError) as error:
+                damaged, why = isinstance(error, persist.DamagedError), str(error)
+        misses.append(messages.Miss(shard, order.identity, os.fspath(path or storage.folder), damaged, why))
+    return misses
+
+
+def lower_priority() -> None:
+    """Below all others for cores and, where the kernel's scheduler of disks knows priorities, for disks."""
+    os.nice(19)
+    with suppress(OSError, psutil.Error):  # not everywhere permitted
+        psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arena", type=Path, required=True)
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True, help="of the checkpoints")
+    parser.add_argument("--keep", type=int, required=True, help="so many complete checkpoints")
+    parser.add_argument("--job", required=True)
+    parser.add_argument("--channel", type=int, required=True, help="descriptor of the socket to the agent")
+    options = parser.parse_args()
+    processes.die_with_parent(os.getppid())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the agent decides
+    processes.name_this("gnn-persister")
+    lower_priority()
+    lock = locks.hold_trainers_lock(options.arena)
+    storage = storage_of(options.arena, options.run_dir, options.folder, options.keep, options.job)
+    agent = messages.Channel(socket.socket(fileno=options.channel), messages.TO_PERSISTER)
+    while not agent.closed:
+        for order in agent.wait(3600.0):
+            agent.send(obey(order, storage), timeout_s=10.0)
+    os.close(lock)
+
+
+if __name__ == "__main__":
+    main()

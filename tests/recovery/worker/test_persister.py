@@ -1,0 +1,213 @@
+"""The persister as a process: each order has an answer, whatever goes wrong; it ends with its agent."""
+
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from gemini_gnn.recovery import messages
+from gemini_gnn.recovery.worker import persister
+from gemini_gnn.snapshot import persist
+from gemini_gnn.snapshot.store import arena, locks
+from gemini_gnn.snapshot.store.identity import Identity
+from tests.snapshot.plain_training import arena_folder, run_some, slots_of
+
+SHARDS = ["common", "rank-00000"]
+PATIENCE_S = 60.0
+
+
+@pytest.fixture
+def memory():
+    with arena_folder() as path:
+        run_some(path, 3)
+        yield path
+
+
+def command(memory: Path, run_dir: Path, folder: Path, channel: int) -> list[str]:
+    said = [
+        "--arena",
+        memory,
+        "--run-dir",
+        run_dir,
+        "--folder",
+        folder,
+        "--keep",
+        2,
+        "--job",
+        "job",
+        "--channel",
+        channel,
+    ]
+    return [sys.executable, "-P", "-m", "gemini_gnn.recovery.worker.persister", *map(str, said)]
+
+
+class Agent:
+    """The agent's end."""
+
+    def __init__(self, memory, run_dir, folder=None):
+        self.channel, theirs = messages.pair(messages.FROM_PERSISTER)
+        started = command(memory, run_dir, folder or run_dir / "checkpoints", theirs.fileno())
+        self.process = subprocess.Popen(started, pass_fds=[theirs.fileno()])
+        theirs.close()
+
+    def ask(self, order):
+        assert self.channel.send(order, timeout_s=10.0)
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline and not self.channel.closed:
+            if answers := self.channel.wait(deadline - time.monotonic()):
+                (answer,) = answers
+                return answer
+        raise AssertionError(f"no answer to {order}")
+
+
+@contextmanager
+def agent_of(*arguments):
+    agent = Agent(*arguments)
+    try:
+        yield agent
+    finally:
+        agent.channel.close()
+        agent.process.kill()
+        agent.process.wait(PATIENCE_S)
+
+
+def test_every_order_and_its_answer(memory, tmp_path):
+    identity = Identity(1, 1, 3)
+    with agent_of(memory, tmp_path) as agent:
+        ask = agent.ask
+        assert ask(messages.ListCheckpoints()) == messages.Checkpoints([], [])
+        assert locks.living_trainer(memory) == agent.process.pid
+        assert os.getpriority(os.PRIO_PROCESS, agent.process.pid) == 19
+        assert "gnn-persister" in Path(f"/proc/{agent.process.pid}/comm").read_text()
+        gone = ask(messages.Persist(Identity(1, 1, 9), SHARDS))
+        assert gone.identity == (1, 1, 9) and "expected shard common of snapshot 1-1-9" in gone.problem
+        assert "cannot read" in ask(messages.Complete(identity, SHARDS)).problem
+        assert ask(messages.Persist(identity, SHARDS)) == messages.Persisted(identity)
+        assert ask(messages.ListCheckpoints()) == messages.Checkpoints([], [])
+        assert ask(messages.Complete(identity, SHARDS)) == messages.Completed(identity)
+        assert ask(messages.ListCheckpoints()) == messages.Checkpoints([identity], [SHARDS])
+
+        (miss,) = ask(messages.Load(5, Identity(1, 1, 2), ["common"])).misses
+        assert "expected a complete checkpoint 1-1-2" in miss.text and not miss.damaged
+        for _, slot in slots_of(memory, "common"):
+            slot.void()
+        here = tmp_path / "checkpoints" / persist.tag_of(3)
+        file = here / "common.safetensors"
+        good = file.read_bytes()
+        file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        fetched = ask(messages.Load(6, identity, SHARDS))
+        (miss,) = fetched.misses
+        assert (fetched.attempt, miss.shard, miss.identity, miss.source) == (6, "common", identity, str(here))
+        assert miss.damaged and "do not fit their checksum" in miss.text and not slots_of(memory, "common")
+        file.unlink()
+        (miss,) = ask(messages.Load(7, identity, ["common"])).misses
+        assert not miss.damaged and "No such file" in miss.text
+        file.write_bytes(good)
+        assert ask(messages.Load(8, identity, SHARDS)) == messages.Fetched(8, [])
+        assert [step for step, _ in slots_of(memory, "common")] == [3]
+
+        assert ask(messages.ListCheckpoints(forget=True)) == messages.Checkpoints([], [])
+        assert not (here / persist.COMPLETE).exists()
+        agent.channel.close()
+        assert agent.process.wait(PATIENCE_S) == 0
+        assert locks.living_trainer(memory) is None
+
+
+def test_what_goes_wrong_is_an_answer(memory, tmp_path):
+    (tmp_path / "file").touch()
+    with agent_of(memory, tmp_path, tmp_path / "file" / "folder") as agent:
+        identity = Identity(1, 1, 3)
+        assert "Not a directory" in agent.ask(messages.Persist(identity, SHARDS)).problem
+        assert "Not a directory" in agent.ask(messages.ListCheckpoints()).problem
+        assert "Not a directory" in agent.ask(messages.Load(1, identity, SHARDS)).misses[1].text
+        assert "cannot complete" in agent.ask(messages.Complete(identity, SHARDS)).problem
+
+
+def test_a_hanging_file_system_hangs_only_this_process(memory, tmp_path):
+    """A pipe that nobody reads stands for it: to open it never ends."""
+    identity = Identity(1, 1, 3)
+    here = persist.partial_of(tmp_path / "checkpoints", identity)
+    here.mkdir(parents=True)
+    os.mkfifo(here / "common.safetensors")
+    with agent_of(memory, tmp_path) as agent:
+        assert agent.channel.send(messages.Persist(identity, SHARDS), timeout_s=10.0)
+        deadline = time.monotonic() + PATIENCE_S
+        while is_free(slots_of(memory, "common")[-1][1]):  # it pins the slot, then opens the pipe
+            assert time.monotonic() < deadline and agent.process.poll() is None
+            time.sleep(0.01)
+        assert agent.channel.wait(0.0) == [] and not agent.channel.closed
+        assert is_free(slots_of(memory, "common")[0][1]) and is_free(slots_of(memory, "rank-00000")[-1][1])
+        agent.process.kill()
+        assert agent.process.wait(PATIENCE_S) == -signal.SIGKILL
+        assert is_free(slots_of(memory, "common")[-1][1])
+    (here / "common.safetensors").unlink()
+    with agent_of(memory, tmp_path) as agent:
+        assert agent.ask(messages.Persist(identity, SHARDS)) == messages.Persisted(identity)
+        assert agent.ask(messages.Complete(identity, SHARDS)) == messages.Completed(identity)
+
+
+def is_free(slot):
+    free = slot.lock(exclusive=True)
+    slot.unlock()
+    return free
+
+
+def test_it_dies_with_its_agent(memory, tmp_path):
+    ours, theirs = socket.socketpair()
+    starts = command(memory, tmp_path, tmp_path / "checkpoints", theirs.fileno())
+    code = f"import subprocess, sys; subprocess.Popen({starts!r}, pass_fds=[{theirs.fileno()}]); sys.stdin.read()"
+    agent = subprocess.Popen([sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.PIPE)
+    channel = messages.Channel(ours, messages.FROM_PERSISTER)
+    try:
+        assert channel.send(messages.ListCheckpoints(), timeout_s=10.0)
+        assert channel.wait(PATIENCE_S) == [messages.Checkpoints([], [])]
+        handle = os.pidfd_open(locks.living_trainer(memory))
+        agent.kill()
+        agent.wait(PATIENCE_S)
+        # This test holds both ends of its channel: it is the kernel that ends it.
+        ended, _, _ = select.select([handle], [], [], PATIENCE_S)
+        assert ended and locks.living_trainer(memory) is None
+        os.close(handle)
+    finally:
+        agent.kill()
+        agent.wait(PATIENCE_S)
+        agent.stdin.close()
+        channel.close()
+        theirs.close()
+
+
+def test_whose_checkpoints_count(memory, tmp_path):
+    """A run directory may be moved; another job's folder is another job's."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    inside = persister.storage_of(memory, tmp_path / "link", tmp_path / "run" / "checkpoints", 2, "job")
+    outside = persister.storage_of(memory, tmp_path / "run", tmp_path / "checkpoints", 2, "job")
+    assert inside.inside and not outside.inside
+    identity = Identity(1, 1, 3)
+    assert not persister.obey(messages.Persist(identity, SHARDS), outside).problem
+    assert not persister.obey(messages.Complete(identity, SHARDS), outside).problem
+    os.rename(tmp_path / "checkpoints", tmp_path / "run" / "checkpoints")
+    with arena_folder() as other:
+        arena.make_folder(other)
+        moved = persister.storage_of(other, tmp_path / "run", tmp_path / "run" / "checkpoints", 2, "moved")
+        assert persister.obey(messages.ListCheckpoints(), moved).identities == [identity]
+        assert persister.obey(messages.Load(1, identity, SHARDS), moved) == messages.Fetched(1, [])
+        assert slots_of(other, "common")[0][1].header().job == "moved"
+    foreign = persister.storage_of(memory, tmp_path / "else", tmp_path / "run" / "checkpoints", 2, "foreign")
+    for order in (
+        messages.ListCheckpoints(forget=True),
+        messages.Persist(identity, SHARDS),
+        messages.Complete(identity, []),
+    ):
+        problem = persister.obey(order, foreign).problem
+        assert "step-000000003 is of job job" in problem and "Give each job a folder of its own" in problem
+    (miss,) = persister.obey(messages.Load(1, identity, ["common"]), foreign).misses
+    assert "step-000000003 is of job job" in miss.text
+    assert persister.obey(messages.ListCheckpoints(), moved).identities == [identity]
