@@ -200,12 +200,12 @@ class Copies:
         """Persist the snapshot that all trainers here hold, once."""
         if not self._persist_at or self._persisting:
             return
-        held = {one.held and Identity(*one.held[:3]) for one in boards if one is not None}
-        if len(boards) < len(self._ranks) or None in boards or None in held or not held:
+        newest = [one.held for one in boards if one is not None and one.held is not None]
+        held = [one for one in newest if one.step >= self._persist_at]  # not those of the last time
+        if len(held) < len(self._ranks):
             return
-        identity = held.pop()
-        assert identity is not None
-        if held:
+        identity = held[0]
+        if len(set(held)) > 1:
             self._persisting = True
             text = f"the ranks on {os.uname().nodename} hold different snapshots"
             self.tell(messages.Persisted(identity, text))
