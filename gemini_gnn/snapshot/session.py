@@ -72,7 +72,9 @@ def attach(
     Raises:
         SnapshotError: no worker agent; not enough host memory (before training, with needed and available); steps were
             done and no snapshot can be restored (nothing was changed then); the snapshots in memory have another job,
-            structure or format; ``resume=must`` and there is no snapshot.
+            structure or format; ``resume=must`` and there is no snapshot; with several replicas, copies of the first
+            snapshot do not arrive.
+        DamagedSnapshot: a copy was damaged and is void now; another machine has a good one, so begin again.
     """
     here = context if context is not None else current()
     if every != "auto" and (isinstance(every, str) or every < 1):

@@ -24,7 +24,7 @@ from gemini_gnn.observe import terms
 from gemini_gnn.recovery import board, home, messages, shim
 from gemini_gnn.recovery.outcome import Failure, Outcome
 from gemini_gnn.recovery.screen import Screen
-from gemini_gnn.recovery.worker import children, decisions
+from gemini_gnn.recovery.worker import children, decisions, entry
 from gemini_gnn.recovery.worker.journal import Journal
 from gemini_gnn.snapshot.store import locks
 from gemini_gnn.snapshot.store.arena import SlotFile
@@ -135,6 +135,26 @@ def a_task(rank: int) -> messages.Task:
     return messages.Task(
         place, payload={}, environment={}, term=1, generation=1, resume="auto", sharing=1, **words, **lists
     )
+
+
+def test_a_task_becomes_the_context_of_its_trainer(tmp_path, monkeypatch):
+    """Also the way back: what the agent writes on the trainer's page."""
+    task = replace(a_task(1), arena=os.fspath(tmp_path), replicas=2, kept=[4, 5])
+    here = entry.context_of(task)
+    assert (here.rank, here.local_rank, here.replicas, here.kept) == (1, 1, 2, (4, 5))
+    monkeypatch.setattr(board, "_page", None)
+    assert here.recoverable() is None and here.persist_at() == 0
+    board.make(tmp_path, 2)
+    board.attach(tmp_path, 1, 1)
+    view = board.open_board(tmp_path)
+    board.tell_recoverable(view, 1, Identity(1, 1, 7))
+    board.ask_to_persist(view, 1, 9)
+    assert here.recoverable() == (1, 1, 7) and here.persist_at() == 9
+    here.committed(1, 1, 9)
+    here.hold(1, 1, 9)
+    seen = board.read(view, 1)
+    assert seen.snapshot[:3] == seen.held == (1, 1, 9)
+    os.close(board._page._bell)
 
 
 def test_a_trainer_says_its_pid_and_gets_its_task(below):

@@ -145,27 +145,31 @@ def _become(task: messages.Task, agent: messages.Channel, added: dict[str, str])
     sys.argv[:] = task.command
     _reseed()
     _threads(task.sharing)
-    context.install(
-        context.Context(
-            job=task.job,
-            arena=Path(task.arena),
-            rank=place.rank,
-            world_size=place.world_size,
-            local_rank=place.local_rank,
-            local_world_size=place.local_world_size,
-            term=task.term,
-            generation=task.generation,
-            resume=task.resume,
-            attaching=board.attaching,
-            restored=board.restored,
-            stepped=board.stepped,
-            committed=board.committed,
-            replicas=task.replicas,
-            kept=tuple(task.kept),
-            recoverable=board.recoverable,
-            persist_at=board.persist_at,
-            hold=board.hold,
-        )
+    context.install(context_of(task))
+
+
+def context_of(task: messages.Task) -> context.Context:
+    """The trainer's side of its job, with the board as its way to the agent and back."""
+    place = task.place
+    return context.Context(
+        job=task.job,
+        arena=Path(task.arena),
+        rank=place.rank,
+        world_size=place.world_size,
+        local_rank=place.local_rank,
+        local_world_size=place.local_world_size,
+        term=task.term,
+        generation=task.generation,
+        resume=task.resume,
+        attaching=board.attaching,
+        restored=board.restored,
+        stepped=board.stepped,
+        committed=board.committed,
+        replicas=task.replicas,
+        kept=tuple(task.kept),
+        recoverable=board.recoverable,
+        persist_at=board.persist_at,
+        hold=board.hold,
     )
 
 
