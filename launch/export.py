@@ -45,7 +45,8 @@ def main(arguments: list[str]) -> int:
     run_dir = Path(settings["run_dir"])
     folder = folder_of(run_dir, settings.get("snapshot.folder"))
     if flags == ["--list"]:
-        print(exports.table([c for c in persist.survey(folder) if step is None or c.step == int(step)]))
+        found = [c for c in persist.survey(folder) if step is None or c.step == int(step)]
+        print(exports.table(found) if found else f"no checkpoints in {folder}")
         return 0
     mark, path = exports.choose(folder, None if step is None else int(step))
     progress = Progress(sum(mark.shards.values()))

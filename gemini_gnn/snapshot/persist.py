@@ -194,7 +194,7 @@ def write(arena_folder: Path, folder: Path, identity: Identity, shards: Sequence
     try:
         if FIRST_SHARD in shards:
             for old in _older_partials(folder, identity):
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)  # what is in use goes with the next one
         new = not folder.exists()
         for parent in (folder, here):
             parent.mkdir(parents=True, exist_ok=True, mode=0o700)

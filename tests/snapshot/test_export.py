@@ -1,5 +1,6 @@
 """A checkpoint as a plain state dict: the same weights as the engine's, bit for bit, whatever ZeRO stage wrote it."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -219,6 +220,18 @@ def test_the_command(run_dir):
     )  # fmt: skip
 
 
+def test_progress_is_said_of_what_takes_long(capsys, monkeypatch):
+    spec = importlib.util.spec_from_file_location("export_command", ROOT / "launch" / "export.py")
+    command = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(command)
+    progress = command.Progress(4 << 30)
+    progress(1 << 30)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(command, "QUIET_S", -1.0)
+    progress(1 << 30)
+    assert capsys.readouterr().err == "2.1 GB read; the checkpoint has 4.3 GB\n"
+
+
 def test_bad_input_is_said_in_words(run_dir, tmp_path_factory):
     def refused(*arguments):
         code, said, errors = run_export(*arguments)
@@ -227,7 +240,9 @@ def test_bad_input_is_said_in_words(run_dir, tmp_path_factory):
 
     empty = tmp_path_factory.mktemp("empty")
     assert "expected the folder of a job's checkpoints" in refused(f"run_dir={empty}")
-    (empty / "checkpoints" / "step-000000004").mkdir(parents=True)
+    (empty / "checkpoints").mkdir()
+    assert run_export("--list", f"run_dir={empty}") == (0, f"no checkpoints in {empty / 'checkpoints'}\n", "")
+    (empty / "checkpoints" / "step-000000004").mkdir()
     assert "there is none; step-000000004 is incomplete" in refused(f"run_dir={empty}")
     (empty / "checkpoints" / "step-000000004" / "COMPLETE").touch()
     assert "step-000000004 is DeepSpeed's, of snapshot=nfs" in refused(f"run_dir={empty}")

@@ -132,6 +132,8 @@ def test_every_type_is_aligned_and_comes_back(memory, other_memory, tmp_path, mo
     persist.complete(tmp_path, identity, shards, 1)
     ((_, path),) = persist.complete_checkpoints(tmp_path)
     found = load_file(path / "rank-00000.safetensors")
+    begins = persist.read_shard(path, "rank-00000").offsets
+    assert all(at % min(format.itemsize(spec.dtype), 8) == 0 for spec, at in zip(specs, begins, strict=True))
     for spec in specs:
         tensor = torch.view_as_complex(found[spec.name]) if spec.dtype == "complex128" else found[spec.name]
         assert (tensor.dtype, tuple(tensor.shape)) == (getattr(torch, spec.dtype), spec.shape)
