@@ -240,6 +240,31 @@ def interval(text: str) -> Interval | None:
     return Interval(float(number) * units[unit] if number else 0.0, int(steps or 0))
 
 
+def replicas_of(settings: SnapshotConfig, machines: int) -> int:
+    """Copies of each shard, the own one included.
+
+    Raises:
+        ConfigError: more than there are machines; or not one failure domain for each machine.
+    """
+    if settings.mode != "memory":
+        return 1
+    domains = settings.failure_domains
+    if domains and len(domains) != machines:
+        raise ConfigError(
+            f"snapshot.failure_domains: expected one name for each of the {machines} machines, in the launcher's order; "
+            f"got {len(domains)}"
+        )
+    if settings.replicas == "auto":
+        return min(2, machines)
+    wanted = int(settings.replicas)
+    if wanted > machines:
+        raise ConfigError(
+            f"snapshot.replicas={wanted}: expected at most one copy per machine, the own one included; this job has "
+            f"{machines} machine{'s' * (machines > 1)}. Give snapshot.replicas={machines}, or auto"
+        )
+    return wanted
+
+
 def to_mapping(config: Config) -> dict[str, Any]:
     """The config as nested dicts of JSON types; the inverse of :func:`from_mapping`."""
     return asdict(config)

@@ -14,7 +14,7 @@ from pathlib import Path
 from gemini_gnn.cluster import launcher
 from gemini_gnn.cluster.place import discover
 from gemini_gnn.compose import command, compose
-from gemini_gnn.config import to_mapping
+from gemini_gnn.config import replicas_of, to_mapping
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.faults import link, schedule
 from gemini_gnn.observe.progress import say
@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> int:
     with launcher.first_speaks(place):
         config = compose(arguments)
         config.run_dir = str(Path(config.run_dir).absolute())
+        replicas_of(config.snapshot, place.machines)  # or the first machine refuses, and the others wait for it
         if any(fault.kind == "cut-link" for fault in schedule.planned(config.faults, place.world_size).values()):
             link.check(place.machines)
         # Again under the lock, later; here it costs no imports, and every machine ends at once. A living job answers for

@@ -14,8 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemini_gnn.config import SnapshotConfig, interval
-from gemini_gnn.errors import ConfigError
+from gemini_gnn.config import SnapshotConfig, interval, replicas_of
 from gemini_gnn.recovery import messages
 from gemini_gnn.recovery.root import persisting, restoring
 from gemini_gnn.recovery.root.restoring import Kind
@@ -25,25 +24,6 @@ from gemini_gnn.snapshot.replicas.placement import explain, kept, placement
 from gemini_gnn.snapshot.store.identity import Identity, shard_of
 
 VISIT_S = 5.0  # then a visitor hears of the machines that have answered
-
-
-def replicas_of(settings: SnapshotConfig, machines: int) -> int:
-    """Copies of each shard, the own one included.
-
-    Raises:
-        ConfigError: more than there are machines.
-    """
-    if settings.mode != "memory":
-        return 1
-    if settings.replicas == "auto":
-        return min(2, machines)
-    wanted = int(settings.replicas)
-    if wanted > machines:
-        raise ConfigError(
-            f"snapshot.replicas={wanted}: expected at most one copy per machine, the own one included; this job has "
-            f"{machines} machine{'s' * (machines > 1)}. Give snapshot.replicas={machines}, or auto"
-        )
-    return wanted
 
 
 @dataclass
