@@ -95,7 +95,7 @@ def test_the_store_of_snapshots_stands_on_its_own():
 
 def test_agents_and_slot_processes_load_no_torch():
     modules = ["recovery.worker.agent", "recovery.shim", "recovery.stop", "recovery.inject", "snapshot.store.inspect"]
-    modules += ["cluster.hosts"]
+    modules += ["cluster.hosts", "recovery.worker.replicator"]
     code = "import sys, importlib\n"
     code += "".join(f"importlib.import_module('gemini_gnn.{module}')\n" for module in modules)
     code += "print(sorted({'torch', 'numpy', 'deepspeed', 'hydra', 'omegaconf'} & set(sys.modules)))"

@@ -152,6 +152,27 @@ def test_raw_bytes_follow_a_message_and_stay_raw():
         thread.join(FAR_S)
 
 
+def test_bytes_that_come_slowly_are_no_stall():
+    """Few come in each wait, fewer than a receiver is woken for."""
+    a, b = pairs()
+    with (
+        contextlib.closing(Wire(a, [messages.Say], TOKEN, opens=True)) as one,
+        contextlib.closing(Wire(b, [messages.Say], TOKEN, opens=False)) as two,
+    ):
+        one.receive(), two.receive(), one.receive(), two.receive()
+        pause = threading.Event()
+
+        def send():
+            for _ in range(8):
+                one.send_bytes(memoryview(bytes(1000)), FAR_S)
+                pause.wait(0.05)
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        two.receive_bytes(memoryview(bytearray(8000)), 0.15)
+        thread.join(FAR_S)
+
+
 def test_waits_end_at_their_time_and_with_the_connection():
     a, b = pairs()
     with contextlib.closing(Wire(a, [messages.Say], TOKEN, opens=True)) as one:
