@@ -220,6 +220,19 @@ def test_rounds_begin_at_least_every_s_apart(machines):
     assert time.monotonic() - begin > 0.5
 
 
+def test_the_bell_wakes_the_replicator(machines):
+    """Without it each of these rounds would begin with the next beat, a second after the last one."""
+    a, b = machines(2)
+    both(a, b)
+    until(lambda: (a.folder / "bell").exists(), a, b)
+    begin = time.monotonic()
+    for number in range(1, 9):
+        a.capture(number, number % 3)
+        until(says(a, Copied(1, step(number))), a, b)
+        a.helper.send(Advance(step(number)))
+    assert time.monotonic() - begin < 4.0
+
+
 def test_a_copy_waits_while_a_trainer_of_this_machine_talks(machines):
     a, b = machines(2)
     a.replicate([b], pages=1)
