@@ -377,6 +377,17 @@ def test_a_peer_that_is_gone_is_named_once_and_so_is_its_return(machines):
     assert len(troubles(a)) == 2 and troubles(a)[1].endswith("work again")
 
 
+def test_a_peer_that_never_answers_is_named_after_the_first_attempt(machines):
+    """Its kernel takes the connection. One attempt takes 10 seconds."""
+    (a,) = machines(1)
+    a.capture(1, 0)
+    with contextlib.closing(wire.listen("127.0.0.1", 0)) as listener:
+        peer = Peer("h1", *listener.getsockname())
+        a.helper.send(Replicate(1, 1, None, [a.shard], [], [peer], 0, 0.0))
+        until(lambda: troubles(a), a, seconds=17)
+    assert "did not prove within 10 s" in troubles(a)[0]
+
+
 def test_a_peer_that_is_stopped_in_a_copy_stalls_nothing_for_long(machines):
     """The sender gives the connection up, says so, and copies when the peer goes on."""
     a, b = machines(2, silence_s=100.0)

@@ -128,32 +128,28 @@ class Courier:
         self._since_s: float | None = None  # of the trouble
 
     def run(self) -> None:
-        slots = transfer.Slots(self._here.arena)
-        left: list[str] = []
-        identity: Identity | None = None
-        delay_s = RETRY_S[0]
+        slots, delay_s = transfer.Slots(self._here.arena), RETRY_S[0]
         try:
-            while not self._shift.stop.is_set():
-                if not left:
-                    if (identity := self.bring.get()) is None:
-                        return
-                    left = list(self._replicate.own)
+            identity, left = self.bring.get(), list(self._replicate.own)
+            while identity is not None and not self._shift.stop.is_set():
+                one: wire.Wire | None = None
+                tried_s = time.monotonic()
                 try:
                     with self._here.connected(self.peer) as one:
-                        delay_s = RETRY_S[0]
                         while identity is not None:
                             self._push(one, slots, left, identity)
+                            delay_s = RETRY_S[0]
                             self._shift.tell((identity, self.peer))
-                            identity = self.bring.get()
-                            left = list(self._replicate.own)
-                    return
+                            identity, left = self.bring.get(), list(self._replicate.own)
                 except (OSError, ValueError, GeminiError) as error:
-                    self._trouble(str(error), 0.0 if isinstance(error, TimeoutError) else GRACE_S)
+                    unanswered = one is not None and not one.authenticated and time.monotonic() - tried_s > GRACE_S
+                    self._trouble(str(error), 0.0 if unanswered or isinstance(error, TimeoutError) else GRACE_S)
+                    self._shift.stop.wait(delay_s)
+                    delay_s = min(2 * delay_s, RETRY_S[1])
                 except Exception as error:  # not foreseen; it must not end the copies
                     traceback.print_exc()
                     self._trouble(repr(error), 0.0)
-                self._shift.stop.wait(delay_s)
-                delay_s = min(2 * delay_s, RETRY_S[1])
+                    self._shift.stop.wait(RETRY_S[1])
         finally:
             slots.close()
 
