@@ -95,8 +95,7 @@ def test_the_store_of_snapshots_stands_on_its_own():
 
 def test_agents_and_slot_processes_load_no_torch():
     modules = ["recovery.worker.agent", "recovery.shim", "recovery.stop", "recovery.inject", "snapshot.store.inspect"]
-    modules += ["recovery.worker.persister", "snapshot.export"]
-    modules += ["cluster.hosts"]
+    modules += ["recovery.worker.replicator", "recovery.worker.persister", "snapshot.export", "cluster.hosts"]
     code = "import sys, importlib\n"
     code += "".join(f"importlib.import_module('gemini_gnn.{module}')\n" for module in modules)
     code += "print(sorted({'torch', 'numpy', 'deepspeed', 'hydra', 'omegaconf'} & set(sys.modules)))"

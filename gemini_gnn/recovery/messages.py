@@ -462,7 +462,7 @@ class Replicate:
         peers: that keep copies of ``own``.
         pages: of the board, one per local rank.
         every_s: from the beginning of one snapshot's transfer to that of the next.
-        bytes_per_s: limit of what is sent; 0: none.
+        bytes_per_s: limit of what is sent, at least 100,000: peers take less for a stall; 0: none.
         interleave: send between the bursts of the trainers' own traffic.
     """
 

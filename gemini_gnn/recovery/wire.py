@@ -54,6 +54,7 @@ HANDSHAKE_BYTES = 4096  # that a peer without proof can make us keep
 UNANSWERED_S = 10  # then the kernel gives a connection up; heartbeats notice sooner
 MAC_BYTES = 16
 _READ_AHEAD = 1 << 16
+_WAKE_BYTES = 512 << 10  # of raw bytes, that a receiver waits for before it reads
 
 FIRST_WORD = b"gemini_gnn "
 HELLO = re.compile(
@@ -185,8 +186,14 @@ class Wire(messages.Channel):
         ahead = min(len(self._received), len(into))
         into[:ahead] = self._received[:ahead]
         del self._received[:ahead]
-        while into := into[ahead:]:
-            ahead = len(self._read(into, stall_s))
+        enough = 1
+        try:
+            while into := into[ahead:]:
+                if enough != (enough := min(len(into), _WAKE_BYTES)):  # a quarter less CPU time than for each packet
+                    self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, enough)
+                ahead = len(self._read(into, stall_s))
+        finally:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, 1)
 
     def send_bytes(self, data: memoryview, stall_s: float) -> None:
         """Send raw bytes after all messages; return when the kernel has taken them.
@@ -208,12 +215,14 @@ class Wire(messages.Channel):
 
     def _read(self, into: bytearray | memoryview, timeout_s: float) -> bytearray | memoryview:
         """What has come, at the beginning of ``into``; waits for something."""
+        late = False
         while True:
             try:
                 count = self.sock.recv_into(into)
             except (BlockingIOError, InterruptedError):
-                if not select.select([self.sock], [], [], timeout_s)[0]:
+                if late:
                     raise self._silent(timeout_s) from None
+                late = not select.select([self.sock], [], [], timeout_s)[0]  # then less than enough may be there
                 continue
             if not count:
                 self.closed = True

@@ -69,11 +69,11 @@ class Machine:
         with contextlib.suppress(OSError):  # not there yet
             ring(self.folder)
 
-    def replicate(self, peers, *, generation=1, since=None, **options):
+    def replicate(self, peers, *, generation=1, since=None, recoverable=None, **options):
         """Push to ``peers``, and keep theirs."""
         kept = [one.shard for one in peers]
         own, to = [self.shard], [one.peer for one in peers]
-        self.helper.send(Replicate(1, generation, since, own, kept, to, 0, **{"every_s": 0.0, **options}))
+        self.helper.send(Replicate(1, generation, since, recoverable, own, kept, to, **{"pages": 0, "every_s": 0.0, **options}))
 
 
 @pytest.fixture
@@ -101,7 +101,8 @@ def end(helper):
     pid = helper.pid
     helper.close()
     if pid:
-        assert processes.reap_child(pid, FAR_S) is not None
+        with contextlib.suppress(ChildProcessError):  # reaped before
+            assert processes.reap_child(pid, FAR_S) is not None
 
 
 def until(done, *machines, seconds=FAR_S):
@@ -113,10 +114,13 @@ def until(done, *machines, seconds=FAR_S):
         for one in machines:
             one.heard += [m for m in one.helper.look(now) if not isinstance(m, messages.Alive)]
             one.selector.select(0.002)
-        for one in machines:  # as the agent does with its children
-            if one.helper.pid and one.helper._is_gone():
-                with contextlib.suppress(ChildProcessError):
-                    os.waitpid(-1, os.WNOHANG)
+        processes.reap_children()  # as the agent does
+
+
+def look_after(seconds, *machines):
+    """For things that must not happen."""
+    over = time.monotonic() + seconds
+    until(lambda: time.monotonic() > over, *machines)
 
 
 def says(machine, message):
@@ -173,14 +177,14 @@ def test_copied_is_said_when_all_peers_have_all_shards(machines):
 
 
 def test_what_is_older_than_the_restored_snapshot_is_not_pushed_but_gives_its_slot(machines):
-    """The peer's two slots hold older snapshots, of which nobody says any more that they are recoverable."""
+    """The peer's two slots hold older snapshots; the root says that the newer of them has all its copies."""
     a, b = machines(2)
     for number in (1, 2):
         capture(b.folder, a.shard, number - 1, step(number))
     for number in (2, 3):
-        capture(a.folder, a.shard, number, step(number))
-    a.replicate([b], generation=2, since=step(3))
-    b.replicate([a], generation=2, since=step(3))
+        capture(a.folder, a.shard, number - 1, step(number))
+    a.replicate([b], generation=2, since=step(3), recoverable=step(2))
+    b.replicate([a], generation=2, since=step(3), recoverable=step(2))
     until(says(a, Copied(2, step(3))), a, b)
     assert held(b.folder, a.shard) == {0: step(3), 1: step(2)}
 
@@ -216,6 +220,32 @@ def test_rounds_begin_at_least_every_s_apart(machines):
     assert time.monotonic() - begin > 0.5
 
 
+def test_the_bell_wakes_the_replicator(machines):
+    """Without it each of these rounds would begin with the next beat, a second after the last one."""
+    a, b = machines(2)
+    both(a, b)
+    until(lambda: (a.folder / "bell").exists(), a, b)
+    begin = time.monotonic()
+    for number in range(1, 9):
+        a.capture(number, number % 3)
+        until(says(a, Copied(1, step(number))), a, b)
+        a.helper.send(Advance(step(number)))
+    assert time.monotonic() - begin < 4.0
+
+
+def test_a_copy_waits_while_a_trainer_of_this_machine_talks(machines):
+    a, b = machines(2)
+    a.replicate([b], pages=1)
+    b.replicate([a])
+    until(lambda: (a.folder / "bell").exists(), a, b)
+    board.make(a.folder, 1)  # after Replicate: it is looked for at each round
+    board.Page(board.open_board(a.folder), 0, 1).mark(Phase.REDUCTION, 1)
+    begin = time.monotonic()
+    a.capture(1, 0)
+    until(says(a, Copied(1, step(1))), a, b)
+    assert time.monotonic() - begin >= 0.02
+
+
 # --- generations ------------------------------------------------------------------------------------------------------
 
 
@@ -235,7 +265,7 @@ def test_nothing_is_written_after_silent(machines):
     until(says(b, Silent()), a, b)
     before = arena.checksum([memoryview((b.folder / f"{a.shard}.0").read_bytes())])
     assert held(b.folder, a.shard) == {}
-    until(lambda end=time.monotonic() + 0.3: time.monotonic() > end, a, b)
+    look_after(0.3, a, b)
     assert arena.checksum([memoryview((b.folder / f"{a.shard}.0").read_bytes())]) == before
     a.helper.send(Quiet())
     until(says(a, Silent()), a, b)
@@ -244,7 +274,7 @@ def test_nothing_is_written_after_silent(machines):
     a.replicate([b], generation=2, since=step(1))
     b.replicate([a], generation=2, since=step(1))
     until(says(a, Copied(2, step(1))), a, b)
-    assert held(b.folder, a.shard) == {0: step(1)} and troubles(a) == []
+    assert list(held(b.folder, a.shard).values()) == [step(1)] and troubles(a) == []
 
 
 def test_a_machine_that_begins_first_waits_for_the_other(machines):
@@ -252,7 +282,7 @@ def test_a_machine_that_begins_first_waits_for_the_other(machines):
     a.capture(1, 0)
     b.replicate([a], generation=1)
     a.replicate([b], generation=2)
-    until(lambda end=time.monotonic() + 0.4: time.monotonic() > end, a, b)
+    look_after(0.4, a, b)
     assert a.heard == [] and held(b.folder, a.shard) == {}
     b.replicate([a], generation=2)
     until(says(a, Copied(2, step(1))), a, b)
@@ -305,7 +335,7 @@ def test_a_replicator_killed_in_a_copy_is_replaced_and_the_copy_is_made(machines
     pid = one.helper.pid
     os.kill(pid, signal.SIGKILL)
     until(says(a, Copied(1, step(1))), a, b)
-    assert held(b.folder, a.shard) == {0: step(1)} and one.helper.pid not in (0, pid)
+    assert list(held(b.folder, a.shard).values()) == [step(1)] and one.helper.pid not in (0, pid)
     (text,) = troubles(one)
     assert text.startswith(f"the replicator on {os.uname().nodename} (pid {pid}) is lost")
 
@@ -345,6 +375,17 @@ def test_a_peer_that_is_gone_is_named_once_and_so_is_its_return(machines):
         finally:
             end(b.helper)
     assert len(troubles(a)) == 2 and troubles(a)[1].endswith("work again")
+
+
+def test_a_peer_that_never_answers_is_named_after_the_first_attempt(machines):
+    """Its kernel takes the connection. One attempt takes 10 seconds."""
+    (a,) = machines(1)
+    a.capture(1, 0)
+    with contextlib.closing(wire.listen("127.0.0.1", 0)) as listener:
+        peer = Peer("h1", *listener.getsockname())
+        a.helper.send(Replicate(1, 1, None, [a.shard], [], [peer], 0, 0.0))
+        until(lambda: troubles(a), a, seconds=17)
+    assert "did not prove within 10 s" in troubles(a)[0]
 
 
 def test_a_peer_that_is_stopped_in_a_copy_stalls_nothing_for_long(machines):

@@ -152,6 +152,27 @@ def test_raw_bytes_follow_a_message_and_stay_raw():
         thread.join(FAR_S)
 
 
+def test_bytes_that_come_slowly_are_no_stall():
+    """Few come in each wait, fewer than a receiver is woken for."""
+    a, b = pairs()
+    with (
+        contextlib.closing(Wire(a, [messages.Say], TOKEN, opens=True)) as one,
+        contextlib.closing(Wire(b, [messages.Say], TOKEN, opens=False)) as two,
+    ):
+        one.receive(), two.receive(), one.receive(), two.receive()
+        pause = threading.Event()
+
+        def send():
+            for _ in range(8):
+                one.send_bytes(memoryview(bytes(1000)), FAR_S)
+                pause.wait(0.05)
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        two.receive_bytes(memoryview(bytearray(8000)), 0.15)
+        thread.join(FAR_S)
+
+
 def test_waits_end_at_their_time_and_with_the_connection():
     a, b = pairs()
     with contextlib.closing(Wire(a, [messages.Say], TOKEN, opens=True)) as one:
@@ -281,6 +302,22 @@ def test_a_slot_that_was_overwritten_meanwhile_is_not_pushed(here, there):
         assert isinstance(pushed(one, here, step(1)), messages.Later)
 
 
+def test_the_header_is_read_again_under_the_lock(here, there, monkeypatch):
+    """The owner begins to write just before the lock is taken."""
+    header = capture(here, SHARD, 0, step(1))
+    lock = arena.SlotFile.lock
+
+    def late(file, exclusive):
+        if not exclusive:
+            file.write_header(replace(header, state=SlotState.WRITING, identity=step(4)))
+        return lock(file, exclusive)
+
+    with peer(there, order()) as one, monkeypatch.context() as patch:
+        patch.setattr(arena.SlotFile, "lock", late)
+        assert isinstance(pushed(one, here, step(1)), messages.Later)
+    assert not list(there.iterdir())
+
+
 @pytest.mark.parametrize("sizes", [(20_000, 3_000_000), (3_000_000, 20_000)])
 def test_a_foreign_slot_of_another_layout_is_used(here, there, sizes):
     with peer(there, order(recoverable=step(9))) as one:
@@ -325,6 +362,7 @@ def test_what_is_changed_on_the_way_is_never_kept(share, kind):
     with arena_folder() as here, arena_folder() as there:
         capture(here, SHARD, 0, step(2), 50_000)
         capture(there, SHARD, 0, step(1), 50_000)
+        capture(there, SHARD, 1, step(0), 50_000)  # is overwritten
         at, passed = int(share * 56_000), 0
 
         def way(data):
@@ -349,7 +387,7 @@ def test_what_is_changed_on_the_way_is_never_kept(share, kind):
         finally:
             transfer.STALL_S = stall_s
         found = held(there, SHARD)  # each is verified
-        assert found[0] == step(1) and set(found.values()) <= {step(1), step(2)}
+        assert found[0] == step(1) and found.get(1) in (step(0), step(2), None)
         if isinstance(answer, messages.Kept):
             assert step(2) in found.values()
 

@@ -128,32 +128,28 @@ class Courier:
         self._since_s: float | None = None  # of the trouble
 
     def run(self) -> None:
-        slots = transfer.Slots(self._here.arena)
-        left: list[str] = []
-        identity: Identity | None = None
-        delay_s = RETRY_S[0]
+        slots, delay_s = transfer.Slots(self._here.arena), RETRY_S[0]
         try:
-            while not self._shift.stop.is_set():
-                if not left:
-                    if (identity := self.bring.get()) is None:
-                        return
-                    left = list(self._replicate.own)
+            identity, left = self.bring.get(), list(self._replicate.own)
+            while identity is not None and not self._shift.stop.is_set():
+                one: wire.Wire | None = None
+                tried_s = time.monotonic()
                 try:
                     with self._here.connected(self.peer) as one:
-                        delay_s = RETRY_S[0]
                         while identity is not None:
                             self._push(one, slots, left, identity)
-                            self._shift.tell((identity, self.peer.name))
-                            identity = self.bring.get()
-                            left = list(self._replicate.own)
-                    return
+                            delay_s = RETRY_S[0]
+                            self._shift.tell((identity, self.peer))
+                            identity, left = self.bring.get(), list(self._replicate.own)
                 except (OSError, ValueError, GeminiError) as error:
-                    self._trouble(str(error), GRACE_S)
+                    unanswered = one is not None and not one.authenticated and time.monotonic() - tried_s > GRACE_S
+                    self._trouble(str(error), 0.0 if unanswered or isinstance(error, TimeoutError) else GRACE_S)
+                    self._shift.stop.wait(delay_s)
+                    delay_s = min(2 * delay_s, RETRY_S[1])
                 except Exception as error:  # not foreseen; it must not end the copies
                     traceback.print_exc()
                     self._trouble(repr(error), 0.0)
-                self._shift.stop.wait(delay_s)
-                delay_s = min(2 * delay_s, RETRY_S[1])
+                    self._shift.stop.wait(RETRY_S[1])
         finally:
             slots.close()
 
@@ -247,7 +243,7 @@ class Replicator:
         self._pushing: Identity | None = None
         self._waits = False  # for the next round to be due
         self._next_s = 0.0
-        self._lacking: set[str] = set()  # peers that do not have all of ``_pushing`` yet
+        self._lacking: set[Peer] = set()  # peers that do not have all of ``_pushing`` yet
         self._slots = transfer.Slots(self.arena)
         self._couriers: list[Courier] = []
         self._fetching: tuple[int, int] | None = None  # attempt, sources that have not ended
@@ -299,8 +295,8 @@ class Replicator:
 
     def _hear(self, news: Any) -> None:
         match news:
-            case (Identity() as identity, str() as name) if identity == self._pushing:
-                self._lacking.discard(name)
+            case (Identity() as identity, Peer() as peer) if identity == self._pushing:
+                self._lacking.discard(peer)
                 self._report()
             case list():
                 assert self._fetching is not None
@@ -326,7 +322,7 @@ class Replicator:
             self._waits = True
             return
         self._next_s = now + self._replicate.every_s
-        self._pushing, self._lacking = identity, {peer.name for peer in self._replicate.peers}
+        self._pushing, self._lacking = identity, set(self._replicate.peers)
         if self._replicate.interleave and (mapped := board.open_board(self.arena)) is not None:
             self.pace.look = (mapped, self._replicate.pages)
         for courier in self._couriers:

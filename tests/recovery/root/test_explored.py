@@ -131,7 +131,9 @@ def to_root(world: World, event: Any) -> World:
     for action in actions:
         match action:
             case root.Plan():
-                assert all(one.here and one.ready for one in state.machines) and not state.alive, "(f) planned too early"
+                assert all(one.here and one.ready for one in state.machines) and not state.alive, (
+                    "(f) planned too early"
+                )
                 world = world._replace(plan=(world.plan[0] + 1, frozenset()))
                 for number in range(len(world.machines)):
                     world = sent(world, number, ("survey", world.term, world.plan[0]))

@@ -43,7 +43,15 @@ def root(tmp_path):
 
 @pytest.mark.parametrize(
     ("phase", "word"),
-    [(phase, {"forming": "starting", "ending": "stopping", "ended": "stopping", "planning": "recovering"}.get(phase, phase)) for phase in Phase],
+    [
+        (
+            phase,
+            {"forming": "starting", "ending": "stopping", "ended": "stopping", "planning": "recovering"}.get(
+                phase, phase
+            ),
+        )
+        for phase in Phase
+    ],
 )
 def test_each_phase_has_its_word(root, phase, word):
     outcome = Outcome("failed", 1, "the cause") if phase is Phase.ENDING else None
