@@ -382,7 +382,7 @@ class Replicator:
         one = wire.connect(peer.address, peer.port, messages.FROM_KEEPER, self._token)
         with self.shift.holding(one):
             # Little waits in the kernel, so that a burst of the trainers' traffic does not wait behind it.
-            one.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, transfer.CHUNK_BYTES)
+            one.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, 2 * transfer.CHUNK_BYTES)
             yield one
 
     # --- fetch --------------------------------------------------------------------------------------------------------
