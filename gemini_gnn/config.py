@@ -384,7 +384,12 @@ def validate(config: Config) -> None:
         n.replicas,
     )
     demand(n.replicate_every_s >= 0, "snapshot.replicate_every_s", "0 or more", n.replicate_every_s)
-    demand(n.replica_bytes_per_s >= 0, "snapshot.replica_bytes_per_s", "0 (no limit) or more", n.replica_bytes_per_s)
+    demand(
+        n.replica_bytes_per_s == 0 or n.replica_bytes_per_s >= 100_000,
+        "snapshot.replica_bytes_per_s",
+        "0 (no limit), or at least 100000: less looks like a peer that has stopped",
+        n.replica_bytes_per_s,
+    )
     demand(
         interval(n.persist_every) is not None,
         "snapshot.persist_every",

@@ -17,7 +17,7 @@ from dataclasses import replace
 import pytest
 
 from gemini_gnn.cluster.place import Place
-from gemini_gnn.config import FaultsConfig, RecoveryConfig
+from gemini_gnn.config import FaultsConfig, RecoveryConfig, SnapshotConfig
 from gemini_gnn.errors import RecoveryError, RunDirError
 from gemini_gnn.faults import schedule
 from gemini_gnn.observe import terms
@@ -200,10 +200,11 @@ A_BOARD = board.Board(
     9, 1, 3, 2, board.Phase.FORWARD, 0.5, 7, 0.25, (1.5, None, None, None, None), 2, 40, board.Newest(1, 1, 2, 0.25),
     Identity(1, 1, 2),
 )  # fmt: skip
+AT_1, AT_2, A_PEER = Identity(1, 1, 1), Identity(1, 1, 2), messages.Peer("h1", "10.0.0.2", 7)
 EXAMPLES = [
     messages.Register(
-        Place(0, 1, 0, 1, "m", "h0", 1, "plain"), "m:f", {"a": [1, None, 2.5]}, ["m"], "auto", RecoveryConfig(), FaultsConfig(),
-        30.0, 0, 0.0,
+        Place(0, 1, 0, 1, "m", "h0", 1, "plain"), "m:f", {"a": [1, None, 2.5]}, ["m"], "auto", RecoveryConfig(), SnapshotConfig(),
+        FaultsConfig(), 30.0, 0, 0.0,
         {"A": "\udc80"}, "/", ["/x"], ["c"], [0, 1], "token", 7,
     ),
     messages.Stop("why", 130, keep=False, force=True),
@@ -223,7 +224,39 @@ EXAMPLES = [
     messages.Beat({3: A_BOARD}, [3], 7),
     messages.Welcome(1, 0.5, 5.0),
     messages.RootBeat(True),
-    messages.Begin(2, [2, 3], "h0", 7, "auto"),
+    messages.Begin(2, [2, 3], "h0", 7, "auto", AT_2, AT_1, 2, [A_PEER], [0, 1]),
+    messages.Survey(3),
+    messages.Look(3),
+    messages.Holds(3, [("common", AT_2)]),
+    messages.AskCheckpoints(3),
+    messages.Stored(3, [("common", AT_2)], "why"),
+    messages.PersistAt(7),
+    messages.Inspect(),
+    messages.Catalog("text", AT_2, 2, ["h3"]),
+    messages.Replicate(1, 2, AT_2, AT_1, ["rank-00000"], ["rank-00001"], [A_PEER], 1),
+    messages.Advance(AT_2),
+    messages.Quiet(),
+    messages.Silent(),
+    messages.Fetch(3, [messages.Wanted("common", AT_2, A_PEER)]),
+    messages.Fetched(3, [messages.Miss("common", AT_2, "h1", True, "why")]),
+    messages.Copied(2, AT_2),
+    messages.Alive(7),
+    messages.Trouble("why"),
+    messages.Offer(1, 2, b"\0header", AT_2),
+    messages.Go(),
+    messages.Kept(),
+    messages.Later("why"),
+    messages.NotKept("why"),
+    messages.Ask("common", AT_2),
+    messages.Serve(b"\0header"),
+    messages.Lacks("why"),
+    messages.Persist(AT_2, ["common"]),
+    messages.Persisted(AT_2, "why"),
+    messages.Complete(AT_2, ["common"]),
+    messages.Completed(AT_2),
+    messages.ListCheckpoints(True),
+    messages.Checkpoints([AT_2], [["common"]], "why"),
+    messages.Load(3, AT_2, ["common"]),
     messages.Close(),
     messages.Inject("kill-rank 1"),
     messages.Commit(schedule.parse_command(["kill-rank", "1"]), 3),

@@ -73,7 +73,9 @@ class Machine:
         """Push to ``peers``, and keep theirs."""
         kept = [one.shard for one in peers]
         own, to = [self.shard], [one.peer for one in peers]
-        self.helper.send(Replicate(1, generation, since, recoverable, own, kept, to, **{"pages": 0, "every_s": 0.0, **options}))
+        self.helper.send(
+            Replicate(1, generation, since, recoverable, own, kept, to, **{"pages": 0, "every_s": 0.0, **options})
+        )
 
 
 @pytest.fixture

@@ -99,8 +99,8 @@ def answered(state: Restoring, number: int, copies: Iterable[Copy] = (), misses:
 
 def _plan(state: Restoring) -> Step:
     """Every answer is there."""
-    known = state.copies - state.refused
-    found = plan(known, needs_of(known, state.ranks_of))
+    # What is needed does not depend on which copies turned out bad.
+    found = plan(state.copies, needs_of(state.copies, state.ranks_of), state.refused)
     if found is None and not state.listed:
         return _ask(replace(state, listed=True), [(0, Kind.CHECKPOINTS)])
     if found is None or not found.fetches:
