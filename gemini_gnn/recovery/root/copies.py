@@ -120,11 +120,11 @@ class Copies:
         self._send(asks)
         if not self._restoring.done:
             return False
-        known = self._restoring.copies - self._restoring.refused
-        self.identity, self._restoring, self.recoverable = self._restoring.identity, None, None
-        if self.identity is not None:
-            needs = catalog.needs_of(known, self.ranks_of)
-            self.recoverable = catalog.replicated(known, needs, self.placement, self.identity)
+        over, self._restoring = self._restoring, None
+        self.identity, self.recoverable = over.identity, None
+        if over.identity is not None:
+            needs = catalog.needs_of(over.copies, self.ranks_of)
+            self.recoverable = catalog.replicated(over.copies - over.refused, needs, self.placement, over.identity)
         self.journal.log("planned", identity=self.identity, recoverable=self.recoverable)
         if self.ending:
             self._persist(self.identity)
