@@ -41,7 +41,7 @@ def agent_events(run_dir, kind):
     for path in sorted((run_dir / "events").glob("agent-*.jsonl")):
         text = path.read_text()
         found += [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-    return [event for event in found if event["kind"] == kind]
+    return sorted((event for event in found if event["kind"] == kind), key=lambda event: event["t"])
 
 
 @pytest.mark.parametrize(("hosts", "slots"), [(4, 1), (2, 2)])

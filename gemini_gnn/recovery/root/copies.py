@@ -84,8 +84,12 @@ class Copies:
         self.identity = None
         if self.settings.mode != "memory":
             return True
-        self._restoring, asks = restoring.begin(self.ranks_of, self._asked, self._storage)
-        self._storage = restoring.Storage.IF_NEEDED
+        storage = self._storage
+        if storage is restoring.Storage.NEVER and self._persisting.newest is not None:
+            storage = restoring.Storage.IF_NEEDED
+        self._restoring, asks = restoring.begin(self.ranks_of, self._asked, storage)
+        if storage is restoring.Storage.AT_ONCE:  # once: from now on this job makes the newest ones itself
+            self._storage = restoring.Storage.IF_NEEDED
         self._send(asks)
         return False
 

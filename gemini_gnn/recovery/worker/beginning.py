@@ -112,10 +112,10 @@ def checkpoint_folder(run_dir: Path, request: messages.Register) -> Path:
 
 def _storage(run_dir: Path, request: messages.Register) -> Storage:
     """When the root looks at checkpoints before its first generation."""
+    there = checkpoint_folder(run_dir, request).is_dir()
     if request.deaths:
-        return Storage.IF_NEEDED
-    there = request.resume != "never" and checkpoint_folder(run_dir, request).is_dir()
-    return Storage.AT_ONCE if there else Storage.NEVER
+        return Storage.IF_NEEDED if there else Storage.NEVER
+    return Storage.AT_ONCE if there and request.resume != "never" else Storage.NEVER
 
 
 def _ledger(run_dir: Path, request: messages.Register, term: int, now: float) -> Ledger:
