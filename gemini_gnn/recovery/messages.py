@@ -539,6 +539,15 @@ class Copied:
 
 
 @dataclass(frozen=True)
+class Damaged:
+    """An own shard of this snapshot was damaged, and is void now; ``text`` says how. The root hears of it too."""
+
+    shard: str
+    identity: Identity
+    text: str
+
+
+@dataclass(frozen=True)
 class Alive:
     """The replicator goes round, ``sent_bytes`` since its start."""
 
@@ -753,7 +762,7 @@ Message = (
     | Join | Able | Unable | Stuck | RankListens | RankFailed | RankExited | Beat | Holds | Stored | Committed
     | Survey | Look | AskCheckpoints | PersistAt | Inspect | Catalog
     | Welcome | RootBeat | Begin | Close | AskToStop | DumpStacks | Commit | Finish
-    | Replicate | Advance | Quiet | Silent | Fetch | Fetched | Copied | Alive | Trouble
+    | Replicate | Advance | Quiet | Silent | Fetch | Fetched | Copied | Damaged | Alive | Trouble
     | Offer | Go | Kept | Later | NotKept | Ask | Serve | Lacks
     | Persist | Persisted | Complete | Completed | ListCheckpoints | Checkpoints | Load
     | Preload | Fork | Ready | Unfit | Forked | Task | Started | Listens | StopAsked | Failed
@@ -773,6 +782,7 @@ TO_ROOT = (
     Stored,
     Fetched,
     Copied,
+    Damaged,
     Trouble,
     Persisted,
     Completed,
@@ -803,7 +813,7 @@ TO_WORKER = (
     Finish,
 )  # from the root
 TO_REPLICATOR = (Replicate, Advance, Quiet, Fetch)
-FROM_REPLICATOR = (Silent, Fetched, Copied, Alive, Trouble)
+FROM_REPLICATOR = (Silent, Fetched, Copied, Damaged, Alive, Trouble)
 TO_KEEPER = (Offer, Ask)  # from the replicator that opened the connection
 FROM_KEEPER = (Go, Kept, Later, NotKept, Serve, Lacks)
 TO_PERSISTER = (Persist, Complete, ListCheckpoints, Load)

@@ -162,8 +162,8 @@ def test_snapshots_are_copied_in_order_each_when_the_last_is_recoverable(machine
 def test_copied_is_said_when_all_peers_have_all_shards(machines):
     a, b, c = machines(3)
     own = ["rank-00000", "rank-00001"]
-    a.helper.send(Replicate(1, 1, None, own, [], [b.peer, c.peer], 0, 0.0))
-    b.helper.send(Replicate(1, 1, None, [], own, [], 0))
+    a.helper.send(Replicate(1, 1, None, None, own, [], [b.peer, c.peer], 0, 0.0))
+    b.helper.send(Replicate(1, 1, None, None, [], own, [], 0))
     for one in (a, b, c):
         one.helper.look(time.monotonic())
     capture(a.folder, own[0], 0, step(1))
@@ -173,7 +173,7 @@ def test_copied_is_said_when_all_peers_have_all_shards(machines):
     ring(a.folder)
     until(lambda: len(held(b.folder, own[1])) == 1, a, b, c)
     assert a.heard == [] and held(c.folder, own[0]) == {}
-    c.helper.send(Replicate(1, 1, None, [], own, [], 0))
+    c.helper.send(Replicate(1, 1, None, None, [], own, [], 0))
     until(says(a, Copied(1, step(2))), a, b, c)
     assert all(held(one.folder, shard) == {0: step(2)} for one in (b, c) for shard in own)
 
@@ -189,6 +189,20 @@ def test_what_is_older_than_the_restored_snapshot_is_not_pushed_but_gives_its_sl
     b.replicate([a], generation=2, since=step(3), recoverable=step(2))
     until(says(a, Copied(2, step(3))), a, b)
     assert held(b.folder, a.shard) == {0: step(3), 1: step(2)}
+
+
+def test_an_own_slot_that_is_damaged_is_void_and_the_agent_hears_of_it_once(machines):
+    a, b = machines(2)
+    a.capture(1, 0)
+    flip(a.folder, a.shard, 0)
+    both(a, b)
+    until(lambda: a.heard, a, b)
+    (found,) = a.heard
+    assert isinstance(found, messages.Damaged) and (found.shard, found.identity) == (a.shard, step(1))
+    assert "do not fit their checksum" in found.text and os.uname().nodename in found.text
+    assert held(a.folder, a.shard) == held(b.folder, a.shard) == {}
+    look_after(0.3, a, b)
+    assert a.heard == [found]
 
 
 @pytest.mark.parametrize(
@@ -362,7 +376,7 @@ def test_a_peer_that_is_gone_is_named_once_and_so_is_its_return(machines):
     a, b = machines(2)
     port = unused_port()
     a.capture(1, 0)
-    a.helper.send(Replicate(1, 1, None, [a.shard], [], [Peer("h1", "127.0.0.1", port)], 0, 0.0))
+    a.helper.send(Replicate(1, 1, None, None, [a.shard], [], [Peer("h1", "127.0.0.1", port)], 0, 0.0))
     until(lambda: troubles(a), a)
     (text,) = troubles(a)
     assert f"from {os.uname().nodename} to h1 (127.0.0.1:{port}) do not work" in text
@@ -371,7 +385,7 @@ def test_a_peer_that_is_gone_is_named_once_and_so_is_its_return(machines):
         b.helper = helpers.replicator(
             b.folder, JOB, listener, helpers.secret(TOKEN), Log(), b.selector, 10.0
         )  # of that port
-        b.helper.send(Replicate(1, 1, None, [], [a.shard], [], 0))
+        b.helper.send(Replicate(1, 1, None, None, [], [a.shard], [], 0))
         try:
             until(says(a, Copied(1, step(1))), a, b)
         finally:
@@ -385,7 +399,7 @@ def test_a_peer_that_never_answers_is_named_after_the_first_attempt(machines):
     a.capture(1, 0)
     with contextlib.closing(wire.listen("127.0.0.1", 0)) as listener:
         peer = Peer("h1", *listener.getsockname())
-        a.helper.send(Replicate(1, 1, None, [a.shard], [], [peer], 0, 0.0))
+        a.helper.send(Replicate(1, 1, None, None, [a.shard], [], [peer], 0, 0.0))
         until(lambda: troubles(a), a, seconds=17)
     assert "did not prove within 10 s" in troubles(a)[0]
 
@@ -453,7 +467,7 @@ def test_the_process_hides_the_token_holds_the_lock_and_ends_with_the_agent(mach
 
 
 def test_orders_that_still_hold_are_remembered():
-    replicate, advance = Replicate(1, 1, None, [], [], [], 0), Advance(step(1))
+    replicate, advance = Replicate(1, 1, None, None, [], [], [], 0), Advance(step(1))
     fetch, fetched = Fetch(1, []), Fetched(1, [])
     orders = []
     for sent, left in [

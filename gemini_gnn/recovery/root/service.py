@@ -261,6 +261,8 @@ class Root:
             ):
                 if self.copies.hear(link.machine, message, now):
                     self._see(decisions.Planned(), now)
+            case messages.Damaged(_, _, text):
+                self._see(decisions.Damaged(link.machine, text), now)
             case messages.Beat():
                 boards = {rank: dated(board, now) for rank, board in message.boards.items()}
                 link.beat = replace(message, boards=boards)
@@ -546,4 +548,4 @@ class Root:
 def _tells_of_failure(event: decisions.Event) -> bool:
     if isinstance(event, decisions.Exited):
         return event.code != 0
-    return isinstance(event, decisions.Failed | decisions.Gone | decisions.Hung)
+    return isinstance(event, decisions.Failed | decisions.Gone | decisions.Hung | decisions.Damaged)

@@ -170,7 +170,9 @@ class Copies:
                     found = [(shard, one) for one, its in zip(identities, shards, strict=True) for shard in its]
                     self.tell(messages.Stored(self._list[0], found, problem))
                     self._list = None
-            case messages.Fetched() | messages.Copied() | messages.Trouble() | messages.Completed():
+            case (
+                messages.Fetched() | messages.Copied() | messages.Damaged() | messages.Trouble() | messages.Completed()
+            ):
                 self.tell(message)
             case messages.Persisted() if self._persisting:
                 self.tell(message)

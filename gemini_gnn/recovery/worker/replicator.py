@@ -165,6 +165,8 @@ class Courier:
             elif isinstance(answer, messages.NotKept):
                 raise ValueError(answer.text)
             else:
+                if isinstance(answer, messages.Damaged):  # once: the slot is void now
+                    self._shift.tell(answer)
                 self._trouble(answer.text, LATER_S)
                 if self._shift.stop.wait(AGAIN_S):
                     raise ConnectionError("broken off")
@@ -304,7 +306,7 @@ class Replicator:
                 attempt, left = self._fetching
                 self._fetching = (attempt, left - 1)
                 self._report_fetched()
-            case Trouble():
+            case Trouble() | messages.Damaged():
                 self._say(news)
 
     # --- push ---------------------------------------------------------------------------------------------------------
