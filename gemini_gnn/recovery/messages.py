@@ -456,7 +456,7 @@ class Replicate:
     """A generation begins: push the shards of ``own``, keep those of ``kept``.
 
     Attributes:
-        since: the snapshot that this generation resumes from: older ones are not pushed. None: at a fresh start.
+        since: older snapshots are not pushed than this one, from which the generation resumes, or which would be its first.
         recoverable: the newest snapshot that has all its copies already.
         own: shards of this machine's ranks, without the common one. kept: shards that peers push to this machine.
         peers: that keep copies of ``own``.

@@ -425,6 +425,10 @@ class Replicator:
                         misses += [messages.Miss(w.shard, w.identity, peer.name, False, str(error)) for w in left]
                         break
                     shift.stop.wait(RETRY_S[0])
+                except Exception as error:  # not foreseen; the root waits for an answer
+                    traceback.print_exc()
+                    misses += [messages.Miss(w.shard, w.identity, peer.name, False, repr(error)) for w in left]
+                    break
             shift.tell(misses)
         finally:
             slots.close()

@@ -7,7 +7,7 @@ import selectors
 import pytest
 
 from gemini_gnn.cluster.place import Place
-from gemini_gnn.config import FaultsConfig, RecoveryConfig
+from gemini_gnn.config import FaultsConfig, RecoveryConfig, SnapshotConfig
 from gemini_gnn.observe import terms
 from gemini_gnn.recovery import messages, wire
 from gemini_gnn.recovery.worker.journal import Journal
@@ -34,7 +34,7 @@ def uplink(tmp_path):
     terms.make_run_dir(tmp_path)
     place = Place(0, 1, 0, 1, "h0", "127.0.0.1", 1, "plain")
     request = messages.Register(
-        place, "m:f", {}, [], "auto", RecoveryConfig(wait_s=30.0), FaultsConfig(), 60.0,
+        place, "m:f", {}, [], "auto", RecoveryConfig(wait_s=30.0), SnapshotConfig(), FaultsConfig(), 60.0,
         0, 0.0, {}, "/", [], [], [0], "launch", 7,
     )  # fmt: skip
     roots = Roots()
