@@ -661,9 +661,7 @@ class Completed:
 
 @dataclass(frozen=True)
 class ListCheckpoints:
-    """The answer is Checkpoints. ``forget``: no checkpoint counts any more (resume=never)."""
-
-    forget: bool = False
+    """The answer is Checkpoints."""
 
 
 @dataclass(frozen=True)
