@@ -456,7 +456,7 @@ class Replicate:
     """A generation begins: push the shards of ``own``, keep those of ``kept``.
 
     Attributes:
-        since: the snapshot that this generation resumes from: older ones are not pushed. None: at a fresh start.
+        since: older snapshots are not pushed than this one, from which the generation resumes, or which would be its first.
         recoverable: the newest snapshot that has all its copies already.
         own: shards of this machine's ranks, without the common one. kept: shards that peers push to this machine.
         peers: that keep copies of ``own``.
@@ -536,6 +536,15 @@ class Copied:
 
     generation: int
     identity: Identity
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """An own shard of this snapshot was damaged, and is void now; ``text`` says how. The root hears of it too."""
+
+    shard: str
+    identity: Identity
+    text: str
 
 
 @dataclass(frozen=True)
@@ -652,9 +661,7 @@ class Completed:
 
 @dataclass(frozen=True)
 class ListCheckpoints:
-    """The answer is Checkpoints. ``forget``: no checkpoint counts any more (resume=never)."""
-
-    forget: bool = False
+    """The answer is Checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -753,7 +760,7 @@ Message = (
     | Join | Able | Unable | Stuck | RankListens | RankFailed | RankExited | Beat | Holds | Stored | Committed
     | Survey | Look | AskCheckpoints | PersistAt | Inspect | Catalog
     | Welcome | RootBeat | Begin | Close | AskToStop | DumpStacks | Commit | Finish
-    | Replicate | Advance | Quiet | Silent | Fetch | Fetched | Copied | Alive | Trouble
+    | Replicate | Advance | Quiet | Silent | Fetch | Fetched | Copied | Damaged | Alive | Trouble
     | Offer | Go | Kept | Later | NotKept | Ask | Serve | Lacks
     | Persist | Persisted | Complete | Completed | ListCheckpoints | Checkpoints | Load
     | Preload | Fork | Ready | Unfit | Forked | Task | Started | Listens | StopAsked | Failed
@@ -773,6 +780,7 @@ TO_ROOT = (
     Stored,
     Fetched,
     Copied,
+    Damaged,
     Trouble,
     Persisted,
     Completed,
@@ -803,7 +811,7 @@ TO_WORKER = (
     Finish,
 )  # from the root
 TO_REPLICATOR = (Replicate, Advance, Quiet, Fetch)
-FROM_REPLICATOR = (Silent, Fetched, Copied, Alive, Trouble)
+FROM_REPLICATOR = (Silent, Fetched, Copied, Damaged, Alive, Trouble)
 TO_KEEPER = (Offer, Ask)  # from the replicator that opened the connection
 FROM_KEEPER = (Go, Kept, Later, NotKept, Serve, Lacks)
 TO_PERSISTER = (Persist, Complete, ListCheckpoints, Load)

@@ -105,8 +105,8 @@ def pinned(slots: Slots, shard: str, identity: Identity) -> Iterator[tuple[SlotF
 
 def push(
     wire: Wire, slots: Slots, shard: str, identity: Identity, order: Order, gate: Gate
-) -> messages.Kept | messages.Later | messages.NotKept:
-    """Have the peer keep this snapshot of the shard; its answer."""
+) -> messages.Kept | messages.Later | messages.NotKept | messages.Damaged:
+    """Have the peer keep this snapshot of the shard; its answer. Damaged: our own slot was, and is void now."""
     with pinned(slots, shard, identity) as found:
         if found is None:
             return messages.Later(f"{os.uname().nodename} does not have {shard} of {identity} any more")
@@ -118,6 +118,12 @@ def push(
             answer = wire.receive_one(STALL_S)
         if not isinstance(answer, messages.Kept | messages.Later | messages.NotKept):
             raise ValueError(f"{wire.peer} answered an offer by {messages.kind_of(type(answer))}")
+        if isinstance(answer, messages.NotKept):
+            try:
+                file.manifest(header)  # if it holds together, the peer or the way to it is to blame
+            except SnapshotError as error:
+                file.void()
+                return messages.Damaged(shard, identity, f"{error}, on {os.uname().nodename}. It is void now")
         return answer
 
 

@@ -9,10 +9,11 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from gemini_gnn.recovery import board, messages, processes, wire
+from gemini_gnn.recovery import board, messages, processes, transfer, wire
 from gemini_gnn.recovery.board import Phase
 from gemini_gnn.recovery.messages import (
     Advance,
@@ -29,7 +30,7 @@ from gemini_gnn.recovery.messages import (
 )
 from gemini_gnn.recovery.worker import helpers
 from gemini_gnn.recovery.worker.pace import Pace
-from gemini_gnn.recovery.worker.replicator import next_push
+from gemini_gnn.recovery.worker.replicator import Replicator, Shift, next_push
 from gemini_gnn.snapshot.store import arena, format, locks
 from tests.recovery.arenas import JOB, arena_folder, capture, flip, held, ring, slot_file, step
 
@@ -191,6 +192,20 @@ def test_what_is_older_than_the_restored_snapshot_is_not_pushed_but_gives_its_sl
     assert held(b.folder, a.shard) == {0: step(3), 1: step(2)}
 
 
+def test_an_own_slot_that_is_damaged_is_void_and_the_agent_hears_of_it_once(machines):
+    a, b = machines(2)
+    a.capture(1, 0)
+    flip(a.folder, a.shard, 0)
+    both(a, b)
+    until(lambda: a.heard, a, b)
+    (found,) = a.heard
+    assert isinstance(found, messages.Damaged) and (found.shard, found.identity) == (a.shard, step(1))
+    assert "do not fit their checksum" in found.text and os.uname().nodename in found.text
+    assert held(a.folder, a.shard) == held(b.folder, a.shard) == {}
+    look_after(0.3, a, b)
+    assert a.heard == [found]
+
+
 @pytest.mark.parametrize(
     ("committed", "recoverable", "since", "next_one"),
     [
@@ -316,6 +331,20 @@ def test_a_machine_fetches_what_it_lacks_from_several(machines):
     assert held(a.folder, "rank-00000") == held(a.folder, "rank-00001") == {0: step(5)}
     a.helper.send(Fetch(8, []))
     until(says(a, Fetched(8, [])), a, b, c)
+
+
+def test_a_fetch_that_fails_as_nobody_foresaw_is_answered_too(monkeypatch):
+    """Else the root would wait for it for ever."""
+    peer, wanted = Peer("h1", "127.0.0.1", 1), [Wanted("rank-00000", step(5), Peer("h1", "127.0.0.1", 1))]
+    here = SimpleNamespace(
+        arena=Path(), connected=lambda _: contextlib.nullcontext(SimpleNamespace(authenticated=True))
+    )
+    monkeypatch.setattr(transfer, "fetch", lambda *_: 1 / 0)
+    shift = Shift(lambda: None)
+    Replicator._fetch_from(here, shift, peer, wanted)
+    ((miss,),) = [shift.news.get_nowait()]
+    assert (miss.shard, miss.identity, miss.source, miss.damaged) == ("rank-00000", step(5), "h1", False)
+    assert "ZeroDivisionError" in miss.text
 
 
 def unused_port():

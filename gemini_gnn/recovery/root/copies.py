@@ -55,6 +55,7 @@ class Copies:
         journal: Journal,
         now: float,
         *,
+        term: int,
         storage: restoring.Storage,
     ):
         """``storage``: when to look at checkpoints before the first generation."""
@@ -68,7 +69,7 @@ class Copies:
         self._generation = 0
         self._copied: dict[int, set[Identity]] = {}
         self._restoring: restoring.Restoring | None = None
-        self._asked = 0  # numbers of asks
+        self._asked = term << 32  # number of the next ask: a late answer to an earlier root is nobody's
         self._storage = storage
         every = interval(settings.persist_every)
         assert every is not None

@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
+from gemini_gnn.errors import DamagedSnapshot
 from gemini_gnn.observe.errors import first
 from gemini_gnn.recovery.outcome import STOPPED, Failure, Outcome, exit_name, failed, told_error
 
@@ -89,7 +90,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class Cause:
-    """Why a generation ended: ``kind`` is "killed" | "out of memory" | "hang" | "network" | "agent" | "silent"."""
+    """Why a generation ended.
+
+    Attributes:
+        kind: "killed" | "out of memory" | "hang" | "damaged copy" | "network" | "agent" | "silent".
+    """
 
     kind: str
     text: str
@@ -237,6 +242,14 @@ class Hung:
 
 
 @dataclass(frozen=True)
+class Damaged:
+    """A shard in the memory of the machine turned out damaged while it was copied, and is void now."""
+
+    machine: int
+    text: str
+
+
+@dataclass(frozen=True)
 class StopAsked:
     """``force``: do not wait for the trainers to finish their step."""
 
@@ -325,6 +338,10 @@ def decide(state: State, event: Event, now: float) -> Step:
             return replace(state, reached=max(state.reached, step)), []
         case Hung():
             return _hung(state, event, now)
+        case Damaged(machine, text):
+            if state.phase is not Phase.RUNNING:  # the next planning knows it
+                return state, []
+            return _restart(state, Cause("damaged copy", text, machine=machine), 1, now)
         case StopAsked():
             return _stop(state, event, now)
         case Tick():
@@ -476,10 +493,18 @@ def _ended_by_itself(state: State, now: float) -> Step:
 
 
 def _erred(state: State, now: float) -> Step:
-    """End with the first error. If it only says that a peer is gone, restart instead: the peer died without an error."""
+    """End with the first error. If it only says that a peer is gone, restart instead: the peer died without an error.
+
+    A damaged snapshot is restarted from too. Ranks that lost a peer over it may have said so earlier.
+    """
     failure = first(state.failures)
     assert failure is not None
     if failure.consequence:
+        damaged = f"{DamagedSnapshot.__name__}: "
+        for saw in state.failures:
+            if saw.consequence and saw.summary.startswith(damaged):
+                cause = Cause("damaged copy", saw.summary.removeprefix(damaged), rank=saw.rank)
+                return _restart(state, cause, saw.code, now, saw)
         cause = Cause("network", f"rank {failure.rank} lost a peer and no trainer says why", rank=failure.rank)
         return _restart(state, cause, failure.code, now, failure)
     return _close(state, Outcome("failed", failure.code, failure.summary, failure=failure), now)

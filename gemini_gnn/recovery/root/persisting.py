@@ -12,9 +12,9 @@ ahead. A failure of the job, or of storage, only costs this checkpoint: the ones
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from gemini_gnn.config import Interval
 from gemini_gnn.snapshot.store.identity import Identity
@@ -104,9 +104,7 @@ def persisted(state: State, machine: int, identity: Identity, problem: str) -> S
     if not state.asked or state.completing is not None:
         return state, []
     if problem:
-        return _failed(
-            state, f"checkpoint of step {identity.step}: {problem}. Training goes on; older checkpoints stay"
-        )
+        return _failed(state, identity, problem)
     state = replace(state, persisted={**state.persisted, machine: identity})
     if len(state.persisted) < state.machines:
         return state, []
@@ -121,15 +119,14 @@ def completed(state: State, identity: Identity, problem: str) -> Step:
     if identity != state.completing:
         return state, []
     if problem:
-        return _failed(
-            state, f"checkpoint of step {identity.step}: {problem}. Training goes on; older checkpoints stay"
-        )
+        return _failed(state, identity, problem)
     state = replace(state, asked=0, persisted={}, completing=None, newest=identity, said="")
     return state, [Ask(0)]
 
 
-def _failed(state: State, text: str) -> Step:
-    """Let go of the snapshot; say why, unless it was said of the one before."""
-    new: list[Any] = [] if text.partition(": ")[2] == state.said else [Say(text)]
-    state = replace(state, asked=0, persisted={}, completing=None, said=text.partition(": ")[2])
-    return state, [Ask(0), *new]
+def _failed(state: State, identity: Identity, problem: str) -> Step:
+    """Let go of the snapshot; say why, unless it was said of the one before. Steps and paths of the two differ by numbers."""
+    said = re.sub(r"\d+", "", problem)
+    text = f"checkpoint of step {identity.step}: {problem}. Training goes on; older checkpoints stay"
+    state, new = replace(state, asked=0, persisted={}, completing=None, said=said), said != state.said
+    return state, [Ask(0), Say(text)] if new else [Ask(0)]

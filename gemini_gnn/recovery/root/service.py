@@ -102,7 +102,7 @@ class Root:
         self._store_at = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
         self.faults = faults
         ranks_of = [sorted(state.ranks_of(machine)) for machine in range(len(state.machines))]
-        self.copies = Copies(snapshot, ranks_of, self._send, self._say, journal, now, storage=storage)
+        self.copies = Copies(snapshot, ranks_of, self._send, self._say, journal, now, term=term, storage=storage)
         self.links: list[Link] = []
         self.finished = False
         self.away: list[str] = []  # machines that did not hear of the end
@@ -229,6 +229,8 @@ class Root:
             return
         if isinstance(message, messages.Stop):
             self.journal.log("stop_asked", machine=link.machine, reason=message.reason, force=message.force)
+            if message.force:  # a second Ctrl-C does not wait for storage either
+                self.copies.ending = False
             asked = decisions.StopAsked(message.reason, message.code, keep=message.keep, force=message.force)
             self._see(asked, now)
             return
@@ -261,6 +263,8 @@ class Root:
             ):
                 if self.copies.hear(link.machine, message, now):
                     self._see(decisions.Planned(), now)
+            case messages.Damaged(_, _, text):
+                self._see(decisions.Damaged(link.machine, text), now)
             case messages.Beat():
                 boards = {rank: dated(board, now) for rank, board in message.boards.items()}
                 link.beat = replace(message, boards=boards)
@@ -546,4 +550,4 @@ class Root:
 def _tells_of_failure(event: decisions.Event) -> bool:
     if isinstance(event, decisions.Exited):
         return event.code != 0
-    return isinstance(event, decisions.Failed | decisions.Gone | decisions.Hung)
+    return isinstance(event, decisions.Failed | decisions.Gone | decisions.Hung | decisions.Damaged)

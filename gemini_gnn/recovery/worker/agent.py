@@ -456,7 +456,7 @@ class Agent:
         spare = {self.children.warm.pid} if self.children.warm is not None else set[int]()
         stuck = beginning.kill_leftovers(self.arena, self.journal, self.limits.reap_s, spare)
         if stuck is None and not done:
-            beginning.clear_arena(self.run_dir, self.arena, request, self.journal)
+            beginning.clear(self.run_dir, self.arena, request, self.journal)
         copies = Copies(self.arena, self.job, request, token, self.journal, self.selector, self._tell)
         # From here on there is a job. All that can refuse it is above.
         now = time.monotonic()

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gemini_gnn.errors import RunDirError
 from gemini_gnn.observe import terms
 from gemini_gnn.observe.failures import read_failures
 from gemini_gnn.observe.status import read_status
@@ -24,7 +25,9 @@ from gemini_gnn.recovery.root.faults import Faults
 from gemini_gnn.recovery.root.ledger import Ledger
 from gemini_gnn.recovery.root.restoring import Storage
 from gemini_gnn.recovery.root.service import Root
+from gemini_gnn.recovery.worker import persister
 from gemini_gnn.recovery.worker.journal import Journal
+from gemini_gnn.snapshot import persist
 from gemini_gnn.snapshot.store import locks
 
 ROOT_LIMITS = decisions.Limits()
@@ -148,16 +151,34 @@ def kill_leftovers(arena: Path, journal: Journal, patience_s: float, spare: Coll
     return pid
 
 
-def clear_arena(run_dir: Path, arena: Path, request: messages.Register, journal: Journal) -> None:
-    """Remove snapshots that this job must not resume from. No trainer of an earlier term lives.
+def clear(run_dir: Path, arena: Path, request: messages.Register, journal: Journal) -> None:
+    """Remove snapshots, in memory and in storage, that this job must not resume from. No trainer of an earlier term lives.
 
     Raises:
-        RecoveryError, RunDirError: the snapshots are another run's; the arena or the run directory refuses.
+        RecoveryError, RunDirError, SnapshotError: the snapshots are another run's; the arena, the run directory or the folder
+            of the checkpoints refuses.
     """
-    run = terms.run_id(run_dir)
-    several = request.place.local_world_size < request.place.world_size
+    run, place = terms.run_id(run_dir), request.place
+    if request.resume == "never" and place.rank < place.local_world_size:  # one machine does it for all
+        _forget_checkpoints(run_dir, arena, request)
+    several = place.local_world_size < place.world_size
     reason = home.why_forget(arena, run, request.resume, several)
     if reason and home.snapshot_files(arena):
         _, size_bytes = home.remove_snapshots(arena)
         journal.log("snapshots_removed", bytes=size_bytes, reason=reason)
     home.assign(arena, run)
+
+
+def _forget_checkpoints(run_dir: Path, arena: Path, request: messages.Register) -> None:
+    """Before anything begins: later a failure might go back to one of them, or a late helper forget a new one."""
+    folder = checkpoint_folder(run_dir, request)
+    storage = persister.storage_of(arena, run_dir, folder, request.snapshot.persist_keep, home.job_id(run_dir))
+    try:
+        if not storage.inside:
+            persist.check_ours(folder, storage.job)
+        persist.forget(folder)
+    except OSError as error:
+        raise RunDirError(
+            f"resume=never: cannot forget the checkpoints in {folder}: {error.strerror} ({error.filename}). Remove them, or "
+            "give another folder (snapshot.folder)"
+        ) from error

@@ -61,13 +61,12 @@ class Copies:
         keep, storage = request.snapshot.persist_keep, checkpoint_folder(journal.run_dir, request)
         self.persister = helpers.persister(folder, journal.run_dir, storage, keep, job, journal, selector)
         self._persists = False  # the persister has been needed
-        if request.resume == "never" and not request.deaths and storage.is_dir():
-            self._to_persister(messages.ListCheckpoints(forget=True))
         self._survey: int | None = None  # number of one that waits for the replicator
-        self._list: tuple[int, float] | None = None  # number of an AskCheckpoints, and until when storage may answer
+        self._lists: dict[int, float] = {}  # by number of an AskCheckpoints, until when storage may answer
         self._ranks: list[int] = []
         self._kept: list[int] = []
-        self._persist_at, self._persisting = 0, False
+        self._persist_at = 0
+        self._persisting: Identity | None = None  # the persister was told to write it
         self._dropped = True  # shards that are no longer of this machine
 
     # --- orders of the root -----------------------------------------------------------------------------------------------
@@ -83,8 +82,9 @@ class Copies:
             case messages.Look(number):
                 self.tell(messages.Holds(number, self._held()))
             case messages.AskCheckpoints(number):
-                self._list = (number, now + LIST_S)
-                self._to_persister(messages.ListCheckpoints())
+                if not self._lists:  # else the answer to the first ask is one to all
+                    self._to_persister(messages.ListCheckpoints())
+                self._lists[number] = now + LIST_S
             case messages.Fetch():
                 assert self.replicator is not None
                 self.replicator.send(message)
@@ -98,7 +98,7 @@ class Copies:
                     self.replicator.send(message)
                 self._drop_surplus()
             case messages.PersistAt(step):
-                self._persist_at, self._persisting = step, False
+                self._persist_at, self._persisting = step, None
                 for page in range(len(self._ranks) if pages is not None else 0):
                     assert pages is not None
                     board.ask_to_persist(pages, page, step)
@@ -111,7 +111,7 @@ class Copies:
     def begin(self, begin: messages.Begin, term: int, pages: mmap.mmap | None) -> None:
         """Before the trainers of a generation are forked: no newer snapshot is left here, and the replicator knows its part."""
         self._ranks, self._kept, self._dropped = begin.ranks, begin.kept, False
-        self._persist_at, self._persisting = 0, False
+        self._persist_at, self._persisting = 0, None
         if begin.restore is not None:
             for file in self._slots():
                 if obsolete([file.view()], begin.restore, begin.recoverable):
@@ -126,7 +126,8 @@ class Copies:
             order = messages.Replicate(
                 term=term,
                 generation=begin.generation,
-                since=begin.restore,
+                # At a fresh start nothing of an earlier generation: the trainers void it.
+                since=begin.restore or Identity(term, begin.generation, 0),
                 recoverable=begin.recoverable,
                 own=[shard_of(rank) for rank in begin.ranks],
                 kept=[shard_of(rank) for rank in begin.kept],
@@ -152,9 +153,9 @@ class Copies:
         if self._persists:
             for message in self.persister.look(now):
                 self._pass_on(message)
-        if self._list is not None and now > self._list[1]:
-            self.tell(messages.Stored(self._list[0], [], f"storage has not answered for {LIST_S:.0f} s"))
-            self._list = None
+        for number in [number for number, until_s in self._lists.items() if now > until_s]:
+            del self._lists[number]
+            self.tell(messages.Stored(number, [], f"storage has not answered for {LIST_S:.0f} s"))
 
     def patience_s(self, now: float) -> float:
         """Until :meth:`look` has something to do that no descriptor announces."""
@@ -166,13 +167,15 @@ class Copies:
             case messages.Silent():
                 self._hold()
             case messages.Checkpoints(identities, shards, problem):
-                if self._list is not None:
-                    found = [(shard, one) for one, its in zip(identities, shards, strict=True) for shard in its]
-                    self.tell(messages.Stored(self._list[0], found, problem))
-                    self._list = None
-            case messages.Fetched() | messages.Copied() | messages.Trouble() | messages.Completed():
+                found = [(shard, one) for one, its in zip(identities, shards, strict=True) for shard in its]
+                for number in self._lists:
+                    self.tell(messages.Stored(number, found, problem))
+                self._lists.clear()
+            case (
+                messages.Fetched() | messages.Copied() | messages.Damaged() | messages.Trouble() | messages.Completed()
+            ):
                 self.tell(message)
-            case messages.Persisted() if self._persisting:
+            case messages.Persisted(identity) if identity == self._persisting:  # not one that was given up
                 self.tell(message)
 
     def _hold(self) -> None:
@@ -198,7 +201,7 @@ class Copies:
 
     def look_at_held(self, boards: Sequence[board.Board | None]) -> None:
         """Persist the snapshot that all trainers here hold, once."""
-        if not self._persist_at or self._persisting:
+        if not self._persist_at or self._persisting is not None:
             return
         newest = [one.held for one in boards if one is not None and one.held is not None]
         held = [one for one in newest if one.step >= self._persist_at]  # not those of the last time
@@ -206,7 +209,7 @@ class Copies:
             return
         identity = held[0]
         if len(set(held)) > 1:
-            self._persisting = True
+            self._persisting = identity
             text = f"the ranks on {os.uname().nodename} hold different snapshots"
             self.tell(messages.Persisted(identity, text))
             return
@@ -214,7 +217,7 @@ class Copies:
 
     def _persist(self, identity: Identity, shards: list[str]) -> None:
         """Of the common state one machine's shard is enough."""
-        self._persisting = True
+        self._persisting = identity
         common = [COMMON] if 0 in self._ranks and (self.arena / f"{COMMON}.0").exists() else []
         self._to_persister(messages.Persist(identity, [*shards, *common]))
 

@@ -62,7 +62,7 @@ def obey(order: messages.Message, storage: Storage) -> messages.Message:
         problem = _problem(storage, lambda: persist.complete(storage.folder, order.identity, order.shards, keep))
         return messages.Completed(order.identity, problem)
     if isinstance(order, messages.ListCheckpoints):
-        return _list(order, storage)
+        return _list(storage)
     assert isinstance(order, messages.Load)
     return messages.Fetched(order.attempt, _load(order, storage))
 
@@ -77,15 +77,9 @@ def _problem(storage: Storage, call: Callable[[], Any]) -> str:
     return ""
 
 
-def _list(order: messages.ListCheckpoints, storage: Storage) -> messages.Checkpoints:
+def _list(storage: Storage) -> messages.Checkpoints:
     found: list[tuple[persist.Mark, Path]] = []
-
-    def look() -> None:
-        if order.forget:
-            persist.forget(storage.folder)
-        found.extend(persist.complete_checkpoints(storage.folder))
-
-    problem = _problem(storage, look)
+    problem = _problem(storage, lambda: found.extend(persist.complete_checkpoints(storage.folder)))
     return messages.Checkpoints([mark.identity for mark, _ in found], [list(mark.shards) for mark, _ in found], problem)
 
 

@@ -165,6 +165,8 @@ class Courier:
             elif isinstance(answer, messages.NotKept):
                 raise ValueError(answer.text)
             else:
+                if isinstance(answer, messages.Damaged):  # once: the slot is void now
+                    self._shift.tell(answer)
                 self._trouble(answer.text, LATER_S)
                 if self._shift.stop.wait(AGAIN_S):
                     raise ConnectionError("broken off")
@@ -304,7 +306,7 @@ class Replicator:
                 attempt, left = self._fetching
                 self._fetching = (attempt, left - 1)
                 self._report_fetched()
-            case Trouble():
+            case Trouble() | messages.Damaged():
                 self._say(news)
 
     # --- push ---------------------------------------------------------------------------------------------------------
@@ -423,6 +425,10 @@ class Replicator:
                         misses += [messages.Miss(w.shard, w.identity, peer.name, False, str(error)) for w in left]
                         break
                     shift.stop.wait(RETRY_S[0])
+                except Exception as error:  # not foreseen; the root waits for an answer
+                    traceback.print_exc()
+                    misses += [messages.Miss(w.shard, w.identity, peer.name, False, repr(error)) for w in left]
+                    break
             shift.tell(misses)
         finally:
             slots.close()

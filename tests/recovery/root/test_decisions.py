@@ -13,7 +13,9 @@ from gemini_gnn.recovery.outcome import STOPPED, Failure
 from gemini_gnn.recovery.root.decisions import (
     AskToStop,
     Begin,
+    Cause,
     Close,
+    Damaged,
     DumpStacks,
     Exited,
     Failed,
@@ -693,6 +695,42 @@ def test_all_done_before_the_stacks_are_written_is_done():
     assert finished(play(state, exited(0, 0), exited(1, 0), now=0.2)[1]).kind == "done"
 
 
+# --- damaged copies -----------------------------------------------------------------------------------------------------
+
+
+def damaged(rank: int, time_s: float) -> Failed:
+    text = "snapshot 1-1-7 cannot be restored from memory"
+    return Failed(Failure(rank, 2, time_s, f"DamagedSnapshot: {text}", text, consequence=True), 1)
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["all exit", "one stays"])
+def test_a_damaged_snapshot_is_the_cause_also_after_a_rank_that_only_lost_a_peer(together):
+    told = [failure(0, 1.0, consequence=True), exited(0, 1), damaged(1, 2.0), exited(1, 2)]
+    state, actions = play(running(1, 2 if together else 3), *told, now=2.0)
+    if not together:
+        state, actions = decide(state, Tick(), 2.0 + state.limits.cause_s)
+    text = "snapshot 1-1-7 cannot be restored from memory"
+    assert state.cause == Cause("damaged copy", text, rank=1) and Close() in actions
+    assert said(actions).startswith(f"{text}; restarting all")
+
+
+def test_an_error_of_its_own_comes_before_a_damaged_snapshot():
+    state, _ = play(running(), damaged(0, 1.0), exited(0, 2), failure(1, 2.0, code=3), exited(1, 1), now=2.0)
+    assert (state.outcome.code, state.outcome.failure.rank) == (3, 1)
+
+
+def test_a_copy_that_is_found_damaged_ends_the_generation_and_counts_as_a_failure():
+    event = Damaged(1, "rank-00001 of 1-1-7 is damaged, on h2")
+    state, actions = play(running(2, 1), event)
+    assert state.cause == Cause("damaged copy", event.text, machine=1) and state.row == 1
+    assert said(actions).startswith(event.text) and actions[1:] == [Close()]
+    assert play(state, event) == (state, []), "by another replicator, of the same generation"
+    assert play(state, *reaped(state))[1] == [Begin(2)]
+    stopping = play(listening(2, 1), STOP)[0]
+    for other in (stopping, planning(), forming(2, 1)):
+        assert decide(other, event, 1.0) == (other, [])
+
+
 # --- in general ---------------------------------------------------------------------------------------------------------
 
 
@@ -702,7 +740,19 @@ def test_state_is_a_value():
     assert state == replace(state) and state.phase is Phase.RUNNING
 
 
-EVERY = [Tick(), exited(0, 0), STOP, joined(0, 1), Ready(0), unable(0), gone(0), Stuck(0, "x"), HUNG, Reached(9)]
+EVERY = [
+    Tick(),
+    exited(0, 0),
+    STOP,
+    joined(0, 1),
+    Ready(0),
+    unable(0),
+    gone(0),
+    Stuck(0, "x"),
+    HUNG,
+    Damaged(0, "x"),
+    Reached(9),
+]
 
 
 @pytest.mark.parametrize("event", EVERY)
@@ -714,7 +764,7 @@ def test_nothing_happens_after_the_end(event):
 EVENTS = st.one_of(
     st.tuples(st.just("exit"), st.integers(0, 5), st.sampled_from([0, 1, 2, 17, STOPPED, -9, -11])),
     st.tuples(st.sampled_from(["failed", "listens", "hung"]), st.integers(0, 5)),
-    st.tuples(st.sampled_from(["join", "go", "ready", "unready"]), st.integers(0, 2)),
+    st.tuples(st.sampled_from(["join", "go", "ready", "unready", "damaged"]), st.integers(0, 2)),
     st.tuples(st.just("stop"), st.booleans(), st.booleans()),
     st.tuples(st.just("reached"), st.integers(0, 9)),
     st.tuples(st.just("wait"), st.floats(0.0, 20.0)),
@@ -753,7 +803,7 @@ def test_any_order_of_events_keeps_the_invariants(shape, script):
         act(joined(machine))
         act(Ready(machine))
     for kind, *rest in script:
-        place = rest[0] % machines if kind in ("join", "go", "ready", "unready") else 0
+        place = rest[0] % machines if kind in ("join", "go", "ready", "unready", "damaged") else 0
         rank = rest[0] % (machines * local) if kind in ("exit", "failed", "listens", "hung") else 0
         tells = rank in alive and here[rank // local]
         if ended:
@@ -775,6 +825,8 @@ def test_any_order_of_events_keeps_the_invariants(shape, script):
             act(gone(place))
         elif kind in ("ready", "unready") and here[place]:
             act(Ready(place, kind == "ready"))
+        elif kind == "damaged" and here[place]:
+            act(Damaged(place, "damaged"))
         elif kind == "stop":
             act(StopAsked("stop", 130, keep=rest[0], force=rest[1]))
         elif kind == "reached":

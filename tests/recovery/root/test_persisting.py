@@ -52,12 +52,12 @@ def test_a_machine_that_heard_too_late_costs_this_one_and_the_next_is_named_furt
 
 
 def test_a_full_disk_is_said_once_and_tried_again_next_time():
-    state, actions = persisting.persisted(asked(), 1, AT_120, "no room")
+    state, actions = persisting.persisted(asked(), 1, AT_120, "no room for step-000000120")
     assert actions[0] == Ask(0) and isinstance(actions[1], Say) and "no room" in actions[1].text
     assert persisting.persisted(state, 0, AT_120, "") == (state, []), "of the one that was given up"
     state, actions = persisting.look(state, 200, 0.05, 1300.0)
     assert actions == [Ask(220)]
-    assert persisting.persisted(state, 1, Identity(1, 1, 220), "no room")[1] == [Ask(0)]
+    assert persisting.persisted(state, 1, Identity(1, 1, 220), "no room for step-000000220")[1] == [Ask(0)]
 
 
 def test_that_storage_does_not_answer_is_said_once_and_what_comes_late_still_counts():

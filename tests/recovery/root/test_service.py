@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from gemini_gnn.config import FaultsConfig, RecoveryConfig, SnapshotConfig
+from gemini_gnn.observe import terms
 from gemini_gnn.observe.status import read_status
 from gemini_gnn.recovery import messages
 from gemini_gnn.recovery.outcome import Outcome
@@ -20,6 +21,7 @@ from gemini_gnn.recovery.worker.journal import Journal
 
 @pytest.fixture
 def root(tmp_path):
+    terms.make_run_dir(tmp_path)
     journal, selector = Journal(tmp_path, "h0"), selectors.DefaultSelector()
     yield Root(
         term=2,
@@ -110,3 +112,28 @@ def test_reaping_is_not_taken_for_waiting_until_all_are_ready():
     assert (state.phase, state.generation) == (Phase.RUNNING, 2)
     parts = ledger.end(11.0)["parts"]
     assert (parts["reap_s"], parts["ready_s"]) == (0.25, 0.0)
+
+
+def test_a_late_answer_to_the_last_root_is_nobodys(root):
+    """Else the plan would be made without what a machine holds: an older snapshot, or none."""
+    assert not root.copies.plan()
+    for machine in range(2):
+        for number in range(3):
+            assert not root.copies.hear(machine, messages.Holds(number, []), 101.0)
+            assert not root.copies.hear(machine, messages.Fetched(number, []), 101.0)
+    first, second = (ask.number for ask in root.copies._restoring.open)
+    assert not root.copies.hear(0, messages.Holds(first, []), 101.0)
+    assert root.copies.hear(1, messages.Holds(second, []), 101.0)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_second_request_to_stop_does_not_wait_for_storage(root, force):
+    outcome = Outcome("stopped", 130, "Ctrl-C")
+    root.state = replace(root.state, phase=Phase.ENDED, outcome=outcome)
+    root.copies.ending, root._until_s = True, 120.0
+    here, there = messages.pair(messages.TO_ROOT)
+    root._hear(Link(here, 100.0), messages.Stop("Ctrl-C", 130, force=force), 101.0)
+    root.tick(101.0)
+    assert root.finished is force
+    here.close()
+    there.close()

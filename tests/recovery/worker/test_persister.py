@@ -113,8 +113,6 @@ def test_every_order_and_its_answer(memory, tmp_path):
         assert ask(messages.Load(8, identity, SHARDS)) == messages.Fetched(8, [])
         assert [step for step, _ in slots_of(memory, "common")] == [3]
 
-        assert ask(messages.ListCheckpoints(forget=True)) == messages.Checkpoints([], [])
-        assert not (here / persist.COMPLETE).exists()
         agent.channel.close()
         assert agent.process.wait(PATIENCE_S) == 0
         assert locks.living_trainer(memory) is None
@@ -202,7 +200,7 @@ def test_whose_checkpoints_count(memory, tmp_path):
         assert slots_of(other, "common")[0][1].header().job == "moved"
     foreign = persister.storage_of(memory, tmp_path / "else", tmp_path / "run" / "checkpoints", 2, "foreign")
     for order in (
-        messages.ListCheckpoints(forget=True),
+        messages.ListCheckpoints(),
         messages.Persist(identity, SHARDS),
         messages.Complete(identity, []),
     ):
