@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemini_gnn.compose import CONFIGS, compose, groups, spelled, take
-from gemini_gnn.config import Config, from_checked, from_mapping, to_mapping
+from gemini_gnn.config import (
+    Config,
+    Interval,
+    SnapshotConfig,
+    from_checked,
+    from_mapping,
+    interval,
+    replicas_of,
+    to_mapping,
+)
 from gemini_gnn.errors import ConfigError
 
 
@@ -70,6 +79,15 @@ def test_overrides_reach_the_typed_config():
         (["recovery.silence_s=nan"], "recovery.silence_s: expected at least 4"),
         (["recovery.wait_s=-1"], "recovery.wait_s: expected more than 0"),
         (["recovery.same_step_failures=-1"], "recovery.same_step_failures: expected 0 (never restart) or more"),
+        (["snapshot.every=0"], "snapshot.every: expected auto, or at least 1 step; got 0"),
+        (["snapshot.every=often"], "snapshot.every: expected auto, or at least 1 step; got 'often'"),
+        (["snapshot.mtbf_s=0"], "snapshot.mtbf_s: expected more than 0; got 0.0"),
+        (["snapshot.replicas=0"], "snapshot.replicas: expected auto, or at least 1 (the own copy); got 0"),
+        (["snapshot.replicas=two"], "snapshot.replicas: expected auto, or at least 1 (the own copy); got 'two'"),
+        (["snapshot.replicate_every_s=-1"], "snapshot.replicate_every_s: expected 0 or more; got -1.0"),
+        (["snapshot.replica_bytes_per_s=5"], "snapshot.replica_bytes_per_s: expected 0 (no limit), or at least 100000"),
+        (["snapshot.persist_every=soon"], 'snapshot.persist_every: expected a time ("10min", "90s", "2h"), steps'),
+        (["snapshot.persist_keep=0"], "snapshot.persist_keep: expected at least 1; got 0"),
         (["--multirun"], "--multirun is not supported"),
         (["-x"], "unknown option"),
         (["run_dir"], "KEY=VALUE"),
@@ -105,6 +123,57 @@ def test_values_mean_what_they_say(argument, name, value):
     for part in name.split("."):
         found = getattr(found, part)
     assert found == value
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("10min", Interval(600.0)),
+        ("90 s", Interval(90.0)),
+        ("1.5h", Interval(5400.0)),
+        ("500 steps", Interval(steps=500)),
+        ("1 step", Interval(steps=1)),
+        ("never", Interval()),
+        *((text, None) for text in ("soon", "", "10", "-5s", "1.5 steps", "10 min later", "5 days")),
+    ],
+)
+def test_intervals(text, expected):
+    assert interval(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "machines", "expected"),
+    [
+        ("snapshot.replicas=auto", 1, 1),
+        ("snapshot.replicas=auto", 2, 2),
+        ("snapshot.replicas=auto", 5, 2),
+        ("snapshot.replicas=1", 3, 1),
+        ("snapshot.replicas=3", 3, 3),
+        ("snapshot=nfs", 3, 1),
+        ("snapshot.failure_domains=[a,a,b]", 3, 2),
+    ],
+)
+def test_copies_of_each_shard(setting, machines, expected):
+    """The command line gives a number as text."""
+    assert replicas_of(compose([setting]).snapshot, machines) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "machines", "said"),
+    [
+        (SnapshotConfig(replicas=2), 1, r"snapshot.replicas=2: .*has 1 machine\. Give snapshot.replicas=1, or auto"),
+        (SnapshotConfig(replicas=4), 3, r"at most one copy per machine.*has 3 machines\. Give snapshot.replicas=3"),
+        (
+            SnapshotConfig(failure_domains=["a", "b"]),
+            3,
+            r"failure_domains: expected one name for each of the 3 .*got 2",
+        ),
+        (SnapshotConfig(replicas=1, failure_domains=["a"]), 2, "failure_domains: expected one name for each of the 2"),
+    ],
+)
+def test_copies_that_the_machines_cannot_keep(settings, machines, said):
+    with pytest.raises(ConfigError, match=said):
+        replicas_of(settings, machines)
 
 
 def test_an_option_spelled_as_its_file_is_taken_as_it_is():

@@ -5,7 +5,8 @@ when the state changes. The file is replaced as a whole. The last one stays when
 
     state           starting     the machines join, or the start makes itself ready
                     running      the trainers of `generation` run; `recovers_from`: they have done no new step yet
-                    recovering   trainers are killed and reaped, and all machines made ready for the next generation
+                    recovering   trainers are killed and reaped, and all machines made ready for the next generation: each
+                                 gets the shards that it lacks, also at a start
                     waiting      the same, and a machine is away
                     stopping     the job ends
                     done, stopped, failed     the job has ended; the other fields say how things stood at the end
@@ -23,6 +24,8 @@ when the state changes. The file is replaced as a whole. The last one stays when
                     ready (to fork), silent_s (since its last word), memory_bytes (of snapshots)
     ranks           list of rank, machine, alive, step, phase, phase_s (in that phase), snapshot ([term, generation, step] of
                     the newest), snapshot_s (its age); what is not known is left out
+    replicas        copies of each shard. recoverable: of several copies, the newest snapshot that has all; null: none has.
+                    checkpoint: the newest complete one that this root had written
     recovers_from   the cause of the failure that the job recovers from, in words; null: of none
     failures        the newest; failures.jsonl has all, docs/recovery.md says what their fields are
     failure_count, recovery_total_s, lost_work_s, goodput     of all of them

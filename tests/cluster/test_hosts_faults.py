@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -74,6 +75,8 @@ def test_visitors_of_the_job_and_from_outside(lab, graph, tmp_path):
         )
         wait_until(lambda b=before, k=kind: len(agent_events(run_dir, k)) > b, run_dir)
         wait_until(lambda s=steps: len(losses(run_dir)) > s, run_dir)
+    whole = r"yes, chosen +every machine has its own\n(.+\n)*newest snapshot with all 2 copies of every shard: \d"
+    wait_until(lambda: re.search(whole, typed(lab, visitor, "inspect_snapshots", run_dir).stdout), run_dir)
     refused = typed(lab, visitor, "inject", run_dir, "cut-link", "h1", "--for", "1s")
     assert refused.returncode == 2 and "faults.allow=true" in refused.stdout
     stopped = typed(lab, visitor, "stop", run_dir, "keep=false")

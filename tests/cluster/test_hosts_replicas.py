@@ -71,7 +71,9 @@ def cut(lab, run_dir, process, host):
     """Power off ``host``; the job ends without it. Returns the newest snapshot that was known to be recoverable before."""
     before = recoverable(run_dir)
     lab.power_off(host)
-    wait_until(lambda: not any("recovery.worker" in line for name in lab.hosts for line in lab.processes(name)), run_dir)
+    wait_until(
+        lambda: not any("recovery.worker" in line for name in lab.hosts for line in lab.processes(name)), run_dir
+    )
     kill_group(process)  # its ssh to the lost machine would take ten seconds more
     wait_until(lambda: nobody_trains(lab), run_dir)
     assert before is not None
@@ -125,18 +127,6 @@ def test_power_offs_at_random_instants(lab, graph, calm_of, tmp_path, request, c
     assert ended(process, run_dir, 120 + 3 * count) == 0, f"seed {seed}\n{terminal(run_dir)[-6000:]}"
     assert planned(run_dir)[-1] >= last
     same_run(run_dir, calm_of(3, *settings))
-
-
-def test_hosts_in_another_order_go_on_from_memory(lab, graph, calm_of, tmp_path):
-    run_dir = tmp_path / "run"
-    settings = [EPOCHS, "snapshot.replicas=1", "snapshot.persist_every=never"]
-    fault = ["faults.at=kill-rank 1 @ step 60", "recovery.same_step_failures=0"]
-    assert ended(start(lab, graph, run_dir, ["h0", "h1", "h2"], *settings, *fault), run_dir, 90) != 0
-    done = losses(run_dir)
-    process = start(lab, graph, run_dir, ["h2", "h0", "h1"], *settings, "resume=must")
-    assert ended(process, run_dir, 90) == 0, terminal(run_dir)[-6000:]
-    assert losses(run_dir)[: len(done)] == done
-    same_run(run_dir, calm_of(3, EPOCHS))
 
 
 def flip(lab, host, pattern):

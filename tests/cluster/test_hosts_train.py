@@ -1,6 +1,7 @@
 """What a user types on a cluster, on the lab's hosts: the real launcher, ssh, pdsh, and machines that fail."""
 
 import os
+import re
 import secrets
 import shutil
 import subprocess
@@ -221,31 +222,25 @@ def test_everything_is_killed_and_the_command_typed_again(lab, graph, losses_her
 
 
 def test_hosts_in_another_order_lose_no_step(lab, graph, losses_here, tmp_path):
-    """Nothing is changed, the error names where the shards are, and in the old order the job goes on, bit for bit."""
+    """Each shard is only on the other machine, and in no checkpoint: the agents fetch it from memory."""
     run_dir = tmp_path / "run"
     command = [PYTHON, "launch/hosts.py", "run"]
-    settings = [*graph, "training.epochs=8"]
-
-    def memory():
-        listed = ["sh", "-c", "cd /dev/shm && find . -type f -path '*/r*.[0-9]' | sort | xargs sha256sum"]
-        return [lab.run(host, listed).stdout for host in ("h0", "h1")]
-
+    settings = [*graph, "training.epochs=8", "snapshot.replicas=1", "snapshot.persist_every=never"]
     fault = ["faults.at=kill-rank 1 @ step 6", "recovery.same_step_failures=0"]
     right = [*command, str(lab.hostfile(["h0", "h1"], slots=2))]
     assert ended(train(lab, "h0", right, *settings, *fault, run_dir=run_dir), run_dir, 90) != 0
-    done, before = losses(run_dir), memory()
-    assert 0 < len(done) < len(losses_here) and all("rank-0000" in held for held in before)
+    done = losses(run_dir)
+    assert 0 < len(done) < len(losses_here)
 
     swapped = [*command, str(lab.hostfile(["h1", "h0"], slots=2))]
-    assert ended(train(lab, "h0", swapped, *settings, run_dir=run_dir), run_dir, 90) == 2
-    said = terminal(run_dir)
-    assert f"{len(done)} steps were done, but no snapshot in host memory can be restored" in said, said[-6000:]
-    assert "rank 0 on h1 lacks shard rank-00000, which is on h0" in said
-    assert losses(run_dir) == done and memory() == before and not list(run_dir.glob("losses.*.csv"))
-
-    assert ended(train(lab, "h0", right, *settings, run_dir=run_dir), run_dir, 90) == 0, terminal(run_dir)[-6000:]
-    assert "going on after step" in terminal(run_dir)
+    again = train(lab, "h0", swapped, *settings, "resume=must", run_dir=run_dir)
+    assert ended(again, run_dir, 90) == 0, terminal(run_dir)[-6000:]
+    (step,) = re.findall(r"going on after step (\d+)", terminal(run_dir))
+    assert int(step) >= len(done) - 1, "the snapshot of the last step may have been under way"
     assert losses(run_dir) == losses_here
+    assert nobody_trains(lab)
+    for host in ("h0", "h1"):
+        assert lab.run(host, ["ls", "/dev/shm"]).stdout == "", "also what was kept of the other's ranks"
 
 
 def test_a_machine_that_dies_while_the_job_starts_is_named(lab, graph, tmp_path):

@@ -90,6 +90,28 @@ def test_a_living_job_fits_80_columns_without_colours():
 
 
 @pytest.mark.parametrize(
+    ("copies", "line"),
+    [
+        ({"replicas": 1, "recoverable": None, "checkpoint": None}, None),
+        ({"replicas": 1, "recoverable": [2, 3, 119], "checkpoint": None}, None),
+        (
+            {"replicas": 2, "recoverable": None, "checkpoint": None},
+            "2 copies of each shard, no snapshot has all of them",
+        ),
+        (
+            {"replicas": 3, "recoverable": [2, 3, 119], "checkpoint": [2, 1, 90]},
+            "3 copies of each shard, the newest with all of them is 2-3-119; newest checkpoint of this start 2-1-90",
+        ),
+        ({"replicas": 1, "recoverable": None, "checkpoint": [2, 1, 90]}, "newest checkpoint of this start 2-1-90"),
+    ],
+)
+def test_copies_of_snapshots_have_a_line_if_there_are_any(copies, line):
+    """A status of an older release says nothing of copies: it has no line either."""
+    without = table.head(LIVING)
+    assert table.head(LIVING | copies) == ([*without[:3], line, *without[3:]] if line else without)
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({}, "by the clock of h1, 300 ms ago; its root writes"),

@@ -197,7 +197,7 @@ def incomplete_case(rank, world, root):
 
 
 def swapped_case(rank, world, root):
-    """The hosts of a hostfile in another order: every rank's shard is on the other machine."""
+    """Every rank's shard is on the other machine, and no agent has fetched it."""
     module, optimizer = parts()
 
     def begin(machine, generation, resume="auto", done=0):

@@ -134,7 +134,7 @@ def test_another_job_format_and_generation_are_refused(folder):
 
 
 def test_memory_of_another_release_is_refused_whatever_its_shards_are_called(folder):
-    """Not taken for an empty memory: another order of hosts, or an older name of a shard, shows nothing of this rank's."""
+    """Not taken for an empty memory: under an older name a shard shows nothing of this rank's."""
     run_some(folder)
     for _, file in slots_of(folder, "rank-00000"):
         file.void()
