@@ -70,6 +70,7 @@ class Copies:
         self._copied: dict[int, set[Identity]] = {}
         self._restoring: restoring.Restoring | None = None
         self._asked = term << 32  # number of the next ask: a late answer to an earlier root is nobody's
+        self._looks = -self._asked  # of visitors' asks, downwards: the asks of a planning follow each other
         self._storage = storage
         every = interval(settings.persist_every)
         assert every is not None
@@ -139,14 +140,17 @@ class Copies:
 
     def inspect(self, visitor: messages.Channel, here: list[int], now: float) -> None:
         """Ask the machines that are ``here`` what they hold at this moment; the answer comes when they have said it."""
-        asks = [(self._asked + number, machine) for number, machine in enumerate(here)]
-        self._asked += len(asks) + 1
-        self._visits.append(_Visit(visitor, now + VISIT_S, dict(asks)))
-        for number, machine in asks:
-            self.send(machine, messages.Look(number))
+        visit = _Visit(visitor, now + VISIT_S, {})
+        self._visits.append(visit)
+        orders: list[tuple[int, type[messages.Look | messages.AskCheckpoints]]] = [
+            (machine, messages.Look) for machine in here
+        ]
         if 0 in here and self.settings.mode == "memory":
-            self._visits[-1].waiting[self._asked - 1] = 0
-            self.send(0, messages.AskCheckpoints(self._asked - 1))
+            orders.append((0, messages.AskCheckpoints))
+        for machine, order in orders:
+            self._looks -= 1
+            visit.waiting[self._looks] = machine
+            self.send(machine, order(self._looks))
 
     def answer_visitors(self, now: float) -> None:
         for visit in list(self._visits):
