@@ -549,9 +549,9 @@ class Damaged:
 
 @dataclass(frozen=True)
 class Alive:
-    """The replicator goes round, ``sent_bytes`` since its start."""
+    """The replicator goes round, ``sent_bytes`` since its start; or the persister has loaded some more."""
 
-    sent_bytes: int
+    sent_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -815,7 +815,7 @@ FROM_REPLICATOR = (Silent, Fetched, Copied, Damaged, Alive, Trouble)
 TO_KEEPER = (Offer, Ask)  # from the replicator that opened the connection
 FROM_KEEPER = (Go, Kept, Later, NotKept, Serve, Lacks)
 TO_PERSISTER = (Persist, Complete, ListCheckpoints, Load)
-FROM_PERSISTER = (Persisted, Completed, Checkpoints, Fetched)
+FROM_PERSISTER = (Persisted, Completed, Checkpoints, Fetched, Alive)
 FROM_WARM = (Ready, Unfit)
 TO_WARM = (Preload, Fork)
 FROM_TRAINER = (Forked, Started, Listens, Failed)

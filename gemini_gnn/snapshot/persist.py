@@ -478,11 +478,19 @@ def reading(path: Path) -> Iterator[Callable[[memoryview, int], None]]:
         os.close(descriptor)
 
 
-def load(checkpoint: Path, arena_folder: Path, identity: Identity, shard: str, job: str) -> None:
+def load(
+    checkpoint: Path,
+    arena_folder: Path,
+    identity: Identity,
+    shard: str,
+    job: str,
+    moved: Callable[[], None] = lambda: None,
+) -> None:
     """Put a shard of a checkpoint into a slot, verified, unless one holds it already. No trainer may run.
 
     Args:
         job: of the slot: a run directory that was moved is another job.
+        moved: is called for each chunk.
 
     Raises:
         DamagedError: the bytes are not those that were captured; no slot holds them.
@@ -500,6 +508,7 @@ def load(checkpoint: Path, arena_folder: Path, identity: Identity, shard: str, j
 
         def into(chunk: memoryview, in_slot: int) -> None:
             raw[in_slot : in_slot + len(chunk)] = chunk
+            moved()
 
         file.write_header(replace(header, state=SlotState.WRITING, slot=file.slot))
         try:

@@ -5,8 +5,8 @@ Ownership. The agent has one ``Copies`` from the beginning of a job to its end, 
 agent itself only reads and voids headers in the arena, and does so only while no trainer lives and the replicator is quiet.
 
 Interruptions. A helper may die at any instruction: another one gets the orders that still hold. Storage that hangs holds up the
-persister alone; the root does not wait for a list of checkpoints longer than ``LIST_S``. An order of an earlier planning may
-still be answered: the root knows its number no more.
+persister alone: what takes too long, a list of checkpoints or the load of one, is answered for it. An order of an earlier
+planning may still be answered: the root knows its number no more.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from gemini_gnn.snapshot.store.format import SlotState
 from gemini_gnn.snapshot.store.identity import COMMON, Identity, shard_of
 
 LIST_S = 30.0  # until storage has said which checkpoints there are
+LOAD_S = 60.0  # without a byte of a checkpoint that is loaded
 
 
 class Copies:
@@ -63,6 +64,7 @@ class Copies:
         self._persists = False  # the persister has been needed
         self._survey: int | None = None  # number of one that waits for the replicator
         self._lists: dict[int, float] = {}  # by number of an AskCheckpoints, until when storage may answer
+        self._load: tuple[messages.Load, float] | None = None  # under way, and until when storage may move a byte
         self._ranks: list[int] = []
         self._kept: list[int] = []
         self._persist_at = 0
@@ -74,7 +76,9 @@ class Copies:
     def obey(self, message: messages.Message, pages: mmap.mmap | None, now: float) -> None:
         match message:
             case messages.Survey(number):
-                self._survey = number
+                self._survey, self._load = number, None
+                # Both are of no use now, and a load writes into the arena.
+                self.persister.give_up(messages.Load, messages.Persist)
                 if self.replicator is None:
                     self._hold()
                 else:
@@ -89,6 +93,7 @@ class Copies:
                 assert self.replicator is not None
                 self.replicator.send(message)
             case messages.Load():
+                self._load = (message, now + LOAD_S)
                 self._to_persister(message)
             case messages.Advance(identity):
                 for page in range(len(self._ranks) if pages is not None else 0):
@@ -152,7 +157,15 @@ class Copies:
                 self._pass_on(message)
         if self._persists:
             for message in self.persister.look(now):
+                if self._load is not None and isinstance(message, messages.Alive):
+                    self._load = (self._load[0], now + LOAD_S)
                 self._pass_on(message)
+        if self._load is not None and now > self._load[1]:
+            (load, _), self._load = self._load, None
+            self.persister.give_up(messages.Load)
+            text = f"storage has not moved a byte for {LOAD_S:.0f} s"
+            misses = [messages.Miss(shard, load.identity, "storage", False, text) for shard in load.shards]
+            self.tell(messages.Fetched(load.attempt, misses))
         for number in [number for number, until_s in self._lists.items() if now > until_s]:
             del self._lists[number]
             self.tell(messages.Stored(number, [], f"storage has not answered for {LIST_S:.0f} s"))
@@ -171,6 +184,9 @@ class Copies:
                 for number in self._lists:
                     self.tell(messages.Stored(number, found, problem))
                 self._lists.clear()
+            case messages.Fetched(number) if self._load is not None and number == self._load[0].attempt:
+                self._load = None
+                self.tell(message)
             case (
                 messages.Fetched() | messages.Copied() | messages.Damaged() | messages.Trouble() | messages.Completed()
             ):

@@ -89,6 +89,14 @@ class Helper:
         if self._channel is not None:
             self._channel.send(order, timeout_s=1.0)
 
+    def give_up(self, *kinds: type) -> None:
+        """Nobody wants orders of these classes done any more. If it has one it is killed, since it may be at it."""
+        left = [one for one in self._orders if not isinstance(one, kinds)]
+        if len(left) < len(self._orders):
+            self._journal.log("helper_given_up", name=self.name, pid=self.pid)
+            self._orders = left
+            self._forget()
+
     def patience_s(self, now: float) -> float:
         """Until :meth:`look` has something to do that no descriptor announces."""
         if self._channel is not None:

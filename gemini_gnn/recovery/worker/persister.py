@@ -16,6 +16,7 @@ import argparse
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from gemini_gnn.errors import SnapshotError
 from gemini_gnn.recovery import messages, processes
 from gemini_gnn.snapshot import persist
 from gemini_gnn.snapshot.store import locks
+
+BEAT_S = 1.0  # from one Alive to the next, while a checkpoint is loaded
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,12 @@ def storage_of(arena: Path, run_dir: Path, folder: Path, keep: int, job: str) ->
     return Storage(arena, folder, keep, job, inside)
 
 
-def obey(order: messages.Message, storage: Storage) -> messages.Message:
-    """Carry an order out; the answer to it."""
+def _nobody() -> None:
+    pass
+
+
+def obey(order: messages.Message, storage: Storage, moved: Callable[[], None] = _nobody) -> messages.Message:
+    """Carry an order out; the answer to it. ``moved``: is called for each piece of a checkpoint that was loaded."""
     if isinstance(order, messages.Persist):
         problem = _problem(storage, lambda: persist.write(storage.arena, storage.folder, order.identity, order.shards))
         return messages.Persisted(order.identity, problem)
@@ -64,7 +71,7 @@ def obey(order: messages.Message, storage: Storage) -> messages.Message:
     if isinstance(order, messages.ListCheckpoints):
         return _list(storage)
     assert isinstance(order, messages.Load)
-    return messages.Fetched(order.attempt, _load(order, storage))
+    return messages.Fetched(order.attempt, _load(order, storage, moved))
 
 
 def _problem(storage: Storage, call: Callable[[], Any]) -> str:
@@ -83,7 +90,7 @@ def _list(storage: Storage) -> messages.Checkpoints:
     return messages.Checkpoints([mark.identity for mark, _ in found], [list(mark.shards) for mark, _ in found], problem)
 
 
-def _load(order: messages.Load, storage: Storage) -> list[messages.Miss]:
+def _load(order: messages.Load, storage: Storage, moved: Callable[[], None]) -> list[messages.Miss]:
     paths: dict[Any, Path] = {}
     problem = _problem(
         storage, lambda: paths.update({m.identity: p for m, p in persist.complete_checkpoints(storage.folder)})
@@ -96,7 +103,7 @@ def _load(order: messages.Load, storage: Storage) -> list[messages.Miss]:
             why = why or f"expected a complete checkpoint {order.identity} in {storage.folder}; there is none"
         else:
             try:
-                persist.load(path, storage.arena, order.identity, shard, storage.job)
+                persist.load(path, storage.arena, order.identity, shard, storage.job, moved)
                 continue
             except (SnapshotError, OSError) as error:
                 damaged, why = isinstance(error, persist.DamagedError), str(error)
@@ -128,9 +135,17 @@ def main() -> None:
     lock = locks.hold_trainers_lock(options.arena)
     storage = storage_of(options.arena, options.run_dir, options.folder, options.keep, options.job)
     agent = messages.Channel(socket.socket(fileno=options.channel), messages.TO_PERSISTER)
+    beat_s = time.monotonic()
+
+    def moved() -> None:
+        nonlocal beat_s
+        if time.monotonic() - beat_s > BEAT_S:
+            beat_s = time.monotonic()
+            agent.send(messages.Alive(), timeout_s=10.0)
+
     while not agent.closed:
         for order in agent.wait(3600.0):
-            agent.send(obey(order, storage), timeout_s=10.0)
+            agent.send(obey(order, storage, moved), timeout_s=10.0)
     os.close(lock)
 
 

@@ -10,18 +10,22 @@ from gemini_gnn.cluster.place import Place
 from gemini_gnn.config import FaultsConfig, RecoveryConfig, SnapshotConfig
 from gemini_gnn.recovery import messages
 from gemini_gnn.recovery.messages import (
+    Alive,
     AskCheckpoints,
     Begin,
     Checkpoints,
+    Fetched,
     ListCheckpoints,
+    Load,
     Peer,
     Persist,
     PersistAt,
     Persisted,
     Replicate,
     Stored,
+    Survey,
 )
-from gemini_gnn.recovery.worker.copies import LIST_S, Copies
+from gemini_gnn.recovery.worker.copies import LIST_S, LOAD_S, Copies
 from gemini_gnn.recovery.worker.journal import Journal
 from tests.recovery.arenas import JOB, arena_folder, step
 
@@ -30,10 +34,13 @@ class Fake:
     """A helper: ``told``, and what it ``says`` next."""
 
     def __init__(self):
-        self.told, self.says = [], []
+        self.told, self.says, self.given_up = [], [], []
 
     def send(self, order):
         self.told.append(order)
+
+    def give_up(self, *kinds):
+        self.given_up += kinds
 
     def look(self, now):
         said, self.says = self.says, []
@@ -109,3 +116,23 @@ def test_a_fresh_start_copies_nothing_of_an_earlier_generation(copies):
     assert isinstance(order, Replicate) and order.since == (3, 2, 0)
     copies.begin(Begin(3, [1], "127.0.0.1", 1, "auto", restore=step(7), replicas=2, peers=peers, kept=[0]), 3, None)
     assert copies.replicator.told[-1].since == step(7)
+
+
+def test_a_checkpoint_that_does_not_come_is_answered_for_and_what_moves_is_waited_for(copies):
+    copies.obey(Load(5, step(7), ["rank-00001"]), None, 0.0)
+    assert hear(copies, copies.persister, Alive(), now=LOAD_S) == []
+    assert hear(copies, copies.persister, now=2 * LOAD_S) == [] and copies.persister.given_up == []
+    ((number, (miss,)),) = [(one.attempt, one.misses) for one in hear(copies, copies.persister, now=2 * LOAD_S + 1)]
+    assert (number, miss.shard, miss.identity, copies.persister.given_up) == (5, "rank-00001", step(7), [Load])
+    assert "has not moved a byte" in miss.text
+    copies.obey(Load(6, step(6), ["rank-00001"]), None, 200.0)
+    assert hear(copies, copies.persister, Fetched(6, []), now=201.0) == [Fetched(6, [])]
+    assert hear(copies, copies.persister, now=900.0) == []
+
+
+def test_before_a_planning_nothing_writes_into_the_arena_from_storage(copies):
+    """A machine was lost while another loaded a checkpoint: the planning is begun anew, perhaps with a better snapshot."""
+    copies.obey(Load(5, step(7), ["rank-00001"]), None, 0.0)
+    copies.obey(Survey(6), None, 1.0)
+    assert copies.persister.given_up == [Load, Persist]
+    assert hear(copies, copies.persister, now=900.0) == []

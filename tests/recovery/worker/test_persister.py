@@ -2,6 +2,7 @@
 
 import os
 import select
+import selectors
 import signal
 import socket
 import subprocess
@@ -12,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from gemini_gnn.recovery import messages
-from gemini_gnn.recovery.worker import persister
+from gemini_gnn.recovery import messages, processes
+from gemini_gnn.recovery.worker import helpers, persister
 from gemini_gnn.snapshot import persist
 from gemini_gnn.snapshot.store import arena, locks
 from gemini_gnn.snapshot.store.identity import Identity
@@ -209,3 +210,46 @@ def test_whose_checkpoints_count(memory, tmp_path):
     (miss,) = persister.obey(messages.Load(1, identity, ["common"]), foreign).misses
     assert "step-000000003 is of job job" in miss.text
     assert persister.obey(messages.ListCheckpoints(), moved).identities == [identity]
+
+
+class Log:
+    """In place of the agent's journal."""
+
+    def log(self, kind, **fields):
+        pass
+
+
+def test_what_nobody_wants_any_more_is_given_up_and_the_rest_is_done_by_the_next_one(memory, tmp_path):
+    """It hangs in a load. It is gone before another one is started."""
+    identity, run_dir = Identity(1, 1, 3), tmp_path / "run"
+    here = run_dir / "checkpoints"
+    storage = persister.storage_of(memory, run_dir, here, 2, "job")
+    for order in (messages.Persist(identity, SHARDS), messages.Complete(identity, SHARDS)):
+        assert not persister.obey(order, storage).problem
+    file = here / persist.tag_of(3) / "common.safetensors"
+    file.unlink()
+    os.mkfifo(file)  # nobody writes into it: to open it never ends
+    with selectors.DefaultSelector() as selector:
+        helper = helpers.persister(memory, run_dir, here, 2, "job", Log(), selector)
+        said: list[messages.Message] = []
+
+        def until(done):
+            deadline = time.monotonic() + PATIENCE_S
+            while not done():
+                assert time.monotonic() < deadline
+                said.extend(helper.look(time.monotonic()))
+                selector.select(0.01)
+                processes.reap_children()
+
+        try:
+            helper.send(messages.Load(1, identity, ["common"]))
+            helper.send(messages.ListCheckpoints())
+            until(lambda: helper.pid and locks.living_trainer(memory) == helper.pid)
+            first = helper.pid
+            helper.give_up(messages.Load, messages.Persist)
+            until(lambda: said)
+            assert said == [messages.Checkpoints([identity], [SHARDS])] and helper.pid not in (0, first)
+        finally:
+            pid = helper.pid
+            helper.close()
+            processes.reap_child(pid, PATIENCE_S)
