@@ -406,7 +406,10 @@ def compress_section(options: argparse.Namespace, folder: Path) -> list[dict]:
             "the same in planes": lambda a=a, b=b: planes(a ^ b),
         }.items():
             for name, compress in codecs().items():
-                taken = in_turns({name: lambda _, f=compress, m=make: len(f(m().tobytes()))}, options.rounds)
+                once = {name: lambda _, f=compress, m=make: len(f(m().tobytes()))}
+                taken = in_turns(
+                    once, options.rounds, time.process_time
+                )  # one thread: without the waiting of a busy machine
                 seconds, size = median(s for s, _ in taken[name]), taken[name][0][1]
                 ratio, speed = size / len(b), len(b) / seconds
                 gains = {rate: gain(ratio, speed, rate / 8) for rate in (1e9, 10e9)}
