@@ -55,6 +55,9 @@ HOSTS = ["h0", "h1", "h2", "h3"]
 LOOPBACK = "loopback"
 WARM = 3  # rounds that are not counted: each slot's pages are new once
 PAGES = (4096, 64 << 10)  # bytes of which "unchanged" is counted
+TRAINER = (
+    7  # times the bytes of a rank's state: weights, gradients and buffers of all 4 ranks' parameters, and the state
+)
 GAIN = 1.5  # how many times as fast a copy must arrive at 1 Gbit/s, for a core on both ends and a format of its own
 VARIANTS = {
     "one copy": ("snapshot.replicas=1",),
@@ -283,6 +286,12 @@ def loss_section(options: argparse.Namespace, folder: Path) -> list[dict]:
     for rate in options.rates:
         with lab_of(4, rate, folder) as lab:
             for nbytes in options.states:
+                needed = len(HOSTS) * (slots_bytes(nbytes, 2) + TRAINER * nbytes)
+                if needed > machine()["memory_bytes"]:
+                    print(
+                        f"not run: loss {nbytes / 1e6:.0f} MB per rank: 4 hosts need {needed / 1e9:.0f} GB of this machine"
+                    )
+                    continue
                 rows.append(loss(lab, rate, nbytes, options, folder))
     return rows
 
@@ -479,9 +488,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", default=["1gbit", "10gbit"], help="of part loss")
     parser.add_argument("--push", nargs="+", type=float, default=[200e6], help="bytes")
     parser.add_argument("--restore", type=float, default=1e9, help="bytes")
-    parser.add_argument(
-        "--states", nargs="+", type=float, default=[10e6, 100e6], help="bytes per rank; 4 hosts x 5 slots"
-    )
+    parser.add_argument("--states", nargs="+", type=float, default=[10e6, 100e6, 1e9], help="bytes per rank")
     parser.add_argument("--compute", type=float, default=0.5, help="seconds of a forward pass of part loss")
     parser.add_argument("--busy", action="store_true", help="it computes meanwhile")
     parser.add_argument("--steps", type=int, default=32, help="of a job of parts loss and compress")
@@ -511,8 +518,8 @@ def main() -> None:
                 print(f"not run: {name}: {reason}")
                 continue
             results[name] = PARTS[name](options, Path(folder))
-    results["load_1min_at_end"] = os.getloadavg()[0]
-    write(options.output, results)
+            results["load_1min_at_end"] = os.getloadavg()[0]
+            write(options.output, results)
 
 
 if __name__ == "__main__":
