@@ -252,7 +252,11 @@ def train(run: Run) -> RunState:
                 break
             agreed, phases, edges = _one_step(run, batches, clock)
             run.events.emit(
-                "step", step=state.step, edges=edges, phases_s={k: round(v, 6) for k, v in vars(phases).items()}
+                "step",
+                step=state.step,
+                edges=edges,
+                captured=agreed.capture,
+                phases_s={k: round(v, 6) for k, v in vars(phases).items()},
             )
             run.report.step(phases, edges)
             if state.step % source.steps_per_epoch == 0:
