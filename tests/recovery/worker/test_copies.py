@@ -8,6 +8,7 @@ import pytest
 
 from gemini_gnn.cluster.place import Place
 from gemini_gnn.config import FaultsConfig, RecoveryConfig, SnapshotConfig
+from gemini_gnn.errors import ClusterError
 from gemini_gnn.recovery import messages
 from gemini_gnn.recovery.messages import (
     Alive,
@@ -25,7 +26,7 @@ from gemini_gnn.recovery.messages import (
     Stored,
     Survey,
 )
-from gemini_gnn.recovery.worker.copies import LIST_S, LOAD_S, Copies
+from gemini_gnn.recovery.worker.copies import LIST_S, LOAD_S, Copies, _address_towards
 from gemini_gnn.recovery.worker.journal import Journal
 from tests.recovery.arenas import JOB, arena_folder, step
 
@@ -136,3 +137,10 @@ def test_before_a_planning_nothing_writes_into_the_arena_from_storage(copies):
     copies.obey(Survey(6), None, 1.0)
     assert copies.persister.given_up == [Load, Persist]
     assert hear(copies, copies.persister, now=900.0) == []
+
+
+def test_a_machine_without_a_way_to_the_first_one_says_so():
+    with pytest.raises(
+        ClusterError, match="no way to the first machine, MASTER_ADDR=255.255.255.255: Permission denied"
+    ):
+        _address_towards("255.255.255.255")  # the kernel permits nobody to connect there
