@@ -227,8 +227,7 @@ class Copies:
         identity = held[0]
         if len(set(held)) > 1:
             self._persisting = identity
-            text = f"the ranks on {os.uname().nodename} hold different snapshots"
-            self.tell(messages.Persisted(identity, text))
+            self.tell(messages.Persisted(None))  # some heard too late
             return
         self._persist(identity, [shard_of(rank) for rank in self._ranks])
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import selectors
+from dataclasses import replace
 
 import pytest
 
 from gemini_gnn.cluster.place import Place
 from gemini_gnn.config import FaultsConfig, RecoveryConfig, SnapshotConfig
 from gemini_gnn.errors import ClusterError
-from gemini_gnn.recovery import messages
+from gemini_gnn.recovery import board, messages
 from gemini_gnn.recovery.messages import (
     Alive,
     AskCheckpoints,
@@ -144,3 +145,15 @@ def test_a_machine_without_a_way_to_the_first_one_says_so():
         ClusterError, match="no way to the first machine, MASTER_ADDR=255.255.255.255: Permission denied"
     ):
         _address_towards("255.255.255.255")  # the kernel permits nobody to connect there
+
+
+def test_ranks_of_one_machine_that_hold_different_snapshots_are_late_not_broken(copies):
+    copies._ranks = [2, 3]
+    copies.obey(PersistAt(7), None, 0.0)
+    page = board.Board(1, 1, 9, 0, board.Phase.STEP, 0.0, 0, 0.0)
+    boards = [replace(page, held=step(7)), replace(page, held=step(8))]
+    copies.look_at_held(boards[:1])
+    assert copies.root == [], "the other has not held one yet"
+    copies.look_at_held(boards)
+    copies.look_at_held(boards)
+    assert copies.root == [Persisted(None)]
