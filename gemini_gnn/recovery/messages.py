@@ -639,9 +639,9 @@ class Persist:
 
 @dataclass(frozen=True)
 class Persisted:
-    """The shards are durable, or ``problem`` says why not."""
+    """The shards are durable, or ``problem`` says why not. ``identity``: None where the ranks hold different snapshots."""
 
-    identity: Identity
+    identity: Identity | None
     problem: str = ""
 
 

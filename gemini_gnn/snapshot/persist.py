@@ -369,7 +369,8 @@ def _remove_old(folder: Path, identity: Identity, keep: int) -> None:
         sync(path)
         shutil.rmtree(path, ignore_errors=True)
     unmarked = [c.path for c in survey(folder) if c.problem == "incomplete" and ".partial-" not in c.path.name]
-    for path in _older_partials(folder, identity) + unmarked:
+    # One of the same identity was written again, after it was complete.
+    for path in [*_older_partials(folder, identity), partial_of(folder, identity), *unmarked]:
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -243,6 +243,9 @@ def test_the_newest_are_kept_and_leftovers_removed(memory, tmp_path):
             persist.complete(tmp_path, Identity(1, 1, number), SHARDS, keep=2)
     assert [i.step for i in identities(tmp_path)] == [7, 9]
     assert {p.name for p in tmp_path.iterdir()} == {"step-000000007", "step-000000009"}
+    # a job that goes on and ends without a step writes what is there already
+    persisted(memory, tmp_path, Identity(1, 1, 9))
+    assert {p.name for p in tmp_path.iterdir()} == {"step-000000007", "step-000000009"}
     # after a roll-back to step 7 the newest is not the one of the highest step
     captured(memory, Identity(1, 2, 8))
     persisted(memory, tmp_path, Identity(1, 2, 8))

@@ -5,7 +5,7 @@
     persisted  each machine has written its shards
     complete   all machines wrote the same snapshot: machine 0 marks it. From then on it counts
 
-A machine that hears too late holds a later snapshot than the others. Then none of it counts, and the next step is named further
+A rank that hears too late holds a later snapshot than the others. Then none of it counts, and the next step is named further
 ahead. A failure of the job, or of storage, only costs this checkpoint: the ones before stay.
 """
 
@@ -99,10 +99,12 @@ def at_the_end(state: State, identity: Identity) -> State:
     return replace(state, asked=max(1, identity.step), persisted={}, completing=None)
 
 
-def persisted(state: State, machine: int, identity: Identity, problem: str) -> Step:
-    """A machine has written its shards of a snapshot, or could not."""
+def persisted(state: State, machine: int, identity: Identity | None, problem: str) -> Step:
+    """A machine has written its shards of a snapshot, or could not; None: its ranks hold different ones."""
     if not state.asked or state.completing is not None:
         return state, []
+    if identity is None:
+        return _late(state)
     if problem:
         return _failed(state, identity, problem)
     state = replace(state, persisted={**state.persisted, machine: identity})
@@ -110,7 +112,12 @@ def persisted(state: State, machine: int, identity: Identity, problem: str) -> S
         return state, []
     if len(set(state.persisted.values())) == 1:
         return replace(state, completing=identity), [Mark(identity)]
-    state = replace(state, margin_s=2 * state.margin_s, last_s=-math.inf, last_step=-(1 << 62))  # again at once
+    return _late(state)
+
+
+def _late(state: State) -> Step:
+    """Some heard too late: again at once, and further ahead."""
+    state = replace(state, margin_s=2 * state.margin_s, last_s=-math.inf, last_step=-(1 << 62))
     return replace(state, asked=0, persisted={}), [Ask(0)]
 
 

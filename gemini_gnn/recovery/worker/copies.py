@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from gemini_gnn.errors import ClusterError
 from gemini_gnn.recovery import board, messages, wire
 from gemini_gnn.recovery.worker import helpers
 from gemini_gnn.recovery.worker.beginning import checkpoint_folder
@@ -226,8 +227,7 @@ class Copies:
         identity = held[0]
         if len(set(held)) > 1:
             self._persisting = identity
-            text = f"the ranks on {os.uname().nodename} hold different snapshots"
-            self.tell(messages.Persisted(identity, text))
+            self.tell(messages.Persisted(None))  # some heard too late
             return
         self._persist(identity, [shard_of(rank) for rank in self._ranks])
 
@@ -260,8 +260,18 @@ class Copies:
 
 
 def _address_towards(master_addr: str) -> str:
-    """The address of this machine on the way to the first one. Sends nothing."""
-    family, _, _, _, where = socket.getaddrinfo(master_addr, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(where)  # a datagram socket only looks up the route
-        return str(probe.getsockname()[0])
+    """The address of this machine on the way to the first one. Sends nothing.
+
+    Raises:
+        ClusterError: there is no way.
+    """
+    try:
+        family, _, _, _, where = socket.getaddrinfo(master_addr, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(where)  # a datagram socket only looks up the route
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise ClusterError(
+            f"{os.uname().nodename} has no way to the first machine, MASTER_ADDR={master_addr}: {error.strerror}. Is its "
+            f"network up? Try there: `ip route get {master_addr}`"
+        ) from error

@@ -49,6 +49,9 @@ def test_a_machine_that_heard_too_late_costs_this_one_and_the_next_is_named_furt
     state, actions = persisting.persisted(state, 1, AT_121, "")
     assert actions == [Ask(0)] and state.newest is None
     assert persisting.look(state, 130, 0.05, 602.0)[1] == [Ask(170)]
+    state, actions = persisting.persisted(asked(), 0, None, "")
+    assert actions == [Ask(0)], "ranks of one machine: nothing to tell people"
+    assert persisting.look(state, 130, 0.05, 602.0)[1] == [Ask(170)]
 
 
 def test_a_full_disk_is_said_once_and_tried_again_next_time():

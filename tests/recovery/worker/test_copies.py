@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import selectors
+from dataclasses import replace
 
 import pytest
 
 from gemini_gnn.cluster.place import Place
 from gemini_gnn.config import FaultsConfig, RecoveryConfig, SnapshotConfig
-from gemini_gnn.recovery import messages
+from gemini_gnn.errors import ClusterError
+from gemini_gnn.recovery import board, messages
 from gemini_gnn.recovery.messages import (
     Alive,
     AskCheckpoints,
@@ -25,7 +27,7 @@ from gemini_gnn.recovery.messages import (
     Stored,
     Survey,
 )
-from gemini_gnn.recovery.worker.copies import LIST_S, LOAD_S, Copies
+from gemini_gnn.recovery.worker.copies import LIST_S, LOAD_S, Copies, _address_towards
 from gemini_gnn.recovery.worker.journal import Journal
 from tests.recovery.arenas import JOB, arena_folder, step
 
@@ -136,3 +138,22 @@ def test_before_a_planning_nothing_writes_into_the_arena_from_storage(copies):
     copies.obey(Survey(6), None, 1.0)
     assert copies.persister.given_up == [Load, Persist]
     assert hear(copies, copies.persister, now=900.0) == []
+
+
+def test_a_machine_without_a_way_to_the_first_one_says_so():
+    with pytest.raises(
+        ClusterError, match="no way to the first machine, MASTER_ADDR=255.255.255.255: Permission denied"
+    ):
+        _address_towards("255.255.255.255")  # the kernel permits nobody to connect there
+
+
+def test_ranks_of_one_machine_that_hold_different_snapshots_are_late_not_broken(copies):
+    copies._ranks = [2, 3]
+    copies.obey(PersistAt(7), None, 0.0)
+    page = board.Board(1, 1, 9, 0, board.Phase.STEP, 0.0, 0, 0.0)
+    boards = [replace(page, held=step(7)), replace(page, held=step(8))]
+    copies.look_at_held(boards[:1])
+    assert copies.root == [], "the other has not held one yet"
+    copies.look_at_held(boards)
+    copies.look_at_held(boards)
+    assert copies.root == [Persisted(None)]
