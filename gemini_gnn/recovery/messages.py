@@ -202,7 +202,7 @@ class Join:
         world_size, local_world_size: of the job, as its slot processes say.
         alive: ranks of the trainers that are not reaped, of any generation.
         ready: it can fork a generation. unable: why it never can; ``time_s`` as in :class:`RankFailed`.
-        address, port: of its replicator; port 0: it has none.
+        address, port: of its replicator; port 0: it has none. Address "": where the connection comes from.
     """
 
     machine: int

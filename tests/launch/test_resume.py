@@ -181,6 +181,7 @@ def test_steps_whose_snapshots_are_lost_are_not_begun_again(run_dir, tmp_path):
     from gemini_gnn.recovery import home
 
     settings = [*TINY, f"dataset.cache={tmp_path / 'cache'}", "training.epochs=1000", "logger=quiet"]
+    settings.append("snapshot.persist_every=never")
     slots = start_slots(run_dir, *settings)
     wait_for(lambda: True if steps_done(run_dir) > 5 else None, "first steps")
     for slot in slots:

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 
 from gemini_gnn.errors import SnapshotError
 from gemini_gnn.snapshot import attach, export, persist
-from gemini_gnn.snapshot.capture.shards import COMMON, shard_of
 from gemini_gnn.snapshot.store import format
-from gemini_gnn.snapshot.store.identity import Identity
+from gemini_gnn.snapshot.store.identity import COMMON, Identity, shard_of
 from tests.ranks import run_ranks
 from tests.snapshot.plain_training import arena_folder, context_of, parts, run_some, step
 from tests.snapshot.test_resume import Net, Position, build, seed_all, settings, train

@@ -288,7 +288,8 @@ class Root:
         for old in [one for one in self.links if one.machine == number and one is not link]:
             self._lost(old, "agent", "has come again", now)
         link.machine, link.pid = number, join.pid
-        self.copies.peers[number] = messages.Peer(join.name, join.address, join.port)
+        address = join.address or _comes_from(link.channel) or self.master_addr
+        self.copies.peers[number] = messages.Peer(join.name, address, join.port)
         self.journal.log("worker_joined", machine=number, name=join.name, pid=join.pid, alive=join.alive)
         link.channel.send(messages.Welcome(self.term, self.settings.heartbeat_s, self.settings.silence_s))
         if self.state.phase is decisions.Phase.ENDED:
@@ -545,6 +546,15 @@ class Root:
             self.listener.close()
             self.listener = None
         return [link.channel for link in self.links]
+
+
+def _comes_from(channel: messages.Channel) -> str:
+    """The address at the other end; empty for a socket pair, or once the connection is gone."""
+    try:
+        peer = channel.sock.getpeername()
+    except OSError:
+        return ""
+    return str(peer[0]) if isinstance(peer, tuple) else ""
 
 
 def _tells_of_failure(event: decisions.Event) -> bool:

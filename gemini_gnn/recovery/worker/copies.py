@@ -36,7 +36,8 @@ LOAD_S = 60.0  # without a byte of a checkpoint that is loaded
 class Copies:
     """
     Attributes:
-        address, port: of the replicator; port 0: the job has one machine, or keeps no snapshots in memory.
+        address, port: of the replicator; port 0: the job has one machine, or keeps no snapshots in memory. Address "": not
+            known, as there is no way to the first machine.
     """
 
     def __init__(
@@ -55,8 +56,14 @@ class Copies:
         self._token = -1
         self.replicator: helpers.Helper | None = None
         if place.machines > 1 and request.snapshot.mode == "memory":
-            self.address = _address_towards(place.master_addr)
-            self._listener = wire.listen(self.address, 0)
+            try:
+                self.address = _address_towards(place.master_addr)
+            except ClusterError:
+                if not request.deaths:
+                    raise
+                # Its link is cut while one agent takes another's place: the root sees the address once it is back.
+            everywhere = "::" if ":" in place.master_addr else "0.0.0.0"
+            self._listener = wire.listen(self.address or everywhere, 0)
             self.port = self._listener.getsockname()[1]
             self._token = helpers.secret(token)
             self.replicator = helpers.replicator(folder, job, self._listener, self._token, journal, selector)

@@ -15,7 +15,7 @@ SHARDS = [(f"rank-0000{rank}", Identity(1, 1, step)) for step in (5, 6, 7) for r
 @pytest.fixture
 def asked(root, tmp_path):
     """What the machines are asked, in order: machine and message."""
-    (tmp_path / "events").mkdir()
+    (tmp_path / "events").mkdir(exist_ok=True)  # a journal may have made it
     root.copies.peers = {machine: messages.Peer(f"h{machine}", f"10.0.0.{machine}", 9) for machine in (0, 1)}
     found = []
     root.copies.send = lambda machine, message: found.append((machine, message))
