@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 
 import pytest
@@ -81,7 +82,7 @@ def cut(lab, run_dir, process, host):
 
 @pytest.mark.parametrize(
     ("hosts", "settings"),
-    [(2, ["deepspeed.zero=1"]), (3, ["deepspeed.zero=3"])],
+    [pytest.param(2, ["deepspeed.zero=1"], marks=pytest.mark.long), (3, ["deepspeed.zero=3"])],
     ids=["2 hosts", "3 hosts in a ring"],
 )
 def test_another_host_in_the_place_of_a_lost_one_loses_no_step(lab, graph, calm_of, tmp_path, hosts, settings):
@@ -103,7 +104,7 @@ def test_another_host_in_the_place_of_a_lost_one_loses_no_step(lab, graph, calm_
         assert lab.run(host, ["ls", "/dev/shm"]).stdout == ""
 
 
-@pytest.mark.parametrize("count", [5, pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(7200)])])
+@pytest.mark.parametrize("count", [3, pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(7200)])])
 def test_power_offs_at_random_instants(lab, graph, calm_of, tmp_path, request, count):
     """Each is followed by a start with another host in the lost one's place, the others in any order."""
     seed = request.config.getoption("seed") or 1
@@ -145,6 +146,7 @@ def flip(lab, host, pattern):
     return lab.run(host, ["python3", "-c", script]).stdout.split()
 
 
+@pytest.mark.long
 def test_a_byte_that_flipped_is_noticed_and_another_copy_is_used(lab, graph, calm_of, tmp_path):
     run_dir = tmp_path / "run"
     settings = [EPOCHS, "deepspeed.zero=1", "snapshot.replicas=3"]
@@ -157,7 +159,7 @@ def test_a_byte_that_flipped_is_noticed_and_another_copy_is_used(lab, graph, cal
     assert ended(process, run_dir, 120) == 0, terminal(run_dir)[-6000:]
     said = terminal(run_dir)
     assert "the copy of rank-00001 from h0 is damaged" in said, said[-6000:]
-    assert "rank-00002" in said and "damaged" in said.partition("rank-00002")[2]
+    assert re.search(r"rank-00002\.\d: the tensors of \S+ do not fit their checksum", said), said[-6000:]
     same_run(run_dir, calm_of(3, EPOCHS, "deepspeed.zero=1"))
 
 
