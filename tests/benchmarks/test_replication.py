@@ -65,10 +65,10 @@ def test_the_model_has_gradients_for_all_it_weighs(busy):
 
 
 def test_copies_over_loopback_beside_a_bare_socket(tmp_path):
-    before = set(arena.home().iterdir()) if arena.home().exists() else set()
+    before = set(arena.list_folder(arena.home()))
     options = argparse.Namespace(links=[replication.LOOPBACK], push=[300_000], rounds=1)
     (row,) = replication.push_section(options, tmp_path)
     assert row["seconds"].keys() >= {"bare socket", "push", "both at once"}
     assert all(0 < one < 20 for one in row["seconds"].values()) and row["ratios"]["push / bare socket"] > 0
-    left = {one for one in arena.home().iterdir() if one.name.startswith("benchmark-")} - before
+    left = {one for one in arena.list_folder(arena.home()) if one.name.startswith("benchmark-")} - before
     assert left == set()

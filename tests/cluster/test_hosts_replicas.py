@@ -82,9 +82,10 @@ def cut(lab, run_dir, process, host):
 
 @pytest.mark.parametrize(
     ("hosts", "settings"),
-    [pytest.param(2, ["deepspeed.zero=1"], marks=pytest.mark.long), (3, ["deepspeed.zero=3"])],
+    [(2, ["deepspeed.zero=1"]), (3, ["deepspeed.zero=3"])],
     ids=["2 hosts", "3 hosts in a ring"],
 )
+@pytest.mark.long
 def test_another_host_in_the_place_of_a_lost_one_loses_no_step(lab, graph, calm_of, tmp_path, hosts, settings):
     run_dir = tmp_path / "run"
     names = [f"h{i}" for i in range(hosts)]
@@ -181,6 +182,7 @@ def test_all_machines_off_and_the_newest_checkpoint_is_what_is_left(lab, graph, 
     same_run(run_dir, calm_of(3, EPOCHS, "deepspeed.zero=1"))
 
 
+@pytest.mark.long
 def test_nothing_is_left_and_that_is_an_error(lab, graph, tmp_path):
     run_dir = tmp_path / "run"
     process = start(lab, graph, run_dir, ["h0", "h1"], EPOCHS, "snapshot.persist_every=never", "snapshot.replicas=1")

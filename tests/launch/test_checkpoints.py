@@ -48,6 +48,7 @@ def kill_all(run_dir):
                 continue
 
 
+@pytest.mark.long
 def test_the_memory_is_lost_and_the_newest_checkpoint_goes_on_bit_identical(run_dir, tmp_path):
     settings = settings_of(tmp_path, 120)  # a step is named a second ahead, and the persister has to start
     trained(2, tmp_path / "undisturbed", *settings)
