@@ -168,9 +168,11 @@ class SnapshotConfig:
 
 @dataclass
 class RecoveryConfig:
-    heartbeat_s: float = 0.5  # how often the agent of each machine says that it lives, and what its trainers do
-    silence_s: float = 5.0  # no word for so long: the machine is silent; several lost heartbeats are no silence yet
-    wait_s: float = 60.0  # so long the job waits for a silent machine before it ends; the snapshots stay
+    standby_machines: int = 0  # so many of the launcher's machines, the last ones, wait to take a lost one's place
+    heartbeat_s: float = 0.2  # how often the agent of each machine says that it lives, and what its trainers do
+    silence_s: float = 1.5  # no word for so long: the machine is silent; several lost heartbeats are no silence yet
+    return_s: float = 3.0  # so long a machine whose connection broke may take to come back before a standby replaces it
+    wait_s: float = 60.0  # so long the job waits for a lost machine if no standby takes its place, then ends
     # A trainer hangs in a phase of the training step, or an evaluation, that takes hang_factor times as long as it has taken
     # at most lately, and never less than hang_floor_s. Its stacks go into the logs, and the job goes on as after a kill.
     hang_factor: float = 10.0  # 0: nothing is ever a hang
@@ -240,8 +242,25 @@ def interval(text: str) -> Interval | None:
     return Interval(float(number) * units[unit] if number else 0.0, int(steps or 0))
 
 
+def seats_of(settings: RecoveryConfig, machines: int) -> int:
+    """How many of the launcher's machines train; the others are standbys.
+
+    Raises:
+        ConfigError: none would train.
+    """
+    if settings.standby_machines >= machines:
+        raise ConfigError(
+            f"recovery.standby_machines: expected fewer than the {machines} machine{'s' * (machines > 1)} of this launch, so "
+            f"that one trains; got {settings.standby_machines}. Add hosts to the hostfile (or nodes to the allocation)"
+        )
+    return machines - settings.standby_machines
+
+
 def replicas_of(settings: SnapshotConfig, machines: int) -> int:
     """Copies of each shard, the own one included.
+
+    Args:
+        machines: that train.
 
     Raises:
         ConfigError: more than there are machines; or not one failure domain for each machine.
@@ -422,6 +441,8 @@ def validate(config: Config) -> None:
         f"at least 4 heartbeats (recovery.heartbeat_s={r.heartbeat_s:g}): one that comes late is no silence",
         r.silence_s,
     )
+    demand(r.standby_machines >= 0, "recovery.standby_machines", "0 or more", r.standby_machines)
+    demand(r.return_s >= 0, "recovery.return_s", "0 (replaced at once) or more", r.return_s)
     demand(r.wait_s > 0, "recovery.wait_s", "more than 0", r.wait_s)
     demand(r.same_step_failures >= 0, "recovery.same_step_failures", "0 (never restart) or more", r.same_step_failures)
     schedule.check(config.faults)

@@ -14,7 +14,7 @@ from pathlib import Path
 from gemini_gnn.cluster import launcher
 from gemini_gnn.cluster.place import discover
 from gemini_gnn.compose import command, compose
-from gemini_gnn.config import replicas_of, to_mapping
+from gemini_gnn.config import replicas_of, seats_of, to_mapping
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.faults import link, schedule
 from gemini_gnn.observe.progress import say
@@ -34,8 +34,10 @@ def main(arguments: list[str]) -> int:
     with launcher.first_speaks(place):
         config = compose(arguments)
         config.run_dir = str(Path(config.run_dir).absolute())
-        replicas_of(config.snapshot, place.machines)  # or the first machine refuses, and the others wait for it
-        if any(fault.kind == "cut-link" for fault in schedule.planned(config.faults, place.world_size).values()):
+        seats = seats_of(config.recovery, place.machines)
+        replicas_of(config.snapshot, seats)  # or the first machine refuses, and the others wait for it
+        planned = schedule.planned(config.faults, seats * place.local_world_size).values()
+        if any(fault.kind == "cut-link" for fault in planned):
             link.check(place.machines)
         # Again under the lock, later; here it costs no imports, and every machine ends at once. A living job answers for
         # itself: its worker agent is asked below. Every slot looks: one that went on would start a worker agent.

@@ -105,6 +105,24 @@ def claim_term(
         raise RunDirError(f"cannot claim a term in {folder}: {error.strerror}; is run_dir writable?") from None
 
 
+def succeed(run_dir: Path, term: int, record: dict[str, Any]) -> bool:
+    """Claim the term after ``term`` in place of its holder; False if another process has it.
+
+    The caller knows by other means that the holder, or the job as it was, can do no more work (``recovery/root``).
+
+    Raises:
+        OSError: of the file system.
+    """
+    folder, path = run_dir / "terms", run_dir / "terms" / f"{term + 1}.json"
+    record = {"term": term + 1, **_this_process(), "nonce": secrets.token_hex(8), **record}
+    os.close(os.open(_beat_file(folder, term + 1), os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
+    # A server may have made the link, lost the answer, and refuse the same request when it is repeated.
+    if not create(path, json.dumps(record)) and read_record(path).get("nonce") != record["nonce"]:
+        return False
+    beat(run_dir, term + 1, 0)
+    return True
+
+
 def beat(run_dir: Path, term: int, count: int) -> bool:
     """Show that the holder of ``term`` lives. Returns False if it has lost the term, and must end.
 
@@ -128,11 +146,12 @@ class Beats:
     """The beats of a term, from a thread: a file system that hangs stops the thread, but not the holder.
 
     Attributes:
-        lost: another start has the run directory; the holder must end.
+        lost: another process has the run directory; the holder must end. successor: the record of its term.
     """
 
     def __init__(self, run_dir: Path, term: int, beat_s: float = BEAT_S):
         self.lost = False
+        self.successor: dict[str, Any] = {}
         self._run_dir, self._term, self._beat_s = run_dir, term, beat_s
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="beats", daemon=True)
@@ -152,6 +171,7 @@ class Beats:
                 if ended:
                     leave_term(self._run_dir, self._term)
                 elif not beat(self._run_dir, self._term, count):
+                    self.successor = read_record(self._run_dir / "terms" / f"{self._term + 1}.json")
                     self.lost = True
             except OSError as error:
                 if not said:
@@ -159,6 +179,29 @@ class Beats:
                 said = True
             if ended:
                 return
+
+
+class Watch:
+    """Looks now and then, from a thread, who holds the newest term: for an agent that has lost its root.
+
+    Attributes:
+        record: of the newest term, as last read; empty before.
+    """
+
+    def __init__(self, run_dir: Path, pause_s: float = 0.25):
+        self.record: dict[str, Any] = {}
+        self._run_dir, self._pause_s, self._ended = run_dir, pause_s, threading.Event()
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
+
+    def stop(self) -> None:
+        """Without waiting: the file system may hang."""
+        self._ended.set()
+
+    def _run(self) -> None:
+        while not self._ended.is_set():
+            with contextlib.suppress(OSError):  # not to be read now
+                self.record = newest_term(self._run_dir)
+            self._ended.wait(self._pause_s)
 
 
 def _living_holder(

@@ -37,7 +37,7 @@ from gemini_gnn.snapshot.store.identity import Identity
 MAX_MESSAGE_BYTES = 16 << 20
 READ_BYTES = 1 << 20  # when so much has come, what is complete is handed out first
 MAX_DESCRIPTORS = 253  # the kernel's limit for one message
-PROTOCOL = 5  # of messages to an agent, which may be of an older installation: count up with every change
+PROTOCOL = 7  # of messages to an agent, which may be of an older installation: count up with every change
 
 
 # --- slot process (or a visitor) -> agent --------------------------------------------------------------------
@@ -125,6 +125,14 @@ class Accepted:
 
 
 @dataclass(frozen=True)
+class Follow:
+    """Rank 0 runs on this machine now: show what it writes into ``log`` from ``offset`` on."""
+
+    log: str
+    offset: int
+
+
+@dataclass(frozen=True)
 class Refused:
     """The agent will not run the slot's trainer; ``text`` says why, for people. ``code``: exit code for the slot."""
 
@@ -198,11 +206,13 @@ class Join:
     """A worker's first message on a connection: what it is, and what lives on its machine.
 
     Attributes:
-        machine: its number in the launcher's order. name: its hostname. pid: of the worker agent.
-        world_size, local_world_size: of the job, as its slot processes say.
-        alive: ranks of the trainers that are not reaped, of any generation.
+        machine: its number in the launcher's order; -1: a new machine, or one that does not know it.
+        name: its hostname. pid: of the worker agent. start: as in Welcome; empty: it has heard no root yet.
+        world_size, local_world_size: of the launch, as its slot processes say.
+        generation, reached: of the newest trainers that it knows of. None lives there now.
         ready: it can fork a generation. unable: why it never can; ``time_s`` as in :class:`RankFailed`.
         address, port: of its replicator; port 0: it has none. Address "": where the connection comes from.
+        root_port: where it answers if it becomes root.
     """
 
     machine: int
@@ -210,11 +220,14 @@ class Join:
     pid: int
     world_size: int
     local_world_size: int
-    alive: list[int]
     ready: bool
     unable: Failure | None = None
     address: str = ""
     port: int = 0
+    root_port: int = 0
+    start: str = ""
+    generation: int = 0
+    reached: int = 0
 
 
 @dataclass(frozen=True)
@@ -283,6 +296,15 @@ class Holds:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """The answer to Bind. ``port`` 0: it was not possible, and ``problem`` says why."""
+
+    number: int
+    port: int
+    problem: str = ""
+
+
+@dataclass(frozen=True)
 class Stored:
     """The answer to AskCheckpoints: shards of complete checkpoints; ``problem``: why they cannot be listed."""
 
@@ -317,11 +339,53 @@ class Peer:
 
 @dataclass(frozen=True)
 class Welcome:
-    """The root's answer to Join. ``heartbeat_s``, ``silence_s``: of the job, as rank 0's machine has them."""
+    """The root's answer to Join.
+
+    Attributes:
+        term: the newest that the root knows of. machine: the worker's number.
+        start: names the start of the job: the same over all its roots.
+        heartbeat_s, silence_s: of the job, as the root has them.
+    """
 
     term: int
     heartbeat_s: float
     silence_s: float
+    machine: int = 0
+    start: str = ""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A machine of the job. ``address``, ``port``: where it answers if it becomes root; port 0: it never joined."""
+
+    name: str
+    address: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Roster:
+    """All a worker must know to become root. ``members``: by number; ``seats``: by seat, the number of its machine."""
+
+    members: list[Member]
+    seats: list[int]
+    root: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class Moved:
+    """The root has resigned: another one answers there, if it is known. Else look for one."""
+
+    address: str = ""
+    port: int = 0
+
+
+@dataclass(frozen=True)
+class Bind:
+    """Bind the socket of the next generation's store. The answer is Bound."""
+
+    number: int
 
 
 @dataclass(frozen=True)
@@ -336,15 +400,17 @@ class Begin:
     """Fork generation ``generation``.
 
     Attributes:
-        ranks: by slot. master_addr, master_port: of the process groups' store.
+        term: of the root. ranks: by slot. world_size: of the job.
+        master_addr, master_port: of the process groups' store, which the machine of rank 0 has bound.
         resume: "auto" | "never" | "must".
         restore: the snapshot that it resumes from, as far as the root knows; all newer ones are void.
         recoverable: the newest snapshot that has all its copies already.
         replicas: copies of each shard. peers: that keep copies of this machine's. kept: ranks whose shards it keeps.
-        descriptors: the store's listening socket, for the machine of rank 0.
     """
 
+    term: int
     generation: int
+    world_size: int
     ranks: list[int]
     master_addr: str
     master_port: int
@@ -354,7 +420,6 @@ class Begin:
     replicas: int = 1
     peers: list[Peer] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
-    descriptors: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -647,10 +712,14 @@ class Persisted:
 
 @dataclass(frozen=True)
 class Complete:
-    """All machines have persisted the snapshot: check that its shards are there, mark it complete, remove old ones."""
+    """All machines have persisted the snapshot: check that its shards are there, mark it complete, remove old ones.
+
+    ``term``: of the root. If there is a newer one, nothing is marked.
+    """
 
     identity: Identity
     shards: list[str]
+    term: int = 0
 
 
 @dataclass(frozen=True)
@@ -756,17 +825,17 @@ class Failed:
 
 
 Message = (
-    Register | Stop | Inject | Accepted | Refused | Ending | Stepped | Say | Ended
-    | Join | Able | Unable | Stuck | RankListens | RankFailed | RankExited | Beat | Holds | Stored | Committed
+    Register | Stop | Inject | Accepted | Follow | Refused | Ending | Stepped | Say | Ended
+    | Join | Able | Unable | Stuck | RankListens | RankFailed | RankExited | Beat | Holds | Bound | Stored | Committed
     | Survey | Look | AskCheckpoints | PersistAt | Inspect | Catalog
-    | Welcome | RootBeat | Begin | Close | AskToStop | DumpStacks | Commit | Finish
+    | Welcome | RootBeat | Roster | Moved | Bind | Begin | Close | AskToStop | DumpStacks | Commit | Finish
     | Replicate | Advance | Quiet | Silent | Fetch | Fetched | Copied | Damaged | Alive | Trouble
     | Offer | Go | Kept | Later | NotKept | Ask | Serve | Lacks
     | Persist | Persisted | Complete | Completed | ListCheckpoints | Checkpoints | Load
     | Preload | Fork | Ready | Unfit | Forked | Task | Started | Listens | StopAsked | Failed
 )  # fmt: skip
 TO_AGENT = (Register, Stop, Inject, Inspect)  # from slot processes and visitors, of any installation
-TO_SLOT = (Accepted, Refused, Ending, Stepped, Say, Ended, Committed, Catalog)  # and to visitors
+TO_SLOT = (Accepted, Follow, Refused, Ending, Stepped, Say, Ended, Committed, Catalog)  # and to visitors
 TO_ROOT = (
     Join,
     Able,
@@ -777,6 +846,7 @@ TO_ROOT = (
     RankExited,
     Beat,
     Holds,
+    Bound,
     Stored,
     Fetched,
     Copied,
@@ -793,6 +863,9 @@ TO_WORKER = (
     Welcome,
     Refused,
     RootBeat,
+    Roster,
+    Moved,
+    Bind,
     Survey,
     Look,
     AskCheckpoints,

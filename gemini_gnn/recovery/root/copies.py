@@ -10,7 +10,8 @@ and with it all that was under way.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ from gemini_gnn.recovery.root.restoring import Kind
 from gemini_gnn.recovery.worker.journal import Journal
 from gemini_gnn.snapshot.replicas import plan as catalog
 from gemini_gnn.snapshot.replicas.placement import explain, kept, placement
-from gemini_gnn.snapshot.store.identity import Identity, shard_of
+from gemini_gnn.snapshot.store.identity import COMMON, Identity, shard_of
 
 VISIT_S = 5.0  # then a visitor hears of the machines that have answered
 
@@ -40,8 +41,10 @@ class _Visit:
 class Copies:
     """
     Attributes:
-        replicas: copies of each shard. placement: by machine, those that keep copies of its shards, itself first.
+        machines: their numbers: by seat, then the standbys that are here. Everything below counts machines by place in it.
+        replicas: copies of each shard. placement: by seat, those that keep copies of its shards, itself first.
         identity: of the snapshot that the newest generation resumes from, as planned.
+        term: of the root.
         recoverable: the newest snapshot of which every shard has its copies.
         ending: the job has ended, and its last snapshot is being persisted.
     """
@@ -49,7 +52,8 @@ class Copies:
     def __init__(
         self,
         settings: SnapshotConfig,
-        ranks_of: list[list[int]],
+        seats: int,
+        local: int,
         send: Callable[[int, messages.Message], None],
         say: Callable[[str], None],
         journal: Journal,
@@ -58,38 +62,54 @@ class Copies:
         term: int,
         storage: restoring.Storage,
     ):
-        """``storage``: when to look at checkpoints before the first generation."""
-        self.settings, self.ranks_of, self.send, self.say, self.journal = settings, ranks_of, send, say, journal
-        machines = len(ranks_of)
-        self.replicas = replicas_of(settings, machines)
-        self.placement = placement(machines, self.replicas, settings.failure_domains if self.replicas > 1 else ())
+        """
+        Args:
+            seats: number of them. local: ranks of each.
+            send: to a machine by its number.
+            storage: when to look at checkpoints before the first generation.
+        """
+        self.settings, self._send_to, self.say, self.journal = settings, send, say, journal
+        self.seats, self.machines = seats, list(range(seats))
+        self.ranks_of = [list(range(seat * local, (seat + 1) * local)) for seat in range(seats)]
+        self.replicas = replicas_of(settings, seats)
+        self.placement = placement(seats, self.replicas, settings.failure_domains if self.replicas > 1 else ())
         self.peers: dict[int, messages.Peer] = {}
+        self.term = term
         self.identity: Identity | None = None
         self.recoverable: Identity | None = None
         self._generation = 0
         self._copied: dict[int, set[Identity]] = {}
         self._restoring: restoring.Restoring | None = None
-        self._asked = term << 32  # number of the next ask: a late answer to an earlier root is nobody's
+        self._asked = secrets.randbits(48)  # number of the next ask: a late answer to an earlier root is nobody's
         self._looks = -self._asked  # of visitors' asks, downwards: the asks of a planning follow each other
         self._storage = storage
         every = interval(settings.persist_every)
         assert every is not None
-        self._persisting = persisting.State(machines, every, last_s=now)
+        self._persisting = persisting.State(seats, every, last_s=now)
         self._troubles: set[str] = set()
+        self._marks = 0  # the machine that marks a checkpoint complete
         self.ending = self._explained = False
         self._visits: list[_Visit] = []
 
     # --- before a generation --------------------------------------------------------------------------------------------
 
-    def plan(self) -> bool:
-        """Begin to find out what is there. Returns whether there is nothing to find out."""
-        self.identity = None
+    def send(self, machine: int, message: messages.Message) -> None:
+        self._send_to(self.machines[machine], message)
+
+    def plan(self, machines: Sequence[int]) -> bool:
+        """Begin to find out what is there. Returns whether there is nothing to find out.
+
+        Args:
+            machines: their numbers: by seat, then the standbys that are here.
+        """
+        self.identity, self.machines = None, list(machines)
         if self.settings.mode != "memory":
             return True
         storage = self._storage
         if storage is restoring.Storage.NEVER and self._persisting.newest is not None:
             storage = restoring.Storage.IF_NEEDED
-        self._restoring, asks = restoring.begin(self.ranks_of, self._asked, storage)
+        standbys: list[list[int]] = [[]] * (len(machines) - self.seats)
+        self._restoring, asks = restoring.begin([*self.ranks_of, *standbys], self._asked, storage)
         if storage is restoring.Storage.AT_ONCE:  # once: from now on this job makes the newest ones itself
             self._storage = restoring.Storage.IF_NEEDED
         self._send(asks)
@@ -105,7 +125,10 @@ class Copies:
                     self.send(ask.machine, messages.AskCheckpoints(ask.number))
                 case Kind.MEMORY:
                     assert ask.identity is not None
-                    wanted = [messages.Wanted(get.shard, ask.identity, self.peers[get.source]) for get in ask.gets]
+                    wanted = [
+                        messages.Wanted(get.shard, ask.identity, self.peers[self.machines[get.source]])
+                        for get in ask.gets
+                    ]
                     self.journal.log("fetch", machine=ask.machine, identity=ask.identity, gets=ask.gets)
                     self.send(ask.machine, messages.Fetch(ask.number, wanted))
                 case Kind.STORAGE:
@@ -127,13 +150,14 @@ class Copies:
         if not self._restoring.done:
             return False
         over, self._restoring = self._restoring, None
+        if self.ending:
+            self._persist(over.copies)
+            return False
         self.identity, self.recoverable = over.identity, None
         if over.identity is not None:
             needs = catalog.needs_of(over.copies, self.ranks_of)
             self.recoverable = catalog.replicated(over.copies - over.refused, needs, self.placement, over.identity)
         self.journal.log("planned", identity=self.identity, recoverable=self.recoverable)
-        if self.ending:
-            self._persist(self.identity)
         return True
 
     # --- visitors -----------------------------------------------------------------------------------------------------------
@@ -143,22 +167,20 @@ class Copies:
         visit = _Visit(visitor, now + VISIT_S, {})
         self._visits.append(visit)
         orders: list[tuple[int, type[messages.Look | messages.AskCheckpoints]]] = [
-            (machine, messages.Look) for machine in here
+            (place, messages.Look) for place, machine in enumerate(self.machines) if machine in here
         ]
-        if 0 in here and self.settings.mode == "memory":
+        if self.machines[0] in here and self.settings.mode == "memory":
             orders.append((0, messages.AskCheckpoints))
-        for machine, order in orders:
+        for place, order in orders:
             self._looks -= 1
-            visit.waiting[self._looks] = machine
-            self.send(machine, order(self._looks))
+            visit.waiting[self._looks] = place
+            self.send(place, order(self._looks))
 
     def answer_visitors(self, now: float) -> None:
         for visit in list(self._visits):
             if not visit.waiting or now > visit.until_s:
                 self._visits.remove(visit)
-                names = [
-                    peer.name if (peer := self.peers.get(m)) else f"machine {m + 1}" for m in range(len(self.ranks_of))
-                ]
+                names = [peer.name if (peer := self.peers.get(m)) else f"machine {m + 1}" for m in self.machines]
                 needs = catalog.needs_of(visit.copies, self.ranks_of)
                 text = catalog.describe(catalog.plan(visit.copies, needs), visit.copies, needs, names)
                 away = sorted({*range(len(names))} - visit.heard)
@@ -175,45 +197,60 @@ class Copies:
 
     # --- after the last generation ----------------------------------------------------------------------------------------
 
-    def end(self) -> None:
-        """Persist the newest snapshot, now that no trainer lives; ``ending`` until that is done or cannot be."""
-        if self.settings.mode == "memory" and self.settings.persist_every != "never" and self._generation > 0:
-            self.ending = True
-            self._restoring, asks = restoring.begin(self.ranks_of, self._asked, restoring.Storage.NEVER)
-            self._send(asks)
+    def end(self, here: Sequence[int]) -> None:
+        """Persist the newest snapshot that the machines ``here`` hold, now that no trainer lives; ``ending`` until that is done
+        or cannot be. A replica of a lost machine's shard will do."""
+        if self.settings.mode != "memory" or self.settings.persist_every == "never" or not here:
+            return
+        self.ending, self.machines = True, list(here)
+        self._restoring, asks = restoring.begin([[]] * len(here), self._asked, restoring.Storage.NEVER)
+        self._send(asks)
 
-    def _persist(self, identity: Identity | None) -> None:
-        if identity is None or identity == self._persisting.newest:
+    def _persist(self, copies: Collection[catalog.Copy]) -> None:
+        """Each shard from one of the machines that hold it."""
+        common = {COMMON} & {copy.shard for copy in copies}
+        needs = {*common, *self._shards()}
+        found = catalog.plan(copies, [needs])
+        if found is None or found.identity == self._persisting.newest:
             self.ending = False
             return
-        self._persisting = persisting.at_the_end(self._persisting, identity)
-        for machine, ranks in enumerate(self.ranks_of):
-            self.send(machine, messages.Persist(identity, [shard_of(rank) for rank in ranks]))
+        shards: dict[int, list[str]] = {}
+        for shard in sorted(needs):
+            place = min(copy.place for copy in copies if copy[:2] == (shard, found.identity))
+            shards.setdefault(place, []).append(shard)
+        self._persisting = persisting.at_the_end(self._persisting, found.identity, len(shards))
+        self._marks = min(shards)
+        for place, its in shards.items():
+            self.send(place, messages.Persist(found.identity, its))
 
     # --- a generation -----------------------------------------------------------------------------------------------------
 
     def begun(self, generation: int) -> None:
-        self._generation, self._copied = generation, {}
+        self._generation, self._copied, self._marks = generation, {}, 0
         self._persisting = persisting.generation(self._persisting)
         if self.replicas > 1 and not self._explained:
             self._explained = True
-            names = [self.peers[machine].name for machine in range(len(self.ranks_of))]
+            names = [self.peers[machine].name for machine in self.machines[: self.seats]]
             for line in explain(self.placement, names, self.settings.failure_domains):
                 self.say(line)
 
     def order(self, machine: int) -> dict[str, Any]:
-        """The fields of Begin for ``machine``."""
-        foreign = [rank for other in kept(self.placement, machine) for rank in self.ranks_of[other]]
+        """The fields of Begin for the machine of this number."""
+        seat = self.machines.index(machine)
+        foreign = [rank for other in kept(self.placement, seat) for rank in self.ranks_of[other]]
         return {
             "restore": self.identity,
             "recoverable": self.recoverable,
             "replicas": self.replicas,
-            "peers": [self.peers[other] for other in self.placement[machine][1:]],
+            "peers": [self.peers[self.machines[other]] for other in self.placement[seat][1:]],
             "kept": sorted(foreign),
         }
 
     def hear(self, machine: int, message: messages.Message, now: float) -> bool:
         """A worker's word on copies. Returns whether it ends the planning."""
+        if machine not in self.machines:  # it came since the planning
+            return False
+        machine = self.machines.index(machine)
         match message:
             case messages.Holds(number, shards):
                 return self._answer(number, [catalog.Copy(shard, identity, machine) for shard, identity in shards], [])
@@ -246,8 +283,8 @@ class Copies:
         self.recoverable = newest
         for reported in self._copied.values():
             reported -= {one for one in reported if one < newest}
-        for other in range(len(self.ranks_of)):
-            self.send(other, messages.Advance(newest))
+        for place in range(self.seats):
+            self.send(place, messages.Advance(newest))
 
     def look(self, step: int, step_s: float, now: float) -> None:
         """The job trains in ``step``: is a checkpoint due?"""
@@ -259,10 +296,10 @@ class Copies:
         for action in actions:
             match action:
                 case persisting.Ask(step):
-                    for machine in range(len(self.ranks_of)):
-                        self.send(machine, messages.PersistAt(step))
+                    for place in range(min(self.seats, len(self.machines))):
+                        self.send(place, messages.PersistAt(step))
                 case persisting.Mark(identity):
-                    self.send(0, messages.Complete(identity, self._shards()))
+                    self.send(self._marks, messages.Complete(identity, self._shards(), self.term))
                 case persisting.Say(text):
                     self.say(text)
         if actions and not state.asked:

@@ -4,11 +4,12 @@
 actions, and the service carries those out. All times are on the root's monotonic clock.
 
     FORMING     the machines join; each says when its slot processes and its warm parent are there
-    PLANNING    all machines are ready and no trainer lives: what each holds is asked, what one lacks is fetched
+    PLANNING    all seats are held and no trainer lives: what each machine holds is asked, what one lacks is fetched
+    CLAIMING    the same, and this membership still needs a term of its own
     RUNNING     the trainers of `generation` run on all machines
     STOPPING    the trainers were asked to stop; they are killed at the deadline
-    RECOVERING  the trainers are killed; the planning begins when all are reaped and every machine is ready
-    WAITING     the same, and a machine is away: silent, or its worker agent died
+    RECOVERING  the trainers are killed; the planning begins when all are reaped and every seat's machine is ready
+    WAITING     the same, and a seat's machine is away: silent, or its worker agent died; or nothing can be restored without it
     ENDING      the trainers are killed; the job ends when those of all machines that are here are reaped
     ENDED       the outcome is final
 
@@ -18,14 +19,25 @@ it. If an exception only says that a peer is gone, the root waits `cause_s` for 
 earliest exception that is no such consequence. It ends the job, and its trainer has up to `leave_s` to exit. A later request
 to stop does not change that; nor does a death by a signal more than `settle_s` later.
 
+Seats. Training has a number of seats: seat k has the ranks k * local, ... and is held by one machine. The other machines are
+standbys. A standby that is ready takes the seat of a machine that is silent at once. If a connection broke, the machine has
+`return_s` to come back first: an agent that died has an heir. Nobody else moves. A machine that comes back then is a standby.
+
 Why no two generations ever train at once. A generation begins only when no trainer of an earlier one is `alive`. A rank
-leaves `alive` when its worker says that it reaped the trainer. While its worker is away, its ranks stay in `alive`; the
-worker says at its return which of them live. A worker that is new has killed what the dead one left before it joins.
-Training is synchronous, so trainers that the root cannot reach take no step without the others.
+leaves `alive` when its worker says that it reaped the trainer. A worker that loses its root kills its trainers, and joins
+only when they are reaped. While it is away, its ranks stay in `alive`, unless a standby takes the seat. Training is
+synchronous: trainers on a machine that the root cannot reach take no step without the others, which are reaped.
+
+Why no two roots ever train. Trainers of one membership can step only together. Another membership, because a standby has a
+seat or because another root has taken over, begins only after an exclusive claim of the next term. A root claims only if it
+has reaped the trainers of a machine with a seat: then the last membership can step no more. So of several roots one goes
+on, and the others resign when they see its term. A root without such a machine claims only if the last root shows no life
+in the run directory (``terms.py``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -38,6 +50,7 @@ from gemini_gnn.recovery.outcome import STOPPED, Failure, Outcome, exit_name, fa
 class Phase(StrEnum):
     FORMING = "forming"
     PLANNING = "planning"
+    CLAIMING = "claiming"
     RUNNING = "running"
     STOPPING = "stopping"
     RECOVERING = "recovering"
@@ -52,7 +65,8 @@ class Limits:
 
     Attributes:
         join_s: from the first machine to the last.
-        wait_s: how long a machine may be away.
+        wait_s: how long the machine of a seat may be away where no standby takes it.
+        return_s: how long it may take to come back, if a connection only broke, before a standby takes its seat.
         stop_s: from the request to stop to the exit; below the 30 s that DeepSpeed's launcher gives its slot processes.
         end_s: from the kill to the last word of all machines; a worker gives up reaping before.
         leave_s: from a trainer's error to its exit: it joins its threads and runs its exit handlers.
@@ -63,6 +77,7 @@ class Limits:
 
     join_s: float = 300.0
     wait_s: float = 60.0
+    return_s: float = 3.0
     stop_s: float = 15.0
     end_s: float = 40.0
     leave_s: float = 30.0
@@ -80,12 +95,14 @@ class Machine:
         here: its worker is connected.
         ready: it can fork a generation.
         since_s: when `here` last changed.
+        silent: it is away, and did not even close its connection.
     """
 
     name: str = ""
     here: bool = False
     ready: bool = False
     since_s: float = 0.0
+    silent: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,8 +123,11 @@ class Cause:
 class State:
     """
     Attributes:
-        machines: in the launcher's order.
-        local: ranks per machine. Machine i has the ranks i * local, ...
+        machines: in the launcher's order; those that joined later follow.
+        seats: by seat the number of its machine. Seat k has the ranks k * local, ...
+        local: ranks per seat.
+        root: number of the machine of this root agent.
+        claimed: the root holds a term for these seats. trained: machines that had seats in the last membership.
         generation: of the newest trainers; 0 before the first of a term's launch. Each death of a root agent counts as one.
         alive: ranks whose trainer may live.
         listening: ranks with a trainer that reads requests to stop.
@@ -120,8 +140,12 @@ class State:
     """
 
     machines: tuple[Machine, ...]
+    seats: tuple[int, ...]
     local: int
     limits: Limits = Limits()
+    root: int = 0
+    claimed: bool = True
+    trained: frozenset[int] = frozenset()
     phase: Phase = Phase.FORMING
     generation: int = 0
     alive: frozenset[int] = frozenset()
@@ -138,18 +162,69 @@ class State:
 
     @property
     def world(self) -> int:
-        return len(self.machines) * self.local
+        return len(self.seats) * self.local
 
     def ranks_of(self, machine: int) -> frozenset[int]:
-        return frozenset(range(machine * self.local, (machine + 1) * self.local))
+        """None for a standby."""
+        if machine not in self.seats:
+            return frozenset()
+        seat = self.seats.index(machine)
+        return frozenset(range(seat * self.local, (seat + 1) * self.local))
+
+    def machine_of(self, rank: int) -> int:
+        return self.seats[rank // self.local]
+
+    @property
+    def seated(self) -> tuple[Machine, ...]:
+        """By seat, its machine."""
+        return tuple(self.machines[number] for number in self.seats)
 
     def name(self, machine: int) -> str:
         return self.machines[machine].name or f"machine {machine + 1}"
 
 
-def forming(machines: int, local: int, limits: Limits = Limits(), generation: int = 0) -> State:
-    """The first state of a term. ``generation``: deaths of root agents before this one."""
-    return State((Machine(),) * machines, local, limits, generation=generation)
+def forming(machines: int, local: int, limits: Limits = Limits(), generation: int = 0, standbys: int = 0) -> State:
+    """The first state of a launch. The last ``standbys`` machines hold no seat. ``generation``: of the newest trainers."""
+    seats = tuple(range(machines - standbys))
+    return State((Machine(),) * machines, seats, local, limits, generation=generation)
+
+
+def succeeding(
+    names: Sequence[str],
+    seats: Sequence[int],
+    local: int,
+    limits: Limits,
+    *,
+    root: int,
+    lost: int | None,
+    generation: int,
+    reached: int,
+    cause: Cause | None,
+    now: float,
+) -> State:
+    """The first state of a root that takes over.
+
+    Args:
+        names: of all machines. seats: as the last root had them.
+        root: number of its own machine. lost: number of a machine that is silent.
+        generation, reached: of the newest trainers, as far as this machine knows.
+        cause: why the last root is no more.
+    """
+    machines = tuple(Machine(name, since_s=now, silent=number == lost) for number, name in enumerate(names))
+    return State(
+        machines,
+        tuple(seats),
+        local,
+        limits,
+        root=root,
+        claimed=False,
+        trained=frozenset(seats),
+        phase=Phase.WAITING,
+        generation=generation,
+        reached=reached,
+        cause=cause,
+        deadline=now + limits.wait_s,
+    )
 
 
 # --- events -----------------------------------------------------------------------------------------------------------
@@ -157,11 +232,15 @@ def forming(machines: int, local: int, limits: Limits = Limits(), generation: in
 
 @dataclass(frozen=True)
 class Joined:
-    """A machine's worker is connected; ``alive``: its ranks whose trainers, of any generation, are not reaped."""
+    """A machine's worker is connected, and no trainer lives there.
+
+    ``machine``: one above the last number is a new one. ``generation``, ``reached``: of its newest trainers.
+    """
 
     machine: int
     name: str
-    alive: frozenset[int] = frozenset()
+    generation: int = 0
+    reached: int = 0
 
 
 @dataclass(frozen=True)
@@ -199,7 +278,16 @@ class Stuck:
 
 @dataclass(frozen=True)
 class Planned:
-    """Every machine holds what its ranks need, as far as it is to be had (``restoring.py``)."""
+    """Every machine holds what its ranks need, as far as it is to be had (``restoring.py``). ``found``: a snapshot to restore."""
+
+    found: bool = True
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """The claim of the next term has come to its end: ``mine``, or another root has it."""
+
+    mine: bool
 
 
 @dataclass(frozen=True)
@@ -273,6 +361,25 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """Claim the next term for these seats; then comes Claimed. ``witness``: a machine that had a seat is with us."""
+
+    witness: bool
+
+
+@dataclass(frozen=True)
+class Resign:
+    """Another root has the job: follow it."""
+
+
+@dataclass(frozen=True)
+class Dismiss:
+    """Let go of the worker of a machine, as if it were silent."""
+
+    machine: int
+
+
+@dataclass(frozen=True)
 class Begin:
     generation: int
 
@@ -303,7 +410,7 @@ class Finish:
 
 
 Event = Any  # one of the events above
-Action = Plan | Begin | Close | AskToStop | DumpStacks | Say | Finish
+Action = Plan | Claim | Resign | Dismiss | Begin | Close | AskToStop | DumpStacks | Say | Finish
 Step = tuple[State, list[Action]]
 
 
@@ -316,18 +423,25 @@ def decide(state: State, event: Event, now: float) -> Step:
             return _joined(state, event, now)
         case Ready(machine, ready):
             return _next(_with(state, machine, ready=ready), now)
-        case Unable(_, failure):
+        case Unable(machine, failure):
             if state.outcome is not None:  # nobody needs another generation
                 return state, []
+            if machine not in state.seats:
+                text = f"{state.name(machine)} cannot be a standby: {failure.summary}"
+                return _with(state, machine, ready=False), [Say(text)]
             failure = (told_error(state.failures) if state.phase is Phase.RUNNING else None) or failure
             return _close(state, Outcome("failed", failure.code, failure.summary, failure=failure), now)
         case Gone():
             return _gone(state, event, now)
         case Stuck(machine, text):
+            if machine not in state.seats or (state.outcome is None and _free(state)):
+                return state, [Say(text), Dismiss(machine)]
             state = replace(state, alive=state.alive - state.ranks_of(machine), outcome=None)
             return _close(state, replace(failed(text, now), kind="lost"), now)
-        case Planned():
-            return _planned(state)
+        case Planned(found):
+            return _planned(state, found, now)
+        case Claimed(mine):
+            return _claimed(state, mine, now)
         case Listens(rank, generation):
             return (replace(state, listening=state.listening | {rank}) if generation == state.generation else state), []
         case Failed(failure, generation):
@@ -375,22 +489,34 @@ def _with(state: State, machine: int, **changes: Any) -> State:
 
 def _joined(state: State, joined: Joined, now: float) -> Step:
     actions: list[Action] = []
+    if joined.machine == len(state.machines):
+        state = replace(state, machines=(*state.machines, Machine()))
     if state.machines[joined.machine].here:  # it lost the connection before the root did
         words = f"the worker agent on {state.name(joined.machine)} lost its connection"
         state, actions = _gone(state, Gone(joined.machine, "agent", words), now)
-    state = _with(state, joined.machine, name=joined.name, here=True, ready=False, since_s=now)
-    state = replace(state, alive=(state.alive - state.ranks_of(joined.machine)) | joined.alive)
-    if joined.alive:  # of a generation that the root has closed, or of an earlier root
-        actions.append(Close())
+    state = _with(state, joined.machine, name=joined.name, here=True, ready=False, since_s=now, silent=False)
+    state = replace(
+        state,
+        alive=state.alive - state.ranks_of(joined.machine),
+        generation=max(state.generation, joined.generation),
+        reached=max(state.reached, joined.reached),
+    )
+    if state.phase in (Phase.PLANNING, Phase.CLAIMING):  # it may hold what was missed
+        state = replace(state, phase=Phase.RECOVERING)
     state, more = _next(state, now)
     return state, actions + more
 
 
 def _gone(state: State, gone: Gone, now: float) -> Step:
     was_here = state.machines[gone.machine].here
-    state = _with(state, gone.machine, here=False, ready=False, since_s=now)
+    state = _with(state, gone.machine, here=False, ready=False, since_s=now, silent=gone.kind == "silent")
     if not was_here:
         return state, []
+    if gone.machine not in state.seats:  # nobody trains there; but it may have been asked for its copies
+        if state.phase in (Phase.PLANNING, Phase.CLAIMING):
+            state = replace(state, phase=Phase.RECOVERING)
+        state, actions = _next(state, now)
+        return state, [Say(f"the standby {state.name(gone.machine)} is gone"), *actions]
     if state.phase is Phase.RUNNING:
         return _restart(state, Cause(gone.kind, gone.why, machine=gone.machine), 1, now)
     if state.phase is Phase.STOPPING:
@@ -403,29 +529,92 @@ def _next(state: State, now: float) -> Step:
     if state.phase is Phase.ENDING:
         here = frozenset[int]().union(*(state.ranks_of(i) for i, one in enumerate(state.machines) if one.here))
         return (state, []) if state.alive & here else _finish(state)
-    if state.phase not in (Phase.FORMING, Phase.PLANNING, Phase.RECOVERING, Phase.WAITING):
+    if state.phase not in (Phase.FORMING, Phase.PLANNING, Phase.CLAIMING, Phase.RECOVERING, Phase.WAITING):
         return state, []
-    if not all(one.here for one in state.machines):
+    actions: list[Action] = []
+    if state.phase is not Phase.FORMING:
+        state, actions = _seat(state, now)
+    if not all(one.here for one in state.seated):
         if state.phase is Phase.FORMING:
             return (state if state.deadline is not None else replace(state, deadline=now + state.limits.join_s)), []
-        first_away = min(one.since_s for one in state.machines if not one.here)
-        return replace(state, phase=Phase.WAITING, deadline=first_away + state.limits.wait_s), []
+        return replace(state, phase=Phase.WAITING, deadline=_until(state)), actions
     if state.phase is Phase.WAITING:
         state = replace(state, phase=Phase.RECOVERING)
-    state = replace(state, deadline=None)  # from here on each worker has deadlines of its own
-    if state.alive or not all(one.ready for one in state.machines):
-        return (replace(state, phase=Phase.RECOVERING) if state.phase is Phase.PLANNING else state), []
-    if state.phase is Phase.PLANNING:
-        return state, []
-    return replace(state, phase=Phase.PLANNING), [Plan()]
+    if state.phase is not Phase.CLAIMING:
+        state = replace(state, deadline=None)  # from here on each worker has deadlines of its own
+    if state.alive or not all(one.ready for one in state.seated):
+        planned = state.phase in (Phase.PLANNING, Phase.CLAIMING)
+        return (replace(state, phase=Phase.RECOVERING, deadline=None) if planned else state), actions
+    if state.phase in (Phase.PLANNING, Phase.CLAIMING):
+        return state, actions
+    return replace(state, phase=Phase.PLANNING), [*actions, Plan()]
 
 
-def _planned(state: State) -> Step:
+def _seat(state: State, now: float) -> Step:
+    """Standbys that are ready take the seats of machines that do not come back."""
+    actions: list[Action] = []
+    for seat, number in enumerate(state.seats):
+        lost, free = state.machines[number], _free(state)
+        if lost.here or not free or now < _returns_until(state, lost):
+            continue
+        ranks = state.ranks_of(number)
+        seats = (*state.seats[:seat], free[0], *state.seats[seat + 1 :])
+        words = f"{state.name(free[0])} takes the place of {state.name(number)} ({_ranks(state, number)})"
+        phase = Phase.RECOVERING if state.phase in (Phase.PLANNING, Phase.CLAIMING) else state.phase
+        state = replace(state, seats=seats, alive=state.alive - ranks, claimed=False, phase=phase)
+        actions.append(Say(words))
+    return state, actions
+
+
+def _free(state: State) -> list[int]:
+    """Standbys that can take a seat."""
+    return [i for i, one in enumerate(state.machines) if one.here and one.ready and i not in state.seats]
+
+
+def _returns_until(state: State, away: Machine) -> float:
+    return away.since_s if away.silent else away.since_s + state.limits.return_s
+
+
+def _until(state: State) -> float:
+    """The deadline while the machine of a seat is away: its seat may be taken, or the job ends."""
+    away = [one for one in state.seated if not one.here]
+    ends = min(one.since_s for one in away) + state.limits.wait_s
+    return min([ends, *(_returns_until(state, one) for one in away if _free(state))])
+
+
+def _planned(state: State, found: bool, now: float) -> Step:
     if state.phase is not Phase.PLANNING:
         return state, []
+    away = [one for one in state.machines if not one.here]
+    if not found and state.reached > 0 and away:
+        ends = max(one.since_s for one in away) + state.limits.wait_s
+        if now < ends:
+            text = f"no snapshot can be restored without {_names(state)}; waiting for {ends - now:.0f} s"
+            return replace(state, phase=Phase.WAITING, deadline=ends), [Say(text)]
+    if not state.claimed:
+        state = replace(state, phase=Phase.CLAIMING, deadline=now + state.limits.wait_s)
+        return state, [_claim(state)]
+    return _begun(state)
+
+
+def _claim(state: State) -> Claim:
+    return Claim(any(state.machines[number].here for number in state.trained))
+
+
+def _claimed(state: State, mine: bool, now: float) -> Step:
+    if not mine:
+        return replace(state, phase=Phase.ENDED, deadline=None), [Resign()]
+    if state.phase is not Phase.CLAIMING:  # a machine has gone meanwhile: other seats need another term
+        return state, []
+    state = replace(state, claimed=True)
+    return _begun(state) if state.outcome is None else _close(state, state.outcome, now)
+
+
+def _begun(state: State) -> Step:
     state = replace(
         state,
         phase=Phase.RUNNING,
+        trained=frozenset(state.seats),
         generation=state.generation + 1,
         alive=frozenset(range(state.world)),
         listening=frozenset(),
@@ -571,13 +760,30 @@ def _tick(state: State, now: float) -> Step:
     """The deadline has passed."""
     match state.phase:
         case Phase.FORMING:
+            seated, actions = _next(replace(state, phase=Phase.WAITING), now)  # a standby will do
+            if seated.phase is not Phase.WAITING:
+                return seated, actions
             setting = "recovery.wait_s" if state.generation else "distributed.start_timeout_s"
             text = f"{_away(state)} did not come within {state.limits.join_s:.0f} s ({setting}); {_TRY}"
             return _close(state, failed(text, now), now)
         case Phase.WAITING:
+            seated, actions = _next(state, now)
+            if seated.phase is not Phase.WAITING or seated.deadline != state.deadline:
+                return seated, actions
             text = f"{_away(state)} did not come back within {state.limits.wait_s:.0f} s (recovery.wait_s); {_TRY}"
             if state.cause is not None:
                 text = f"{state.cause.text}; {text}"
+            if state.claimed:
+                return _close(state, failed(text, now), now)
+            # A root that has no term may not end the job: another one may go on with it.
+            state = replace(state, phase=Phase.CLAIMING, outcome=failed(text, now), deadline=now + state.limits.end_s)
+            return state, [_claim(state)]
+        case Phase.CLAIMING if state.outcome is not None:
+            return _close(state, state.outcome, now)
+        case Phase.CLAIMING:
+            text = (
+                f"no term could be claimed within {state.limits.wait_s:.0f} s (recovery.wait_s): does run_dir answer?"
+            )
             return _close(state, failed(text, now), now)
         case Phase.RUNNING if state.hung is not None:
             return _restart(state, state.hung, 1, now)
@@ -599,9 +805,18 @@ _TRY = "see what they printed, `ssh NAME true`, and `python launch/hosts.py chec
 def _away(state: State) -> str:
     """ "h1 (ranks 2, 3)" for each machine that is not here; its place in the hostfile where its name is not known."""
     words = []
-    for number, machine in enumerate(state.machines):
+    for number in state.seats:
+        machine = state.machines[number]
         if not machine.here:
-            ranks = ", ".join(map(str, sorted(state.ranks_of(number))))
             name = machine.name or f"machine {number + 1} in the order of the hostfile"
-            words.append(f"{name} (rank{'s' if state.local > 1 else ''} {ranks})")
+            words.append(f"{name} ({_ranks(state, number)})")
     return " and ".join(words)
+
+
+def _ranks(state: State, machine: int) -> str:
+    return f"rank{'s' if state.local > 1 else ''} {', '.join(map(str, sorted(state.ranks_of(machine))))}"
+
+
+def _names(state: State) -> str:
+    """Of the machines that are away."""
+    return ", ".join(state.name(number) for number, one in enumerate(state.machines) if not one.here)

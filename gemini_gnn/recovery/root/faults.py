@@ -126,7 +126,7 @@ class Faults:
         if visitor is not None:
             self._asked[number] = machine, visitor
         if fault.kind in ("kill-agent", "kill-root"):  # the dead do not answer
-            whose = "the root agent" if machine == 0 else "the worker agent"
+            whose = "the root agent" if machine == state.root else "the worker agent"
             self.answered(
                 messages.Committed(number, True, f"SIGKILL to {whose}, pid {agent.pid} on {state.name(machine)}")
             )
@@ -140,12 +140,12 @@ def machine_of(fault: Fault, state: decisions.State) -> int:
         ConfigError: the job has no such rank or machine.
     """
     if fault.kind == "kill-root":
-        return 0
+        return state.root
     rank = fault.target.removeprefix("rank:")
     if fault.kind in OF_RANK or rank != fault.target:
         if int(rank) >= state.world:
             raise ConfigError(f"{fault}: expected a rank from 0 to {state.world - 1}")
-        return int(rank) // state.local
+        return state.machine_of(int(rank))
     names = [one.name for one in state.machines]
     found = [i for i, name in enumerate(names) if fault.target in (name, name.partition(".")[0])]
     if len(found) != 1:

@@ -43,11 +43,24 @@ class Ledger:
         """The failure that the job recovers from; None while it trains."""
         return self._current
 
-    def root_died(self, machine: str, died_s: float, step: int, generation: int, now: float, time: float) -> None:
-        """This root takes the place of one that died."""
-        words = f"the root agent on {machine} died"
-        self._current = Observed("root agent", words, self.term, generation, time, step, died_s, died_s, now)
+    def root_died(
+        self, machine: str, died_s: float, seen_s: float, step: int, generation: int, now: float, time: float
+    ) -> None:
+        """This root takes the place of one that died on ``machine``, or was lost with it."""
+        words = f"the root agent on {machine} is gone"
+        self._current = Observed("root agent", words, self.term, generation, time, step, died_s, seen_s, now)
         self._current = replace(self._current, machine=machine)
+
+    def follow(self, failures: list[dict[str, Any]], status: Mapping[str, Any], now: float, time: float) -> None:
+        """The run directory tells of the job before this root."""
+        self.failures = failures + self.failures
+        if self.began_s is None and status.get("began_s") is not None:
+            # How long ago the first step began, as the last root said, and how long ago that was.
+            self.began_s = now - status["began_s"] - (time - status["time"])
+        if self._current is not None:
+            self._current = replace(
+                self._current, term=self.term, step=max(self._current.step, status.get("step") or 0)
+            )
 
     def failed(
         self,

@@ -94,9 +94,9 @@ def generation(state: State) -> State:
     return replace(state, asked=0, persisted={}, completing=None)
 
 
-def at_the_end(state: State, identity: Identity) -> State:
-    """No trainer lives, and all machines are told to write ``identity``."""
-    return replace(state, asked=max(1, identity.step), persisted={}, completing=None)
+def at_the_end(state: State, identity: Identity, machines: int) -> State:
+    """No trainer lives, and so many machines are told to write what they hold of ``identity``."""
+    return replace(state, machines=machines, asked=max(1, identity.step), persisted={}, completing=None)
 
 
 def persisted(state: State, machine: int, identity: Identity | None, problem: str) -> Step:

@@ -1,20 +1,23 @@
-"""The root agent: one per job, in the loop of the worker agent of rank 0's machine. ``decisions.py`` decides.
+"""The root agent: one per job, in the loop of a worker agent. ``decisions.py`` decides.
 
-Ownership. The root holds the job's term, the listening socket at which the other machines' workers join, and one connection
-per worker. The worker of its own machine is connected by a socket pair: one machine is a root with one worker, by the same
-code. The root owns no process, and of files ``status.json`` and ``failures.jsonl``, which the journal's thread writes.
+Ownership. The root holds the job's term and its beats, the listening socket at which the other machines' workers join, and one
+connection per worker. The worker of its own machine is connected by a socket pair: one machine is a root with one worker, by
+the same code. The root owns no process, and of files ``status.json`` and ``failures.jsonl``, which the journal's thread writes.
+A thread claims terms (``claiming.py``): a file system that hangs delays the next generation, not the loop.
 
-Interruptions. The root may be killed at any instruction; its worker dies with it. The slot processes of that machine start
-another agent, which claims the next term. The other workers lose their connection, keep their trainers, and join again:
-they say which of them live, and the new root has these killed first. A worker may be lost between any two messages; the
-root then takes its trainers for living until the worker is back. A message to a lost worker is lost: whoever joins is told
-again. Within a connection no message is lost, repeated or reordered.
+Succession. A root may be killed at any instruction, or its machine lost. The other workers lose their connection, kill their
+trainers, and look for a root; one of them becomes it (``worker/succession.py``). That one knows the machines and their seats
+from the last root's Roster, and holds no term yet: it speaks for the job only after its claim. A root whose claim is refused,
+or that sees a newer term, resigns: it sends its workers to the new one, and its own worker follows.
+
+A worker may be lost between any two messages; the root then takes its trainers for living until the worker is back, or
+another machine has its seat. A message to a lost worker is lost: whoever joins is told again. Within a connection no message is
+lost, repeated or reordered.
 
 Who is silent. The root hears a beat from each worker every `heartbeat_s`. A worker that says nothing for `silence_s` counts as
 gone, and its connection is closed. A root that was itself late (stopped, or starved of the processor) extends that by as much.
 
-Why no two halves of a job ever train: training is synchronous, so a part of the ranks cannot take a step. Only a root
-begins generations, only the agent of rank 0's machine is a root, and it holds a term that it claimed exclusively.
+Why no two halves of a job ever train: see ``decisions.py``.
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from gemini_gnn.config import RecoveryConfig, SnapshotConfig
+from gemini_gnn.observe import terms
 from gemini_gnn.observe.failures import add_to_result
 from gemini_gnn.recovery import messages, wire
 from gemini_gnn.recovery.board import Board, dated
 from gemini_gnn.recovery.outcome import Outcome
 from gemini_gnn.recovery.root import decisions, hangs
+from gemini_gnn.recovery.root.claiming import Claim, Won
 from gemini_gnn.recovery.root.copies import Copies
 from gemini_gnn.recovery.root.faults import Agent, Faults
 from gemini_gnn.recovery.root.ledger import Ledger
@@ -42,10 +47,12 @@ LEAVE_S = 10.0  # from the outcome to the end of the last other worker
 STRANGERS = 64  # connections at once that have not joined
 DONE_S = 1.0  # for the last word in status.json
 PERSIST_S = 20.0  # for the last snapshot to get to storage; a launcher gives its slot processes 30 s
+CLAIM_POLL_S = 0.005
 STATUS_S = 1.0  # between two versions of status.json while nothing changes
 STATES = {  # the words of observe/status.py for a job that has not ended
     decisions.Phase.FORMING: "starting",
     decisions.Phase.PLANNING: "recovering",
+    decisions.Phase.CLAIMING: "recovering",
     decisions.Phase.RUNNING: "running",
     decisions.Phase.RECOVERING: "recovering",
     decisions.Phase.WAITING: "waiting",
@@ -72,18 +79,26 @@ class Root:
     """
     Attributes:
         state: of the job.
+        term: that it holds; the newest that it knows of, if `state.claimed` is False.
+        start: names this start of the job, over all its roots.
+        beats: of the term; None before it is claimed.
         links: connections to workers, joined or not.
         finished: every other worker has been told the outcome, or cannot be.
+        resigned: another root has the job.
     """
 
     def __init__(
         self,
         *,
         term: int,
+        start: str,
+        beats: terms.Beats | None,
         state: decisions.State,
         settings: RecoveryConfig,
         resume: str,
-        master_addr: str,
+        launched: tuple[int, int],
+        record: dict[str, Any],
+        address: str,
         token: bytes,
         listener: socket.socket | None,
         ledger: Ledger,
@@ -94,21 +109,32 @@ class Root:
         selector: selectors.BaseSelector,
         now: float,
     ):
-        self.term, self.state, self.settings, self.resume = term, state, settings, resume
-        self.master_addr, self.token = master_addr, token
+        """
+        Args:
+            launched: world size and local world size of the launch, standbys included.
+            record: of this process, kept with the terms that it claims.
+            address: of this machine, where the others reach ``listener``.
+        """
+        self.term, self.start, self.beats, self.state = term, start, beats, state
+        self.settings, self.resume, self.launched, self.record = settings, resume, launched, record
+        self.address, self.token = address, token
         self.listener, self.ledger, self.journal, self.selector = listener, ledger, journal, selector
-        # Once: a resolver that does not answer would hold up the loop.
-        address = master_addr if len(state.machines) > 1 else "127.0.0.1"
-        self._store_at = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
         self.faults = faults
-        ranks_of = [sorted(state.ranks_of(machine)) for machine in range(len(state.machines))]
-        self.copies = Copies(snapshot, ranks_of, self._send, self._say, journal, now, term=term, storage=storage)
+        self.copies = Copies(
+            snapshot, len(state.seats), state.local, self._send, self._say, journal, now, term=term, storage=storage
+        )
         self.links: list[Link] = []
-        self.finished = False
+        self.finished = self.resigned = False
+        self.members: dict[int, messages.Member] = {}
+        self._claim: Claim | None = None
+        self._claim_again: bool | None = None  # the seats have changed since the claim began; with a witness?
+        self._bound: tuple[int, int] | None = None  # of the generation that is planned: number of the ask, and port
+        self._planned: bool | None = None  # the planning is over: has it found a snapshot?
         self.away: list[str] = []  # machines that did not hear of the end
         ended = state.phase is decisions.Phase.ENDED
         self._ended_s = now if ended else None
         self._leaving = set(range(1, len(state.machines))) if ended else set[int]()  # are to be told the outcome
+        self._asked = 0  # number of the last Bind
         self._until_s = now  # after the end, for the last snapshot to be persisted
         self._ticked_s = self._beaten_s = self._reported_s = self._phase_s = now
         self._since = time.time()
@@ -135,6 +161,8 @@ class Root:
         waits = [self._beaten_s + self.settings.heartbeat_s - now]
         if self.state.deadline is not None:
             waits.append(self.state.deadline - now)
+        if self._claim is not None:
+            waits.append(CLAIM_POLL_S)
         return max(0.0, min(waits))
 
     def tick(self, now: float) -> None:
@@ -155,6 +183,7 @@ class Root:
             self._read_boards(now)
         for problem in self.faults.look(self._boards().values(), self.state, self._agents()):
             self._act(decisions.Say(problem), now)
+        self._look_at_claim(now)
         self._see(decisions.Tick(), now)
         self.copies.answer_visitors(now)
         if now - self._beaten_s >= self.settings.heartbeat_s:
@@ -209,7 +238,8 @@ class Root:
         elif link.machine is not None:
             self.faults.lost(link.machine, self.state.name(link.machine))
             ranks = ", ".join(map(str, sorted(self.state.ranks_of(link.machine))))
-            words = f"the worker agent on {self.state.name(link.machine)} (ranks {ranks}) {how}"
+            holds = f"ranks {ranks}" if ranks else "a standby"
+            words = f"the worker agent on {self.state.name(link.machine)} ({holds}) {how}"
             self.journal.log("worker_lost", machine=link.machine, text=words)
             self._see(decisions.Gone(link.machine, kind, words), now)
 
@@ -262,7 +292,14 @@ class Root:
                 | messages.Completed()
             ):
                 if self.copies.hear(link.machine, message, now):
-                    self._see(decisions.Planned(), now)
+                    self._planned = self.copies.identity is not None
+                    self._look_at_plan(now)
+            case messages.Bound(number, port, problem):
+                if problem:
+                    self._say(f"the machine of rank 0 cannot bind a port for the next generation: {problem}")
+                if number == self._asked and port > 0:
+                    self._bound = number, port
+                    self._look_at_plan(now)
             case messages.Damaged(_, _, text):
                 self._see(decisions.Damaged(link.machine, text), now)
             case messages.Beat():
@@ -273,35 +310,60 @@ class Root:
                     self._see(decisions.Reached(reached), now)
 
     def _join(self, link: Link, join: messages.Join, now: float) -> None:
-        state, number = self.state, join.machine
-        if (join.world_size, join.local_world_size) != (state.world, state.local) or not 0 <= number < len(
-            state.machines
-        ):
-            text = (
-                f"rank 0's machine has {state.local} of {state.world} ranks, {join.name} says {join.local_world_size} of "
-                f"{join.world_size} as machine {number + 1}: give every host the same slots=, or end the other job at "
-                "this MASTER_PORT"
-            )
+        number = join.machine if join.machine >= 0 else self._number_for(join.name)
+        if (text := self._why_refused(join, number)) != "":
             link.channel.send(messages.Refused(2, text))
             self.journal.log("worker_refused", text=text)
             return
         for old in [one for one in self.links if one.machine == number and one is not link]:
             self._lost(old, "agent", "has come again", now)
         link.machine, link.pid = number, join.pid
-        address = join.address or _comes_from(link.channel) or self.master_addr
+        address = join.address or _comes_from(link.channel) or self.address
         self.copies.peers[number] = messages.Peer(join.name, address, join.port)
-        self.journal.log("worker_joined", machine=number, name=join.name, pid=join.pid, alive=join.alive)
-        link.channel.send(messages.Welcome(self.term, self.settings.heartbeat_s, self.settings.silence_s))
+        self.members[number] = messages.Member(join.name, address, join.root_port)
+        self.journal.log("worker_joined", machine=number, name=join.name, pid=join.pid)
+        welcome = messages.Welcome(self.term, self.settings.heartbeat_s, self.settings.silence_s, number, self.start)
+        link.channel.send(welcome)
         if self.state.phase is decisions.Phase.ENDED:
             assert self.state.outcome is not None
             if number != 0 or self.finished:
                 link.channel.send(messages.Finish(self.state.outcome, self.away))
             return
-        self._see(decisions.Joined(number, join.name, frozenset(join.alive)), now)
+        self._see(decisions.Joined(number, join.name, join.generation, join.reached), now)
+        self._tell_roster()
         if join.unable is not None:
             self._see(decisions.Unable(number, replace(join.unable, time_s=now - join.unable.time_s)), now)
         if join.ready:
             self._see(decisions.Ready(number), now)
+
+    def _number_for(self, name: str) -> int:
+        """Of a machine that does not know it: its own, if it was of the job, or that of a lost one; else the next."""
+        away = [number for number, one in enumerate(self.state.machines) if not one.here]
+        own = [number for number in away if self.state.machines[number].name == name]
+        lost = [number for number in away if number in self.state.seats]
+        return (own or lost or [len(self.state.machines)])[0]
+
+    def _why_refused(self, join: messages.Join, number: int) -> str:
+        """Why the machine cannot be of this job; else empty."""
+        world, local = self.launched
+        if join.start not in ("", self.start):
+            return f"another start of this job has run_dir; {join.name} belongs to the last one, which is over"
+        same_launch = join.world_size == world or join.machine < 0 or number >= world // local
+        if join.local_world_size == local and same_launch and number <= len(self.state.machines):
+            return ""
+        return (
+            f"the root's machine has {local} of {world} ranks, {join.name} says {join.local_world_size} of "
+            f"{join.world_size} as machine {number + 1}: give every host the same slots=, or end the other job at "
+            "this MASTER_PORT"
+        )
+
+    def _tell_roster(self) -> None:
+        """All that a worker must know to become root, if this one is lost."""
+        if len(self.state.machines) == 1:
+            return
+        nobody = messages.Member("", "", 0)
+        members = [self.members.get(number, nobody) for number in range(len(self.state.machines))]
+        self._tell(messages.Roster(members, list(self.state.seats), self.state.root, self.state.generation))
 
     # --- what the root does -------------------------------------------------------------------------------------------
 
@@ -337,8 +399,15 @@ class Root:
     def _act(self, action: decisions.Action, now: float) -> None:
         match action:
             case decisions.Plan():
-                if self.copies.plan():
-                    self._see(decisions.Planned(), now)
+                self._plan(now)
+            case decisions.Claim(witness):
+                self._claim_again = witness
+                self._look_at_claim(now)
+            case decisions.Resign():
+                self.resign("another root agent has the next term")
+            case decisions.Dismiss(machine):
+                for link in [one for one in self.links if one.machine == machine]:
+                    self._lost(link, "silent", "cannot reap its trainers", now)
             case decisions.Begin(generation):
                 self._begin(generation, now)
             case decisions.Close():
@@ -350,8 +419,9 @@ class Root:
             case decisions.Say(text):
                 self._say(text)
             case decisions.Finish(outcome):
-                if outcome.kind == "stopped" and outcome.keep and all(one.here for one in self.state.machines):
-                    self.copies.end()
+                lost = not all(one.here for one in self.state.seated)
+                if outcome.keep and (outcome.kind == "stopped" or lost) and self.state.claimed:
+                    self.copies.end(self._here())
                 self._until_s = now + PERSIST_S
                 if not self.copies.ending:
                     self._end(outcome, now)
@@ -365,11 +435,15 @@ class Root:
         if outcome.kind == "done":  # a root that comes after this one must know before any machine has left
             self.journal.status(**{**self._last, "state": "done", "reason": outcome.reason, "exit_code": 0})
             self.journal.flush(DONE_S)
-        self._leaving = {link.machine for link in self.links if link.machine}
-        self._tell(messages.Finish(outcome, self.away), lambda link: link.machine != 0)
+        own = self.state.root
+        self._leaving = {link.machine for link in self.links if link.machine not in (None, own)}
+        self._tell(messages.Finish(outcome, self.away), lambda link: link.machine != own)
 
     def _say(self, text: str) -> None:
-        self._send(0, messages.Say(text))
+        self._send(self.state.root, messages.Say(text))
+
+    def _here(self) -> list[int]:
+        return [number for number, one in enumerate(self.state.machines) if one.here]
 
     def _send(self, machine: int, message: messages.Message) -> None:
         self._tell(message, lambda link: link.machine == machine)
@@ -386,27 +460,88 @@ class Root:
         self.ledger.begun(now)
         # `never` removed the snapshots when this start began, so a later generation resumes.
         resume = "auto" if generation > 1 and self.resume == "never" else self.resume
-        family, kind, _, _, where = self._store_at
-        store = socket.socket(family, kind)
-        store.bind(where)
-        store.listen(1024)
-        address = self.master_addr if len(self.state.machines) > 1 else "127.0.0.1"
-        port = store.getsockname()[1]
+        assert self._bound is not None
+        address = self.members[self.state.seats[0]].address if len(self.state.machines) > 1 else "127.0.0.1"
         self.copies.begun(generation)
+        self._tell_roster()
         for link in self.links:
-            if link.machine is not None:
-                ranks = sorted(self.state.ranks_of(link.machine))
-                descriptors = [store.fileno()] if link.machine == 0 else []
-                copies = self.copies.order(link.machine)
-                begin = messages.Begin(generation, ranks, address, port, resume, **copies, descriptors=descriptors)
-                link.channel.send(begin)
-        store.close()
+            if link.machine in self.state.seats:
+                ranks, copies = sorted(self.state.ranks_of(link.machine)), self.copies.order(link.machine)
+                order = (self.term, generation, self.state.world, ranks, address, self._bound[1], resume)
+                link.channel.send(messages.Begin(*order, **copies))
 
     def _finish(self) -> None:
         """Now the worker of this machine, too."""
         assert self.state.outcome is not None
-        self._tell(messages.Finish(self.state.outcome, self.away), lambda link: link.machine == 0)
+        own = self.state.root
+        self._tell(messages.Finish(self.state.outcome, self.away), lambda link: link.machine == own)
         self.finished = True
+
+    # --- before a generation ------------------------------------------------------------------------------------------
+
+    def _plan(self, now: float) -> None:
+        """What is there, and where the ranks meet. The store listens before anybody forks: a client that came first would lose
+        half a second."""
+        self._asked += 1
+        self._bound, self._planned = None, None
+        others = [number for number in self._here() if number not in self.state.seats]
+        if self.copies.plan([*self.state.seats, *others]):
+            self._planned = True
+        self._send(self.state.seats[0], messages.Bind(self._asked))
+
+    def _look_at_plan(self, now: float) -> None:
+        if self._planned is not None and self._bound is not None:
+            self._see(decisions.Planned(self._planned), now)
+
+    def _look_at_claim(self, now: float) -> None:
+        """One claim at a time; one that is about older seats counts for nothing, but its term is ours."""
+        if self._lost_term and not self.lost_to_another_start and self._ended_s is None:
+            self.resign("another root agent has taken over")
+        if self._claim is not None and (result := self._claim.result) is not None:
+            self._claim = None
+            if result.won is not None:
+                self._take(result.won, now)
+            if result.won is None or self._claim_again is None:
+                self._see(decisions.Claimed(result.won is not None), now)
+        if self._claim is None and self._claim_again is not None and not self.resigned:
+            witness, self._claim_again = self._claim_again, None
+            members = [self.members.get(number) for number in range(len(self.state.machines))]
+            record = self.record | {
+                "seats": list(self.state.seats),
+                "names": [one.name if one else "" for one in members],
+                "address": self.address,
+                "port": self.listener.getsockname()[1] if self.listener else 0,
+                "root": self.state.root,
+                "start": self.start,
+            }
+            self._claim = Claim(self.journal.run_dir, self.term, record, witness, self.beats)
+
+    def _take(self, won: Won, now: float) -> None:
+        """The next term is ours."""
+        first = self.beats is None
+        self.term = self.copies.term = self.journal.term = won.term
+        self.beats = won.beats
+        self.journal.speaks_for_job = True
+        self.journal.log("claimed")
+        self.ledger.term = won.term
+        if first:
+            self.ledger.follow(won.failures, won.status, now, time.time())
+
+    @property
+    def _lost_term(self) -> bool:
+        """Another process has claimed the next term: not this one, which may be just about it."""
+        return self.beats is not None and self.beats.lost and self._claim is None and not self.resigned
+
+    @property
+    def lost_to_another_start(self) -> bool:
+        return self._lost_term and self.beats is not None and self.beats.successor.get("start") != self.start
+
+    def resign(self, why: str) -> None:
+        """Another root has the job: send the workers there. The worker of this machine looks for it by itself."""
+        self.journal.speaks_for_job = False
+        self.journal.log("resigned", text=why)
+        self._tell(messages.Moved(), lambda link: link.machine != self.state.root)
+        self.resigned = True
 
     def _beat(self, now: float) -> None:
         self._beaten_s = now
@@ -455,7 +590,7 @@ class Root:
         if total_steps != self._total_steps:
             self._total_steps = total_steps
             self._report(now)
-        if self.state.phase is decisions.Phase.RUNNING and len(self._fresh) == len(self.state.machines):
+        if self.state.phase is decisions.Phase.RUNNING and self._fresh.issuperset(self.state.seats):
             self._fresh.clear()
             if self.ledger.current is None:  # the trainers go on
                 self.copies.look(self.state.reached, self.ledger.step_s, now)
@@ -488,7 +623,7 @@ class Root:
             "state": "recovering" if replaces else STATES[state.phase],
             "state_s": round(now - self._phase_s, 3),
             "reason": state.outcome.reason if state.outcome else None,
-            "address": None if self.listener is None else f"{self.master_addr}:{self.listener.getsockname()[1]}",
+            "address": None if self.listener is None else f"{self.address}:{self.listener.getsockname()[1]}",
             "since": self._since,
             "heartbeat_s": self.settings.heartbeat_s,
             "generation": state.generation,
@@ -517,6 +652,8 @@ class Root:
                 "here_s": round(now - one.since_s, 3) if one.name else None,
                 "silent_s": round(now - links[number].heard_s, 3) if number in links else None,
                 "memory_bytes": beats[number].memory_bytes if number in beats else None,
+                "address": self.members[number].address if number in self.members else None,
+                "port": self.members[number].port if number in self.members else None,
             }
             for number, one in enumerate(self.state.machines)
         ]
@@ -525,7 +662,7 @@ class Root:
         """Of the newest generation; of a rank whose trainer has not been heard of, what is known."""
         boards, found = self._boards(), []
         for rank in range(self.state.world):
-            one: dict[str, Any] = {"rank": rank, "machine": self.state.name(rank // self.state.local)}
+            one: dict[str, Any] = {"rank": rank, "machine": self.state.name(self.state.machine_of(rank))}
             one["alive"] = rank in self.state.alive
             board = boards.get(rank)
             if board is not None:
@@ -538,12 +675,13 @@ class Root:
 
     def close(self) -> list[messages.Channel]:
         """Let go of the workers, which are on their own now. Returns the visitors' connections: the end is still to be said."""
+        if self._claim is not None:
+            self._claim.give_up()
         for link in list(self.links):
             if not link.visits:
                 self._drop(link)
-        if self.listener is not None:
+        if self.listener is not None:  # the agent's own
             self.selector.unregister(self.listener)
-            self.listener.close()
             self.listener = None
         return [link.channel for link in self.links]
 

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import os
 import selectors
+import socket
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gemini_gnn.config import seats_of
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.observe import terms
 from gemini_gnn.observe.failures import read_failures
 from gemini_gnn.observe.status import read_status
-from gemini_gnn.recovery import home, messages, processes, wire
+from gemini_gnn.recovery import home, messages, processes
 from gemini_gnn.recovery.outcome import Outcome
 from gemini_gnn.recovery.root import decisions
 from gemini_gnn.recovery.root.faults import Faults
@@ -27,14 +29,23 @@ from gemini_gnn.recovery.root.restoring import Storage
 from gemini_gnn.recovery.root.service import Root
 from gemini_gnn.recovery.worker import persister
 from gemini_gnn.recovery.worker.journal import Journal
+from gemini_gnn.recovery.worker.uplink import Lost
 from gemini_gnn.snapshot import persist
 from gemini_gnn.snapshot.store import locks
 
 ROOT_LIMITS = decisions.Limits()
 
 
+def record_of(arena: Path, request: messages.Register) -> dict[str, Any]:
+    """Of this process, kept with the terms that it claims."""
+    place, machine = request.place, os.uname().nodename
+    owner = f"the worker agent on {machine}, pid {os.getpid()}, with its snapshots in {arena.parent}"
+    claim: dict[str, Any] = {"owner": owner, "launch": request.launch, "world_size": place.world_size}
+    return claim | {"local_world_size": place.local_world_size, "arena_root": os.fspath(arena.parent.parent)}
+
+
 def take_run_dir(
-    run_dir: Path, arena: Path, request: messages.Register, journal: Journal, say: Callable[[str], None]
+    run_dir: Path, arena: Path, request: messages.Register, start: str, journal: Journal, say: Callable[[str], None]
 ) -> terms.Beats | None:
     """Claim the job's next term for this agent; its number goes into the journal. None if the work is done already: the agent
     before us died while it cleaned up, and a script must not begin again.
@@ -46,12 +57,10 @@ def take_run_dir(
     if request.deaths > 0 and status.get("state") == "done" and status.get("term") == before.get("term"):
         journal.term = before.get("term", 0)  # claim none: the next agent must also see that the work is done
         return None
-    machine = os.uname().nodename
-    owner = f"the worker agent on {machine}, pid {os.getpid()}, with its snapshots in {arena.parent}"
-    claim: dict[str, Any] = {"owner": owner, "launch": request.launch, "world_size": place.world_size}
-    claim |= {"local_world_size": place.local_world_size, "arena_root": os.fspath(arena.parent.parent)}
+    claim = record_of(arena, request) | {"start": start}
     if place.machines > 1:
-        claim |= {"address": place.master_addr, "port": place.master_port}
+        claim |= {"address": place.master_addr, "port": place.master_port, "root": 0}
+        claim |= {"seats": list(range(seats_of(request.recovery, request.place.machines)))}
     journal.term = terms.claim_term(run_dir, claim, say=say)
     beats = terms.Beats(run_dir, journal.term)
     journal.speaks_for_job = True
@@ -59,53 +68,142 @@ def take_run_dir(
     return beats
 
 
-def make_root(
-    run_dir: Path,
-    request: messages.Register,
-    token: bytes,
-    done: bool,
-    journal: Journal,
-    selector: selectors.BaseSelector,
-) -> Root:
-    """The root agent of the term that the journal names.
-
-    Args:
-        done: the work is: the root only tells the other machines so.
-
-    Raises:
-        ClusterError: it cannot listen where the machines meet.
-        ConfigError: the faults of the settings do not fit the job.
-    """
-    place, settings, now = request.place, request.recovery, time.monotonic()
-    limits = replace(
+def limits_of(request: messages.Register) -> decisions.Limits:
+    settings = request.recovery
+    return replace(
         ROOT_LIMITS,
         join_s=settings.wait_s if request.deaths else request.start_timeout_s,
         wait_s=settings.wait_s,
+        return_s=settings.return_s,
         same_step_failures=settings.same_step_failures,
     )
-    state = decisions.forming(place.machines, place.local_world_size, limits, request.deaths)
-    if done:
+
+
+def make_root(
+    run_dir: Path,
+    arena: Path,
+    request: messages.Register,
+    start: str,
+    beats: terms.Beats | None,
+    address: str,
+    token: bytes,
+    listener: socket.socket | None,
+    journal: Journal,
+    selector: selectors.BaseSelector,
+) -> Root:
+    """The first root agent of a start, with the term that the journal names.
+
+    Args:
+        beats: of that term; None: the work is done, and the root only tells the other machines so.
+
+    Raises:
+        ConfigError: the faults of the settings do not fit the job.
+    """
+    place, now = request.place, time.monotonic()
+    standbys = request.recovery.standby_machines
+    state = decisions.forming(
+        place.machines, place.local_world_size, limits_of(request), request.deaths, standbys=standbys
+    )
+    state = replace(state, root=place.rank // place.local_world_size)
+    if beats is None:
         state = replace(state, phase=decisions.Phase.ENDED, outcome=Outcome("done", 0, "done", keep=False))
-    faults = Faults(request.faults, place.world_size, run_dir, journal)
     root = Root(
         term=journal.term,
+        start=start,
+        beats=beats,
         state=state,
-        settings=settings,
+        settings=request.recovery,
         resume=request.resume,
-        master_addr=place.master_addr,
+        launched=(place.world_size, place.local_world_size),
+        record=record_of(arena, request),
+        address=address,
         token=token,
-        listener=wire.listen(place.master_addr, place.master_port) if place.machines > 1 else None,
+        listener=listener,
         ledger=_ledger(run_dir, request, journal.term, now),
         journal=journal,
-        faults=faults,
+        faults=Faults(request.faults, state.world, run_dir, journal),
         snapshot=request.snapshot,
         storage=_storage(run_dir, request),
         selector=selector,
         now=now,
     )
-    if not done:
+    if beats is not None:
         journal.status(**root.status(now))
     return root
+
+
+def succeed_root(
+    run_dir: Path,
+    arena: Path,
+    request: messages.Register,
+    term: int,
+    start: str,
+    roster: messages.Roster,
+    machine: int,
+    reached: int,
+    lost: Lost,
+    token: bytes,
+    listener: socket.socket,
+    journal: Journal,
+    selector: selectors.BaseSelector,
+) -> Root:
+    """A root agent that takes over from the one that the roster names. It holds no term yet.
+
+    Args:
+        term: the newest that this machine knows of.
+        machine: number of this one. reached: the step that its trainers were in.
+    """
+    place, now = request.place, time.monotonic()
+    name = roster.members[roster.root].name or f"machine {roster.root + 1}"
+    words = f"the root agent on {name} is gone ({lost.why})"
+    cause = decisions.Cause("silent" if lost.silent else "agent", words, machine=roster.root)
+    state = decisions.succeeding(
+        [one.name for one in roster.members],
+        roster.seats,
+        place.local_world_size,
+        limits_of(request),
+        root=machine,
+        lost=roster.root if lost.silent and roster.root != machine else None,
+        generation=roster.generation,
+        reached=reached,
+        cause=cause,
+        now=now,
+    )
+    ledger = Ledger(term, [], None)
+    ledger.root_died(name, lost.heard_s, now, reached, roster.generation, now, time.time())
+    return Root(
+        term=term,
+        start=start,
+        beats=None,
+        state=state,
+        settings=request.recovery,
+        resume=request.resume if roster.generation == 0 else "auto",
+        launched=(place.world_size, place.local_world_size),
+        record=record_of(arena, request),
+        address=roster.members[machine].address,
+        token=token,
+        listener=listener,
+        ledger=ledger,
+        journal=journal,
+        faults=Faults(request.faults, state.world, run_dir, journal),
+        snapshot=request.snapshot,
+        storage=Storage.IF_NEEDED,
+        selector=selector,
+        now=now,
+    )
+
+
+def roster_of(run_dir: Path, request: messages.Register) -> tuple[messages.Roster, dict[str, Any]]:
+    """For an agent that takes the place of a dead one: what the last root knew, and the record of its term."""
+    record, status = terms.newest_term(run_dir), read_status(run_dir)
+    seats = record.get("seats") or list(range(seats_of(request.recovery, request.place.machines)))
+    members = [
+        messages.Member(one.get("machine") or "", one.get("address") or "", one.get("port") or 0)
+        for one in status.get("machines", [])
+    ]
+    nobody = messages.Member("", "", 0)
+    members += [nobody] * (request.place.machines - len(members))
+    return messages.Roster(members, seats, record.get("root", 0), request.deaths), record
 
 
 def checkpoint_folder(run_dir: Path, request: messages.Register) -> Path:
@@ -132,7 +230,8 @@ def _ledger(run_dir: Path, request: messages.Register, term: int, now: float) ->
     ledger = Ledger(term, failures, began_s)
     if request.deaths:
         step = status.get("step") or 0
-        ledger.root_died(os.uname().nodename, request.died_s, step, request.deaths, now, time.time())
+        died_s = request.died_s
+        ledger.root_died(os.uname().nodename, died_s, died_s, step, request.deaths, now, time.time())
     return ledger
 
 

@@ -36,8 +36,7 @@ LOAD_S = 60.0  # without a byte of a checkpoint that is loaded
 class Copies:
     """
     Attributes:
-        address, port: of the replicator; port 0: the job has one machine, or keeps no snapshots in memory. Address "": not
-            known, as there is no way to the first machine.
+        port: of the replicator; 0: the job has one machine, or keeps no snapshots in memory.
     """
 
     def __init__(
@@ -45,25 +44,20 @@ class Copies:
         folder: Path,
         job: str,
         request: messages.Register,
+        address: str,
         token: bytes,
         journal: Journal,
         selector: selectors.BaseSelector,
         tell: Callable[[messages.Message], None],
     ):
+        """``address``: of this machine, for the others."""
         self.arena, self.request, self.journal, self.tell = folder, request, journal, tell
-        place, self.address, self.port = request.place, "", 0
+        place, self.port = request.place, 0
         self._listener: socket.socket | None = None
         self._token = -1
         self.replicator: helpers.Helper | None = None
         if place.machines > 1 and request.snapshot.mode == "memory":
-            try:
-                self.address = _address_towards(place.master_addr)
-            except ClusterError:
-                if not request.deaths:
-                    raise
-                # Its link is cut while one agent takes another's place: the root sees the address once it is back.
-            everywhere = "::" if ":" in place.master_addr else "0.0.0.0"
-            self._listener = wire.listen(self.address or everywhere, 0)
+            self._listener = wire.listen(address or everywhere(place.master_addr), 0)
             self.port = self._listener.getsockname()[1]
             self._token = helpers.secret(token)
             self.replicator = helpers.replicator(folder, job, self._listener, self._token, journal, selector)
@@ -117,9 +111,9 @@ class Copies:
                     board.ask_to_persist(pages, page, step)
             case messages.Persist():
                 self._persist(message.identity, message.shards)
-            case messages.Complete(identity, shards):
+            case messages.Complete(identity, shards, term):
                 common = [COMMON] if (self.arena / f"{COMMON}.0").exists() else []
-                self._to_persister(messages.Complete(identity, [*shards, *common]))
+                self._to_persister(messages.Complete(identity, [*shards, *common], term))
 
     def begin(self, begin: messages.Begin, term: int, pages: mmap.mmap | None) -> None:
         """Before the trainers of a generation are forked: no newer snapshot is left here, and the replicator knows its part."""
@@ -151,6 +145,14 @@ class Copies:
                 interleave=settings.interleave,
             )
             self.replicator.send(order)
+
+    def fence(self) -> None:
+        """The root is lost: what it ordered is done no more, and no copy goes out or comes in."""
+        self._survey, self._load, self._persist_at = None, None, 0
+        self._lists.clear()
+        self.persister.give_up(messages.Load, messages.Persist, messages.Complete)
+        if self.replicator is not None:
+            self.replicator.send(messages.Quiet())
 
     def _to_persister(self, order: messages.Message) -> None:
         self._persists = True
@@ -236,13 +238,14 @@ class Copies:
             self._persisting = identity
             self.tell(messages.Persisted(None))  # some heard too late
             return
-        self._persist(identity, [shard_of(rank) for rank in self._ranks])
+        common = (
+            [COMMON] if 0 in self._ranks and (self.arena / f"{COMMON}.0").exists() else []
+        )  # one machine's is enough
+        self._persist(identity, [*map(shard_of, self._ranks), *common])
 
     def _persist(self, identity: Identity, shards: list[str]) -> None:
-        """Of the common state one machine's shard is enough."""
         self._persisting = identity
-        common = [COMMON] if 0 in self._ranks and (self.arena / f"{COMMON}.0").exists() else []
-        self._to_persister(messages.Persist(identity, [*shards, *common]))
+        self._to_persister(messages.Persist(identity, shards))
 
     def _drop_surplus(self) -> None:
         """A snapshot has all its copies: shards that were this machine's before hosts changed are of no use any more."""
@@ -266,7 +269,12 @@ class Copies:
             os.close(self._token)
 
 
-def _address_towards(master_addr: str) -> str:
+def everywhere(master_addr: str) -> str:
+    """The address that stands for all of this machine's, of the family of ``master_addr``."""
+    return "::" if ":" in master_addr else "0.0.0.0"
+
+
+def address_towards(master_addr: str) -> str:
     """The address of this machine on the way to the first one. Sends nothing.
 
     Raises:

@@ -38,12 +38,14 @@ class Storage:
     """Where this job's snapshots and checkpoints are.
 
     Attributes:
-        arena: of the snapshots. folder: of the checkpoints. keep: so many complete ones. job: the name of the arena.
+        arena: of the snapshots. terms: of the job. folder: of the checkpoints. keep: so many complete ones.
+        job: the name of the arena.
         inside: the folder is in the run directory. It is this job's, even if the directory had another path before, and
             so another job.
     """
 
     arena: Path
+    terms: Path
     folder: Path
     keep: int
     job: str
@@ -52,7 +54,7 @@ class Storage:
 
 def storage_of(arena: Path, run_dir: Path, folder: Path, keep: int, job: str) -> Storage:
     inside = Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(run_dir))
-    return Storage(arena, folder, keep, job, inside)
+    return Storage(arena, run_dir / "terms", folder, keep, job, inside)
 
 
 def _nobody() -> None:
@@ -66,6 +68,10 @@ def obey(order: messages.Message, storage: Storage, moved: Callable[[], None] = 
         return messages.Persisted(order.identity, problem)
     if isinstance(order, messages.Complete):
         keep = storage.keep
+        if order.term and (storage.terms / f"{order.term + 1}.json").exists():
+            return messages.Completed(
+                order.identity, f"refused: a newer root than that of term {order.term} has the job"
+            )
         problem = _problem(storage, lambda: persist.complete(storage.folder, order.identity, order.shards, keep))
         return messages.Completed(order.identity, problem)
     if isinstance(order, messages.ListCheckpoints):

@@ -48,13 +48,13 @@ class Plan(NamedTuple):
 
 
 def needs_of(copies: Iterable[Copy], ranks_of: Sequence[Sequence[int]]) -> list[set[str]]:
-    """By machine, the shards of its ranks; the common one too, if any snapshot has one.
+    """By machine, the shards of its ranks; the common one too, if any snapshot has one. A standby needs none.
 
     Args:
         ranks_of: by machine its ranks.
     """
     common = {COMMON} & {copy.shard for copy in copies}
-    return [common | {shard_of(rank) for rank in ranks} for ranks in ranks_of]
+    return [common | {shard_of(rank) for rank in ranks} if ranks else set() for ranks in ranks_of]
 
 
 def plan(copies: Iterable[Copy], needs: Needs, refused: Iterable[Copy] = ()) -> Plan | None:

@@ -1,0 +1,75 @@
+"""Where a worker that has lost its root looks for one, and when it becomes root itself. Pure; ``now`` in seconds.
+
+The lost root is tried alone for a while if its connection only broke: an agent that died has an heir. Then the machines
+before this one are tried, each once: of all that are left the first is to become root. When none of them has answered, this
+machine is that one. It goes on looking all the same: it may have been cut off alone. It follows any root with a term, and
+any candidate before it.
+
+A machine that holds a newer term is tried first (``terms.Watch``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from gemini_gnn.recovery.messages import Member
+
+
+class Target(NamedTuple):
+    """Where a root agent may answer."""
+
+    address: str
+    port: int
+
+
+@dataclass(frozen=True)
+class Route:
+    """
+    Attributes:
+        root: where the lost one answered; None: it was on this machine.
+        until_s: until then only that one is tried.
+        others: the machines before this one, in order.
+        tried: number of attempts since then.
+    """
+
+    root: Target | None
+    until_s: float
+    others: tuple[Target, ...] = ()
+    tried: int = 0
+
+
+def route(members: Sequence[Member], machine: int, root: Target | None, until_s: float) -> Route:
+    """
+    Args:
+        members: as the last root knew them, by number. machine: number of this one.
+    """
+    before = [Target(one.address, one.port) for one in members[:machine] if one.port]
+    return Route(root, until_s, tuple(one for one in before if one != root))
+
+
+def following(route: Route, holder: Target | None, now: float) -> tuple[Route, Target | None]:
+    """The target to try now; None: there is none.
+
+    Args:
+        holder: of a newer term than that of the lost root.
+    """
+    if now < route.until_s and route.root is not None:
+        return route, route.root
+    targets = [*([holder] if holder is not None else []), *route.others, *([route.root] if route.root else [])]
+    target = targets[route.tried % len(targets)] if targets else None
+    return replace(route, tried=route.tried + 1), target
+
+
+def is_next(route: Route, now: float) -> bool:
+    """Whether this machine is to become root: none before it has answered."""
+    return (now >= route.until_s or route.root is None) and route.tried >= len(route.others)
+
+
+def holder_of(record: dict[str, Any], term: int, start: str, own: Target) -> Target | None:
+    """Where the holder of a newer term than ``term`` answers, if it is a root of the same job. ``own``: of this machine."""
+    if record.get("term", 0) <= term or record.get("start") != start or not record.get("port"):
+        return None
+    found = Target(str(record.get("address")), int(record["port"]))
+    return None if found == own else found
