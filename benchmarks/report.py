@@ -22,10 +22,13 @@ from common import ROOT, git, median
 
 Document = Mapping[str, Any]
 Contenders = list[tuple[str, list[tuple[str, float]]]]  # groups of bars: label, then name and value of each
+OURS = {"snapshot", "memory", "push", "both at once", "fetch", "attach", "two, interleaved", "gemini_gnn", "metis"}
+OURS |= {"metis+edges", "blocks", "blocks beside NetworkX", "PyGSampler", "NodeLoader + PyGSampler"}
 GREEN, RED, GREY, BLUE = "#2ca02c", "#d62728", "#7f7f7f", "#1f77b4"
 
 # Goals that no benchmark has in its code or JSON.
-PUSH_SHARE, LINK_SHARE, LOAD_TIMES, LOST = 0.8, 0.8, 3.0, 0.01  # replication.py
+PUSH_SHARE, LINK_SHARE, LOAD_TIMES = 0.8, 0.8, 3.0  # replication.py
+LOST, LOST_AT_MOST = 0.01, 0.05  # of throughput: where copies fit into idle time, and always
 STALL_SHARE, RESTORE_TIMES = 0.02, 10.0  # snapshot.py
 NETWORKX_TIMES = 100.0  # sampling.py
 
@@ -148,7 +151,7 @@ def replication_lines(document: Document) -> Iterator[Line]:
         for name in ("two, interleaved", "two, at any time"):
             one = row[name]
             cpu = f"replicators {shown(one['replicators_cpu_s'], 's')} of CPU time per step"
-            alone_s = row["one copy"]["step_s"]
+            alone_s, fits = row["one copy"]["step_s"], name == "two, interleaved" and one["every"] < 1.5
             beside = f"step {shown(one['step_s'], 's')}, one copy {shown(alone_s, 's')}"
             beside += f"; a snapshot every {one['every']:.1f} steps"
             yield Line(
@@ -156,7 +159,7 @@ def replication_lines(document: Document) -> Iterator[Line]:
                 one["lost"],
                 "%",
                 beside,
-                LOST,
+                LOST if fits else LOST_AT_MOST,
                 True,
                 cpu,
             )
@@ -392,7 +395,7 @@ def partitioning_bars(document: Document) -> Contenders:
 
 
 def draw_bars(groups: Contenders, path: Path) -> None:
-    """Seconds of the contenders, a block per group; the first of a group is ours."""
+    """Seconds of the contenders, a block per group; ours in another colour."""
     from matplotlib.figure import Figure
 
     figure = Figure(
@@ -401,7 +404,7 @@ def draw_bars(groups: Contenders, path: Path) -> None:
     rows = figure.subplots(len(groups), 1, squeeze=False, height_ratios=[1 + len(bars) for _, bars in groups])[:, 0]
     for axes, (label, bars) in zip(rows, groups, strict=True):
         names, values = zip(*bars, strict=True)
-        axes.barh(range(len(bars)), values, color=[BLUE, *[GREY] * (len(bars) - 1)], height=0.7)
+        axes.barh(range(len(bars)), values, color=[BLUE if name in OURS else GREY for name in names], height=0.7)
         for at, value in enumerate(values):
             axes.annotate(shown(value, "s"), (value, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
         axes.set_yticks(range(len(bars)), names, fontsize=8, parse_math=False)
@@ -430,7 +433,8 @@ def draw_goals(lines: Sequence[tuple[str, Line]], path: Path) -> None:
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(lines)), [f"{name}: {line.what}" for name, line in lines], fontsize=7, parse_math=False)
     axes.invert_yaxis()
-    axes.set(xscale="log", xlim=(0.008, 900), xlabel="times better than the goal (left of the line: missed)")
+    axes.margins(x=0.2)
+    axes.set(xscale="log", xlabel="times better than the goal (left of the line: missed)")
     axes.grid(alpha=0.25, axis="x")
     figure.savefig(path)
 

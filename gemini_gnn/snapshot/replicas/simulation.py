@@ -56,7 +56,7 @@ class Failures:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of a job on one machine more or less: bytes, and seconds.
+    """Bytes and seconds of a job, whatever the number of its machines.
 
     Attributes:
         state_bytes: masters and moments, per machine.
@@ -96,9 +96,7 @@ class Scheme:
     ready_s: float
     process_s: float  # from a failure to the first new step, with reading the state
     machine_s: float
-    retrieve_s: tuple[
-        float, float, float
-    ]  # to read the state: a process died, a machine is lost, memory did not survive
+    retrieve_s: tuple[float, float, float]  # of these, where a process died, a machine is lost, memory did not survive
     again_s: float = 0.0
     storage_every_s: float = 0.0  # if memory does not survive: the checkpoints,
     storage_ready_s: float = 0.0  # the time to write one,
@@ -218,9 +216,9 @@ def expected(scheme: Scheme, failures: Failures) -> Outcome:
     rate, fatal = failures.rate(scheme.machines), memory_lost(scheme, failures)
     others = rate * (1 - fatal)
     ready_s = scheme.ready_s if scheme.holders else 0.0  # training waits for a checkpoint: the pause is its time
-    goodput = 1.0
+    goodput = scheme.share
     if others > 0:
-        goodput = scheme.share * _progress(others, scheme.interval_s + scheme.pause_s, ready_s)
+        goodput *= _progress(others, scheme.interval_s + scheme.pause_s, ready_s)
         goodput *= _not_recovering(scheme, failures, fatal, others)
     if fatal > 0 and goodput > 0:
         since_s = scheme.storage_ready_s / goodput + scheme.storage_s

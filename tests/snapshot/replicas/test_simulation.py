@@ -11,7 +11,6 @@ from gemini_gnn.snapshot.replicas.placement import placement, survival, survives
 from gemini_gnn.snapshot.replicas.simulation import (
     Costs,
     Failures,
-    Scheme,
     best_interval_s,
     expected,
     in_memory,
@@ -142,21 +141,25 @@ def test_without_replicas_each_lost_machine_is_one_too_many():
 # The simulation beside the formula
 
 
+ALL_LOST = replace(OFTEN, lost=1.0)
+
+
 @pytest.mark.parametrize(
-    "scheme",
+    ("scheme", "failures"),
     [
-        on_storage(COSTS, 16, OFTEN),
-        on_storage(COSTS, 300, OFTEN),
-        in_memory(COSTS, placement(16, 1)),
-        in_memory(COSTS, placement(16, 2)),
-        in_memory(COSTS, ring(60, 2)),
-        in_memory(COSTS, placement(100, 3)),
-        in_memory(replace(COSTS, replace_s=60.0), placement(50, 2)),
+        (on_storage(COSTS, 16, OFTEN), OFTEN),
+        (on_storage(COSTS, 300, OFTEN), OFTEN),
+        (in_memory(COSTS, placement(16, 1)), OFTEN),
+        (in_memory(COSTS, placement(16, 1)), ALL_LOST),
+        (in_memory(COSTS, placement(16, 2)), OFTEN),
+        (in_memory(COSTS, ring(60, 2)), OFTEN),
+        (in_memory(COSTS, placement(100, 3)), OFTEN),
+        (in_memory(replace(COSTS, replace_s=60.0), placement(50, 2)), OFTEN),
     ],
 )
-def test_the_simulation_agrees_with_the_formula(scheme: Scheme):
-    runs = [simulate(scheme, OFTEN, 4_000, seed) for seed in range(12)]
-    agrees(expected(scheme, OFTEN), runs, "wasted_s")
+def test_the_simulation_agrees_with_the_formula(scheme, failures):
+    runs = [simulate(scheme, failures, 4_000, seed) for seed in range(12)]
+    agrees(expected(scheme, failures), runs, "wasted_s")
 
 
 def test_a_simulation_is_a_function_of_its_seed():
