@@ -126,10 +126,9 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Follow:
-    """Rank 0 runs on this machine now: show what it writes into ``log`` from ``offset`` on."""
+    """Rank 0 runs on this machine now: show what it writes into ``log`` from now on."""
 
     log: str
-    offset: int
 
 
 @dataclass(frozen=True)

@@ -29,12 +29,14 @@ class Screen:
         self._within_line = False
         self._log: int | None = None
 
-    def follow(self, log: Path, offset: int) -> None:
-        """Show ``log`` from ``offset`` on. A second call, for another agent, changes nothing: the same log goes on."""
+    def follow(self, log: Path, offset: int | None = None) -> None:
+        """Show ``log`` from ``offset`` on; None: from its end.
+
+        A second call, for another agent, changes nothing: the same log goes on."""
         if self.streams and self._log is None:
             try:
                 self._log = os.open(log, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-                os.lseek(self._log, offset, os.SEEK_SET)
+                os.lseek(self._log, offset or 0, os.SEEK_END if offset is None else os.SEEK_SET)
             except OSError as error:
                 self._cannot_read(error)
 

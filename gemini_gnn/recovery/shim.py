@@ -278,9 +278,9 @@ def _serve(agent: messages.Channel, request: messages.Register, screen: Screen, 
                     case messages.Accepted():
                         accepted = True
                         screen.follow(Path(message.log), message.offset)
-                    case messages.Follow(log, offset):
+                    case messages.Follow(log):
                         screen.streams = True
-                        screen.follow(Path(log), offset)
+                        screen.follow(Path(log))
                     case messages.Stepped():
                         stepped = True
                     case messages.Say(text):

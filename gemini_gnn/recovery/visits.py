@@ -89,6 +89,7 @@ def ask_root(
         if once or time.monotonic() > until or read_status(run_dir).get("state", "done") in OVER:
             return str(root.complaint or "it went without an answer")
         time.sleep(PAUSE_S)
+        term = terms.newest_term(run_dir)  # another machine may be root by now
 
 
 def wait_for(agent: messages.Channel, answer: type[Answer], deadline: float) -> Answer | None:

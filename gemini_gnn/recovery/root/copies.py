@@ -96,6 +96,11 @@ class Copies:
     def send(self, machine: int, message: messages.Message) -> None:
         self._send_to(self.machines[machine], message)
 
+    def joined(self, machine: int) -> None:
+        """A standby has come."""
+        if machine not in self.machines:
+            self.machines.append(machine)
+
     def plan(self, machines: Sequence[int]) -> bool:
         """Begin to find out what is there. Returns whether there is nothing to find out.
 
@@ -248,7 +253,7 @@ class Copies:
 
     def hear(self, machine: int, message: messages.Message, now: float) -> bool:
         """A worker's word on copies. Returns whether it ends the planning."""
-        if machine not in self.machines:  # it came since the planning
+        if machine not in self.machines:
             return False
         machine = self.machines.index(machine)
         match message:
@@ -283,7 +288,7 @@ class Copies:
         self.recoverable = newest
         for reported in self._copied.values():
             reported -= {one for one in reported if one < newest}
-        for place in range(self.seats):
+        for place in range(len(self.machines)):  # a standby drops what it still holds
             self.send(place, messages.Advance(newest))
 
     def look(self, step: int, step_s: float, now: float) -> None:

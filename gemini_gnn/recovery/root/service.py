@@ -320,6 +320,7 @@ class Root:
         link.machine, link.pid = number, join.pid
         address = join.address or _comes_from(link.channel) or self.address
         self.copies.peers[number] = messages.Peer(join.name, address, join.port)
+        self.copies.joined(number)
         self.members[number] = messages.Member(join.name, address, join.root_port)
         self.journal.log("worker_joined", machine=number, name=join.name, pid=join.pid)
         welcome = messages.Welcome(self.term, self.settings.heartbeat_s, self.settings.silence_s, number, self.start)
@@ -525,6 +526,10 @@ class Root:
         self.journal.log("claimed")
         self.ledger.term = won.term
         if first:
+            why, here = self.state.cause, self.state.name(self.state.root)
+            self._say(
+                f"{why.text + '; ' if why else ''}{here} is root now and restarts all {self.state.world} trainers"
+            )
             self.ledger.follow(won.failures, won.status, now, time.time())
 
     @property

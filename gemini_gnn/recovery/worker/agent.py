@@ -619,8 +619,8 @@ class Agent:
         self.request = request
         self.state = decisions.State(place.local_world_size, self.limits)
         self.copies = copies
-        first = self._first_route(now)
-        self.uplink = Uplink(request, self.token, first, self.journal, self.selector, now, self.term)
+        way = self._first_route(now)
+        self.uplink = Uplink(request, self.token, way, self.journal, self.selector, now, self.term)
         self._look_at_root(now)
         if stuck is not None:
             text = (
@@ -733,8 +733,7 @@ class Agent:
     def _show_rank_0(self) -> None:
         """It may have run elsewhere until now: its output goes to the screen of this machine's first slot process."""
         if 0 in self.shims and self.shims[0].request.place.rank != 0:
-            log = self.journal.log_of(0)
-            self.shims[0].channel.send(messages.Follow(os.fspath(log), _size_bytes(log)))
+            self.shims[0].channel.send(messages.Follow(os.fspath(self.journal.log_of(0))))
 
     def _make_board(self) -> None:
         """For the trainers of the generation that is to be forked. Without room for it they run all the same, unseen."""

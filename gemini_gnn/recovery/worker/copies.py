@@ -149,6 +149,7 @@ class Copies:
     def fence(self) -> None:
         """The root is lost: what it ordered is done no more, and no copy goes out or comes in."""
         self._survey, self._load, self._persist_at = None, None, 0
+        self._ranks, self._kept, self._dropped = [], [], False  # another machine may have this one's place
         self._lists.clear()
         self.persister.give_up(messages.Load, messages.Persist, messages.Complete)
         if self.replicator is not None:
