@@ -12,7 +12,7 @@ from gemini_gnn.errors import RecoveryError
 from gemini_gnn.observe import terms
 from gemini_gnn.observe.status import read_status
 from gemini_gnn.recovery import home, messages, processes, visits
-from gemini_gnn.recovery.root import decisions as root
+from gemini_gnn.recovery.root import state as root
 from gemini_gnn.recovery.worker.decisions import Limits
 
 KEEP = "keep their snapshots in host memory"

@@ -22,7 +22,8 @@ from gemini_gnn.faults import injection, schedule
 from gemini_gnn.faults.schedule import OF_RANK, Fault
 from gemini_gnn.recovery import messages
 from gemini_gnn.recovery.board import Board, Phase
-from gemini_gnn.recovery.root import decisions
+from gemini_gnn.recovery.root.state import Phase as JobPhase
+from gemini_gnn.recovery.root.state import State
 from gemini_gnn.recovery.worker.journal import Journal
 
 
@@ -45,7 +46,7 @@ class Faults:
         self._numbers = itertools.count(1)
         self._asked: dict[int, tuple[int, messages.Channel]] = {}  # by number of the order: its machine, and who waits
 
-    def ask(self, text: str, visitor: messages.Channel, state: decisions.State, agents: Mapping[int, Agent]) -> None:
+    def ask(self, text: str, visitor: messages.Channel, state: State, agents: Mapping[int, Agent]) -> None:
         """A visitor wants the fault of ``text`` now."""
         try:
             fault = schedule.parse_command(text.split())
@@ -60,7 +61,7 @@ class Faults:
     def look(
         self,
         boards: Iterable[Board],
-        state: decisions.State,
+        state: State,
         agents: Mapping[int, Agent],
         elapsed_s: float | None = None,
     ) -> list[str]:
@@ -74,7 +75,7 @@ class Faults:
             return [f"no more faults on purpose: {self.run_dir / injection.FOLDER}: {error.strerror}"]
 
     def _look(
-        self, boards: list[Board], state: decisions.State, agents: Mapping[int, Agent], elapsed_s: float | None
+        self, boards: list[Board], state: State, agents: Mapping[int, Agent], elapsed_s: float | None
     ) -> list[str]:
         if self._left and self._begun_s is None and any(board.phase is not Phase.START_UP for board in boards):
             self._begun_s = injection.begun(self.run_dir)
@@ -117,7 +118,7 @@ class Faults:
         self,
         fault: Fault,
         machine: int,
-        state: decisions.State,
+        state: State,
         agents: Mapping[int, Agent],
         visitor: messages.Channel | None,
     ) -> None:
@@ -133,7 +134,7 @@ class Faults:
         agent.channel.send(messages.Commit(fault, number))
 
 
-def machine_of(fault: Fault, state: decisions.State) -> int:
+def machine_of(fault: Fault, state: State) -> int:
     """The number of the machine that commits ``fault``: that of the rank, the one with the name, or the root's.
 
     Raises:
@@ -153,13 +154,13 @@ def machine_of(fault: Fault, state: decisions.State) -> int:
     return found[0]
 
 
-def check_able(fault: Fault, machine: int, state: decisions.State) -> None:
+def check_able(fault: Fault, machine: int, state: State) -> None:
     """
     Raises:
         ConfigError: ``fault`` cannot be committed now.
     """
-    if state.phase is decisions.Phase.ENDED or not state.machines[machine].here:
-        gone = "the job has ended" if state.phase is decisions.Phase.ENDED else f"{state.name(machine)} is away"
+    if state.phase is JobPhase.ENDED or not state.machines[machine].here:
+        gone = "the job has ended" if state.phase is JobPhase.ENDED else f"{state.name(machine)} is away"
         raise ConfigError(f"{fault}: {gone}; see `python launch/status.py`")
     if fault.kind in OF_RANK and int(fault.target) not in state.alive:
         raise ConfigError(f"{fault}: rank {fault.target} has no trainer now (the job is {state.phase}); try again")

@@ -15,7 +15,7 @@ from typing import Any
 
 from gemini_gnn.recovery.board import Board, Milestone
 from gemini_gnn.recovery.root.accounting import Observed, record, totals
-from gemini_gnn.recovery.root.decisions import Cause
+from gemini_gnn.recovery.root.state import Cause
 
 MOMENTS = {  # of the new trainers: the last one to reach it counts
     "started_s": Milestone.STARTED,

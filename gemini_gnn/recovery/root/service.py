@@ -36,6 +36,7 @@ from gemini_gnn.recovery import messages, wire
 from gemini_gnn.recovery.board import Board, dated
 from gemini_gnn.recovery.outcome import Outcome
 from gemini_gnn.recovery.root import decisions, hangs
+from gemini_gnn.recovery.root import state as job
 from gemini_gnn.recovery.root.claiming import Claim, Won
 from gemini_gnn.recovery.root.copies import Copies
 from gemini_gnn.recovery.root.faults import Agent, Faults
@@ -50,15 +51,15 @@ PERSIST_S = 20.0  # for the last snapshot to get to storage; a launcher gives it
 CLAIM_POLL_S = 0.005
 STATUS_S = 1.0  # between two versions of status.json while nothing changes
 STATES = {  # the words of observe/status.py for a job that has not ended
-    decisions.Phase.FORMING: "starting",
-    decisions.Phase.PLANNING: "recovering",
-    decisions.Phase.CLAIMING: "recovering",
-    decisions.Phase.RUNNING: "running",
-    decisions.Phase.RECOVERING: "recovering",
-    decisions.Phase.WAITING: "waiting",
-    decisions.Phase.STOPPING: "stopping",
-    decisions.Phase.ENDING: "stopping",
-    decisions.Phase.ENDED: "stopping",
+    job.Phase.FORMING: "starting",
+    job.Phase.PLANNING: "recovering",
+    job.Phase.CLAIMING: "recovering",
+    job.Phase.RUNNING: "running",
+    job.Phase.RECOVERING: "recovering",
+    job.Phase.WAITING: "waiting",
+    job.Phase.STOPPING: "stopping",
+    job.Phase.ENDING: "stopping",
+    job.Phase.ENDED: "stopping",
 }
 SHOWN = 20  # failures in status.json; failures.jsonl has all
 
@@ -93,7 +94,7 @@ class Root:
         term: int,
         start: str,
         beats: terms.Beats | None,
-        state: decisions.State,
+        state: job.State,
         settings: RecoveryConfig,
         resume: str,
         launched: tuple[int, int],
@@ -131,7 +132,7 @@ class Root:
         self._bound: tuple[int, int] | None = None  # of the generation that is planned: number of the ask, and port
         self._planned: bool | None = None  # the planning is over: has it found a snapshot?
         self.away: list[str] = []  # machines that did not hear of the end
-        ended = state.phase is decisions.Phase.ENDED
+        ended = state.phase is job.Phase.ENDED
         self._ended_s = now if ended else None
         self._leaving = set(range(1, len(state.machines))) if ended else set[int]()  # are to be told the outcome
         self._asked = 0  # number of the last Bind
@@ -182,15 +183,15 @@ class Root:
         if self._fresh:
             self._read_boards(now)
         for problem in self.faults.look(self._boards().values(), self.state, self._agents()):
-            self._act(decisions.Say(problem), now)
+            self._act(job.Say(problem), now)
         self._look_at_claim(now)
-        self._see(decisions.Tick(), now)
+        self._see(job.Tick(), now)
         self.copies.answer_visitors(now)
         if now - self._beaten_s >= self.settings.heartbeat_s:
             self._beat(now)
         if now - self._reported_s >= STATUS_S:
             self._report(now)
-        if self.state.phase is decisions.Phase.ENDED and self._ended_s is None:
+        if self.state.phase is job.Phase.ENDED and self._ended_s is None:
             if self.copies.ending and now > self._until_s:
                 self._say(f"the last snapshot was not on storage within {PERSIST_S:.0f} s; it stays in host memory")
             if not self.copies.ending or now > self._until_s:
@@ -241,7 +242,7 @@ class Root:
             holds = f"ranks {ranks}" if ranks else "a standby"
             words = f"the worker agent on {self.state.name(link.machine)} ({holds}) {how}"
             self.journal.log("worker_lost", machine=link.machine, text=words)
-            self._see(decisions.Gone(link.machine, kind, words), now)
+            self._see(job.Gone(link.machine, kind, words), now)
 
     # --- what workers say ---------------------------------------------------------------------------------------------
 
@@ -261,25 +262,25 @@ class Root:
             self.journal.log("stop_asked", machine=link.machine, reason=message.reason, force=message.force)
             if message.force:  # a second Ctrl-C does not wait for storage either
                 self.copies.ending = False
-            asked = decisions.StopAsked(message.reason, message.code, keep=message.keep, force=message.force)
+            asked = job.StopAsked(message.reason, message.code, keep=message.keep, force=message.force)
             self._see(asked, now)
             return
         if link.machine is None:
             return
         match message:
             case messages.Able(ready):
-                self._see(decisions.Ready(link.machine, ready), now)
+                self._see(job.Ready(link.machine, ready), now)
             case messages.Unable(failure):
-                self._see(decisions.Unable(link.machine, replace(failure, time_s=now - failure.time_s)), now)
+                self._see(job.Unable(link.machine, replace(failure, time_s=now - failure.time_s)), now)
             case messages.Stuck(text):
-                self._see(decisions.Stuck(link.machine, text), now)
+                self._see(job.Stuck(link.machine, text), now)
             case messages.RankListens(rank, generation):
-                self._see(decisions.Listens(rank, generation), now)
+                self._see(job.Listens(rank, generation), now)
             case messages.RankFailed(failure, generation):
                 failure = replace(failure, time_s=now - failure.time_s)
-                self._see(decisions.Failed(failure, generation), now)
+                self._see(job.Failed(failure, generation), now)
             case messages.RankExited(rank, generation, code, why):
-                self._see(decisions.Exited(rank, generation, code, why), now)
+                self._see(job.Exited(rank, generation, code, why), now)
             case messages.Committed():
                 self.faults.answered(message)
             case (
@@ -301,13 +302,13 @@ class Root:
                     self._bound = number, port
                     self._look_at_plan(now)
             case messages.Damaged(_, _, text):
-                self._see(decisions.Damaged(link.machine, text), now)
+                self._see(job.Damaged(link.machine, text), now)
             case messages.Beat():
                 boards = {rank: dated(board, now) for rank, board in message.boards.items()}
                 link.beat = replace(message, boards=boards)
                 self._fresh.add(link.machine)
                 if reached := max((board.step for board in boards.values()), default=0):
-                    self._see(decisions.Reached(reached), now)
+                    self._see(job.Reached(reached), now)
 
     def _join(self, link: Link, join: messages.Join, now: float) -> None:
         number = join.machine if join.machine >= 0 else self._number_for(join.name)
@@ -325,17 +326,17 @@ class Root:
         self.journal.log("worker_joined", machine=number, name=join.name, pid=join.pid)
         welcome = messages.Welcome(self.term, self.settings.heartbeat_s, self.settings.silence_s, number, self.start)
         link.channel.send(welcome)
-        if self.state.phase is decisions.Phase.ENDED:
+        if self.state.phase is job.Phase.ENDED:
             assert self.state.outcome is not None
             if number != 0 or self.finished:
                 link.channel.send(messages.Finish(self.state.outcome, self.away))
             return
-        self._see(decisions.Joined(number, join.name, join.generation, join.reached), now)
+        self._see(job.Joined(number, join.name, join.generation, join.reached), now)
         self._tell_roster()
         if join.unable is not None:
-            self._see(decisions.Unable(number, replace(join.unable, time_s=now - join.unable.time_s)), now)
+            self._see(job.Unable(number, replace(join.unable, time_s=now - join.unable.time_s)), now)
         if join.ready:
-            self._see(decisions.Ready(number), now)
+            self._see(job.Ready(number), now)
 
     def _number_for(self, name: str) -> int:
         """Of a machine that does not know it: its own, if it was of the job, or that of a lost one; else the next."""
@@ -377,9 +378,9 @@ class Root:
     def _agents(self) -> dict[int, Agent]:
         return {link.machine: Agent(link.channel, link.pid) for link in self.links if link.machine is not None}
 
-    def _see(self, event: decisions.Event, now: float) -> None:
+    def _see(self, event: job.Event, now: float) -> None:
         before = self.state
-        if before.phase is decisions.Phase.RUNNING and self._word_s is None and _tells_of_failure(event):
+        if before.phase is job.Phase.RUNNING and self._word_s is None and _tells_of_failure(event):
             self._word_s = now
         self.state, actions = decisions.decide(before, event, now)
         if self.state.cause is not before.cause:
@@ -397,29 +398,29 @@ class Root:
         if decisions.may_be_ending(self.state) is not decisions.may_be_ending(before):
             self._beat(now)
 
-    def _act(self, action: decisions.Action, now: float) -> None:
+    def _act(self, action: job.Action, now: float) -> None:
         match action:
-            case decisions.Plan():
+            case job.Plan():
                 self._plan(now)
-            case decisions.Claim(witness):
+            case job.Claim(witness):
                 self._claim_again = witness
                 self._look_at_claim(now)
-            case decisions.Resign():
+            case job.Resign():
                 self.resign("another root agent has the next term")
-            case decisions.Dismiss(machine):
+            case job.Dismiss(machine):
                 for link in [one for one in self.links if one.machine == machine]:
                     self._lost(link, "silent", "cannot reap its trainers", now)
-            case decisions.Begin(generation):
+            case job.Begin(generation):
                 self._begin(generation, now)
-            case decisions.Close():
+            case job.Close():
                 self._tell(messages.Close())
-            case decisions.AskToStop():
+            case job.AskToStop():
                 self._tell(messages.AskToStop())
-            case decisions.DumpStacks():
+            case job.DumpStacks():
                 self._tell(messages.DumpStacks())
-            case decisions.Say(text):
+            case job.Say(text):
                 self._say(text)
-            case decisions.Finish(outcome):
+            case job.Finish(outcome):
                 lost = not all(one.here for one in self.state.seated)
                 if outcome.keep and (outcome.kind == "stopped" or lost) and self.state.claimed:
                     self.copies.end(self._here())
@@ -492,7 +493,7 @@ class Root:
 
     def _look_at_plan(self, now: float) -> None:
         if self._planned is not None and self._bound is not None:
-            self._see(decisions.Planned(self._planned), now)
+            self._see(job.Planned(self._planned), now)
 
     def _look_at_claim(self, now: float) -> None:
         """One claim at a time; one that is about older seats counts for nothing, but its term is ours."""
@@ -503,7 +504,7 @@ class Root:
             if result.won is not None:
                 self._take(result.won, now)
             if result.won is None or self._claim_again is None:
-                self._see(decisions.Claimed(result.won is not None), now)
+                self._see(job.Claimed(result.won is not None), now)
         if self._claim is None and self._claim_again is not None and not self.resigned:
             witness, self._claim_again = self._claim_again, None
             members = [self.members.get(number) for number in range(len(self.state.machines))]
@@ -554,7 +555,7 @@ class Root:
 
     # --- what failures cost -------------------------------------------------------------------------------------------
 
-    def _count(self, before: decisions.State, now: float) -> None:
+    def _count(self, before: job.State, now: float) -> None:
         """The root has given up generation ``before.generation``, for ``self.state.cause``."""
         cause, seen_s = self.state.cause, self._word_s or now
         assert cause is not None
@@ -595,7 +596,7 @@ class Root:
         if total_steps != self._total_steps:
             self._total_steps = total_steps
             self._report(now)
-        if self.state.phase is decisions.Phase.RUNNING and self._fresh.issuperset(self.state.seats):
+        if self.state.phase is job.Phase.RUNNING and self._fresh.issuperset(self.state.seats):
             self._fresh.clear()
             if self.ledger.current is None:  # the trainers go on
                 self.copies.look(self.state.reached, self.ledger.step_s, now)
@@ -610,7 +611,7 @@ class Root:
             if stopped:  # of several in one collective these are to blame
                 words += f"; stopped by a signal or a debugger: rank {', '.join(map(str, stopped))}"
             self.journal.log("hang", ranks=hang.ranks, stopped=stopped, text=words, boards=seen)
-            self._see(decisions.Hung((stopped or hang.ranks)[0], words), now)
+            self._see(job.Hung((stopped or hang.ranks)[0], words), now)
 
     def _report(self, now: float) -> None:
         """Write status.json."""
@@ -623,7 +624,7 @@ class Root:
         if self._last is not None:
             return self._last
         state, current = self.state, self.ledger.current
-        replaces = state.phase is decisions.Phase.FORMING and current is not None  # a root that died
+        replaces = state.phase is job.Phase.FORMING and current is not None  # a root that died
         return {
             "state": "recovering" if replaces else STATES[state.phase],
             "state_s": round(now - self._phase_s, 3),
@@ -700,7 +701,7 @@ def _comes_from(channel: messages.Channel) -> str:
     return str(peer[0]) if isinstance(peer, tuple) else ""
 
 
-def _tells_of_failure(event: decisions.Event) -> bool:
-    if isinstance(event, decisions.Exited):
+def _tells_of_failure(event: job.Event) -> bool:
+    if isinstance(event, job.Exited):
         return event.code != 0
-    return isinstance(event, decisions.Failed | decisions.Gone | decisions.Hung | decisions.Damaged)
+    return isinstance(event, job.Failed | job.Gone | job.Hung | job.Damaged)

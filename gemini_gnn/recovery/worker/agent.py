@@ -48,8 +48,8 @@ from gemini_gnn.observe import terms
 from gemini_gnn.observe.status import read_status
 from gemini_gnn.recovery import board, home, messages, processes, wire
 from gemini_gnn.recovery.outcome import Failure, Outcome, failed
-from gemini_gnn.recovery.root.decisions import Phase
 from gemini_gnn.recovery.root.service import Root
+from gemini_gnn.recovery.root.state import Phase
 from gemini_gnn.recovery.worker import beginning, decisions, harm, out_of_memory
 from gemini_gnn.recovery.worker.children import Children, Warm
 from gemini_gnn.recovery.worker.copies import Copies, address_towards, everywhere

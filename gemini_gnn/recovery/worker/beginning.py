@@ -22,7 +22,7 @@ from gemini_gnn.observe.failures import read_failures
 from gemini_gnn.observe.status import read_status
 from gemini_gnn.recovery import home, messages, processes
 from gemini_gnn.recovery.outcome import Outcome
-from gemini_gnn.recovery.root import decisions
+from gemini_gnn.recovery.root import state as job
 from gemini_gnn.recovery.root.faults import Faults
 from gemini_gnn.recovery.root.ledger import Ledger
 from gemini_gnn.recovery.root.restoring import Storage
@@ -33,7 +33,7 @@ from gemini_gnn.recovery.worker.uplink import Lost
 from gemini_gnn.snapshot import persist
 from gemini_gnn.snapshot.store import locks
 
-ROOT_LIMITS = decisions.Limits()
+ROOT_LIMITS = job.Limits()
 
 
 def record_of(arena: Path, request: messages.Register) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def take_run_dir(
     return beats
 
 
-def limits_of(request: messages.Register) -> decisions.Limits:
+def limits_of(request: messages.Register) -> job.Limits:
     settings = request.recovery
     return replace(
         ROOT_LIMITS,
@@ -101,12 +101,10 @@ def make_root(
     """
     place, now = request.place, time.monotonic()
     standbys = request.recovery.standby_machines
-    state = decisions.forming(
-        place.machines, place.local_world_size, limits_of(request), request.deaths, standbys=standbys
-    )
+    state = job.forming(place.machines, place.local_world_size, limits_of(request), request.deaths, standbys=standbys)
     state = replace(state, root=place.rank // place.local_world_size)
     if beats is None:
-        state = replace(state, phase=decisions.Phase.ENDED, outcome=Outcome("done", 0, "done", keep=False))
+        state = replace(state, phase=job.Phase.ENDED, outcome=Outcome("done", 0, "done", keep=False))
     root = Root(
         term=journal.term,
         start=start,
@@ -156,8 +154,8 @@ def succeed_root(
     place, now = request.place, time.monotonic()
     name = roster.members[roster.root].name or f"machine {roster.root + 1}"
     words = f"the root agent on {name} is gone ({lost.why})"
-    cause = decisions.Cause("silent" if lost.silent else "agent", words, machine=roster.root)
-    state = decisions.succeeding(
+    cause = job.Cause("silent" if lost.silent else "agent", words, machine=roster.root)
+    state = job.succeeding(
         [one.name for one in roster.members],
         roster.seats,
         place.local_world_size,
