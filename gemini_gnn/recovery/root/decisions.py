@@ -468,6 +468,12 @@ def _away(state: State) -> str:
     return " and ".join(words)
 
 
+def waits_for(state: State, now: float) -> str:
+    """For people: which machines must come back or be replaced, and until when."""
+    left_s = 0.0 if state.deadline is None else max(0.0, state.deadline - now)
+    return f"waiting up to {left_s:.0f} s for {_away(state)}" if _away(state) else ""
+
+
 def _ranks(state: State, machine: int) -> str:
     return f"rank{'s' if state.local > 1 else ''} {', '.join(map(str, sorted(state.ranks_of(machine))))}"
 
