@@ -309,6 +309,10 @@ class Copies:
                     self.say(text)
         if actions and not state.asked:
             self.journal.log("checkpoint", identity=state.newest)
+            if self.ending and state.newest is not None:
+                self.say(
+                    f"the snapshot of step {state.newest.step} is on storage now: the same command goes on from it"
+                )
             self.ending = False
 
     def _shards(self) -> list[str]:

@@ -391,6 +391,8 @@ class Root:
             self._phase_s = now
             cause = self.state.cause.text if self.state.cause else ""
             self.journal.log("phase", phase=self.state.phase, generation=self.state.generation, cause=cause)
+            if self.state.phase is decisions.Phase.WAITING:
+                self._say_waits(now)
         for action in actions:
             self._act(action, now)
         if self.state.phase is not before.phase:
@@ -579,6 +581,11 @@ class Root:
         if outcome.kind == "done":
             failures = list(self.ledger.failures)
             self.journal.writer.submit(add_to_result, self.journal.run_dir, failures, self.ledger.totals(now))
+
+    def _say_waits(self, now: float) -> None:
+        if (words := decisions.waits_for(self.state, now)) != "":
+            run_dir = self.journal.run_dir
+            self._say(f"{words}; `python launch/train.py --join run_dir={run_dir}`, there or on another host, goes on")
 
     # --- hangs, and what people see -----------------------------------------------------------------------------------
 
