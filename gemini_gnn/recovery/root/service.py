@@ -391,11 +391,11 @@ class Root:
             self._phase_s = now
             cause = self.state.cause.text if self.state.cause else ""
             self.journal.log("phase", phase=self.state.phase, generation=self.state.generation, cause=cause)
-            if self.state.phase is decisions.Phase.WAITING:
-                self._say_waits(now)
         for action in actions:
             self._act(action, now)
         if self.state.phase is not before.phase:
+            if self.state.phase is job.Phase.WAITING:
+                self._say_waits(now)
             self._report(now)
         if decisions.may_be_ending(self.state) is not decisions.may_be_ending(before):
             self._beat(now)
