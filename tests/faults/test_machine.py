@@ -76,7 +76,7 @@ def test_a_file_system_that_no_process_here_serves_does_not_hang():
 
 
 def order(lab, host, call):
-    """Have the harm of ``call`` done on ``host``; the child that does it is left alone, as by an agent that is killed."""
+    """Have the harm of ``call`` done on ``host``. The child that does it is left alone, as by an agent that is killed."""
     code = f"from gemini_gnn.faults import link, machine; from pathlib import Path; {call}"
     return lab.popen(host, [PYTHON, "-c", code])
 
@@ -122,7 +122,7 @@ def test_a_host_that_loses_its_power_says_nothing_and_is_off(lab):
     server, client = connect(lab, "h1", "h2")
     lab.run("h2", ["touch", "/dev/shm/before"])
     try:
-        order(lab, "h2", "machine.power_off()")
+        order(lab, "h2", "machine.power_off()").wait(timeout=30)
         wait_until(lambda: not lab.is_on("h2"))
         server.wait(timeout=20)
         said, _ = client.communicate("peer.settimeout(1); print('got', peer.recv(1))\n", timeout=20)
@@ -141,7 +141,7 @@ def test_a_file_system_hangs_on_one_host_and_answers_again(lab):
     folder = lab.nfs_up()
     try:
         lab.run("h1", ["sh", "-c", f"echo here > {folder}/file"])
-        order(lab, "h1", f"machine.hang(machine.file_server(Path({str(folder / 'run')!r})), 3)")
+        order(lab, "h1", f"machine.hang(machine.file_server(Path({str(folder / 'run')!r})), 3)").wait(timeout=30)
 
         def reads(host, patience_s):
             return lab.run(host, ["timeout", str(patience_s), "cat", f"{folder}/file"]).stdout
