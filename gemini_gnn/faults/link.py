@@ -7,6 +7,7 @@ card has. As with a cut cable, a connection notices nothing but silence; it need
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
@@ -91,20 +92,16 @@ def ways_to(machines: Sequence[str]) -> list[tuple[str, str]]:
     """The addresses of ``machines`` (names or addresses), each with the device by which this machine reaches it.
 
     Raises:
-        ConfigError: no address of a machine can be reached; or one is this machine's own, or behind a router.
+        ConfigError: none can be reached; or one is this machine's own, or behind a router.
     """
     found: dict[str, str] = {}
     for machine in machines:
-        try:
-            infos = socket.getaddrinfo(machine, None, type=socket.SOCK_STREAM)
-        except OSError:
-            infos = []
-        ways = {address: device for info in infos if (device := _way_to(machine, address := str(info[4][0])))}
-        if not ways:
-            raise ConfigError(
-                f"split: {os.uname().nodename} finds no way to {machine}: expected a name in /etc/hosts, and a route"
-            )
-        found |= ways
+        with contextlib.suppress(OSError):  # a name that only its own machine knows: the root gives its address, too
+            for info in socket.getaddrinfo(machine, None, type=socket.SOCK_STREAM):
+                if device := _way_to(machine, address := str(info[4][0])):
+                    found[address] = device
+    if not found:
+        raise ConfigError(f"split: {os.uname().nodename} finds no way to {', '.join(machines)}: is the network up?")
     return list(found.items())
 
 

@@ -22,7 +22,9 @@ from gemini_gnn.faults import link
 MARK = Path("/run/gemini-gnn-lab")  # in the host's own tmpfs; it says what /proc/self/ns/pid says there
 BOOTED_INTO = "pid:[4026531836]"  # PROC_PID_INIT_INO of linux/proc_ns.h: of every machine the same
 POWER_OFF = 0x4321FEDC  # LINUX_REBOOT_CMD_POWER_OFF
+# A folder of our own path may be on the file system that hangs: looking for `sleep` there would hang, too.
 HANG = """
+PATH=/usr/bin:/bin
 trap '' TERM INT HUP
 sleep 0.3
 kill -STOP "$0"
