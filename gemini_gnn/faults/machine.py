@@ -22,9 +22,10 @@ from gemini_gnn.faults import link
 MARK = Path("/run/gemini-gnn-lab")  # in the host's own tmpfs; it says what /proc/self/ns/pid says there
 BOOTED_INTO = "pid:[4026531836]"  # PROC_PID_INIT_INO of linux/proc_ns.h: of every machine the same
 POWER_OFF = 0x4321FEDC  # LINUX_REBOOT_CMD_POWER_OFF
-# A folder of our own path may be on the file system that hangs: looking for `sleep` there would hang, too.
+# Nothing of ours may be on the file system that hangs: no folder in which `sleep` is looked for, and no log that it closes.
 HANG = """
 PATH=/usr/bin:/bin
+exec > /dev/null 2>&1
 trap '' TERM INT HUP
 sleep 0.3
 kill -STOP "$0"
@@ -75,7 +76,7 @@ def file_server(folder: Path) -> int:
     Raises:
         ConfigError: no process of this machine does, or there is no telling which.
     """
-    device, kind = _file_system(folder)
+    device, kind = _file_system(folder.resolve())
     pids = {pid for pid in os.listdir("/proc") if pid.isdigit() and _serves(Path("/proc") / pid, device)}
     if not kind.startswith("fuse") or len(pids) != 1:
         got = f"{len(pids)} processes that serve it" if kind.startswith("fuse") else f"a file system of type {kind}"

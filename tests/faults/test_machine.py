@@ -141,7 +141,9 @@ def test_a_file_system_hangs_on_one_host_and_answers_again(lab):
     folder = lab.nfs_up()
     try:
         lab.run("h1", ["sh", "-c", f"echo here > {folder}/file"])
-        order(lab, "h1", f"machine.hang(machine.file_server(Path({str(folder / 'run')!r})), 3)").wait(timeout=30)
+        log = f"import os; log = os.open('{folder}/log', os.O_CREAT | os.O_WRONLY); os.dup2(log, 1); os.dup2(log, 2)"
+        call = f"machine.hang(machine.file_server(Path('{folder}/run')), 3)"
+        order(lab, "h1", f"{log}; {call}").wait(timeout=30)  # as agents, whose logs are in the run directory
 
         def reads(host, patience_s):
             return lab.run(host, ["timeout", str(patience_s), "cat", f"{folder}/file"]).stdout
