@@ -22,7 +22,8 @@ needs_lab = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 LISTEN = """
 import socket, sys
-server = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+both = socket.has_dualstack_ipv6()
+server = socket.create_server(("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
 print(server.getsockname()[1], flush=True)
 peer, _ = server.accept()
 print("accepted", flush=True)
