@@ -1,8 +1,9 @@
 """Commit a fault in a living job: ``python launch/inject.py run_dir=runs/my_run kill-rank 2``.
 
     kill-rank 2 | stop-rank 1 | oom-rank 0 | hang-collective 1 | raise-rank 3      [in PHASE]
-    kill-agent h1 | kill-warm h1 | cut-link h3 --for 20s      rank:3 is the machine of rank 3
-    kill-root
+    kill-agent h1 | kill-warm h1 | kill-root                  rank:3 is the machine of rank 3
+    cut-link h3 --for 20s | split h0,h1 from h2,h3 --for 20s | split h0 from others
+    power-off h2 (the lab's hosts only) | corrupt-replica 3 | fill-shm h1 --for 5s | hang-filesystem [h1] --for 20s
 
 Works from every machine that sees the run directory; a job on one machine is asked on that machine. All but kills need a
 job that was started with faults.allow=true.

@@ -16,12 +16,13 @@ from gemini_gnn.cluster.place import discover
 from gemini_gnn.compose import command, compose
 from gemini_gnn.config import replicas_of, seats_of, to_mapping
 from gemini_gnn.errors import RunDirError
-from gemini_gnn.faults import link, schedule
+from gemini_gnn.faults import schedule
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_directory import RunDir, resume_of
 from gemini_gnn.recovery import shim
 from gemini_gnn.recovery.outcome import STOPPED
 from gemini_gnn.recovery.stop import drop_finished
+from gemini_gnn.recovery.worker import harm
 
 PURPOSE = """Train a GNN on a partitioned graph. Start it with deepspeed, srun, or python (one rank):
   deepspeed --num_accelerators 2 launch/train.py dataset=cora run_dir=runs/cora
@@ -37,8 +38,7 @@ def main(arguments: list[str]) -> int:
         seats = seats_of(config.recovery, place.machines)
         replicas_of(config.snapshot, seats)  # or the first machine refuses, and the others wait for it
         planned = schedule.planned(config.faults, seats * place.local_world_size).values()
-        if any(fault.kind == "cut-link" for fault in planned):
-            link.check(place.machines)
+        harm.check(sorted({fault.kind for fault in planned}), place.machines)
         # Again under the lock, later; here it costs no imports, and every machine ends at once. A living job answers for
         # itself: its worker agent is asked below. Every slot looks: one that went on would start a worker agent.
         try:

@@ -11,6 +11,14 @@
     kill-warm h1 @ step 3                 to its warm parent
     kill-root @ step 20                   to the agent that is root
     cut-link h3 for 20 s @ step 9         nothing goes to or from h3 for so long
+    split h0,h1 from h2,h3 for 20 s @ step 9    the machines of one side hear nothing of the other side's
+    split half:7 from others for 20 s @ step 9  half of the machines, drawn by the seed 7, and the others
+    power-off h2 @ step 9                 the machine h2 loses its power; hosts of the lab only
+    corrupt-replica 3 @ step 9            flips a byte of the newest copy of rank 3's shard that another machine keeps
+    fill-shm h1 for 5 s @ step 9          fills /dev/shm of h1 to the last page
+    hang-filesystem h1 for 20 s @ step 9  the run directory does not answer h1; without a name: no machine
+
+Without `for S s` a split, and a full /dev/shm, last 10 s.
 
 Each text is one fault and fires once per job, also over recoveries and new starts: the same text twice means two faults. A
 fault bound to a step is due from that step on, since a job may be away when the step comes. Trainers commit the faults of
@@ -38,15 +46,22 @@ PHASES = (
 )
 BEFORE_STEPS = ("start-up", "partitioning")
 OF_RANK = ("kill-rank", "stop-rank", "oom-rank", "hang-collective", "raise-rank")
-OF_MACHINE = ("kill-agent", "kill-warm", "cut-link")
-KINDS = (*OF_RANK, *OF_MACHINE, "kill-root")
-RANDOM_CUT_S = 10.0
+OF_MACHINE = ("kill-agent", "kill-warm", "cut-link", "power-off", "fill-shm", "hang-filesystem")
+KINDS = (*OF_RANK, *OF_MACHINE, "kill-root", "split", "corrupt-replica")
+LASTING = ("cut-link", "split", "fill-shm", "hang-filesystem")
+MAY_LAST = ("split", "fill-shm")  # need not say how long
+LASTS_S = 10.0  # of a random fault, and of one that need not say it
 
 _SECONDS = r"\d{1,9}(?:\.\d{1,3})?"
+_RANK = r"(?:0|[1-9]\d{0,6})"
+_MACHINE = rf"(?:rank:{_RANK}|[A-Za-z0-9][\w.-]{{0,99}})"
+_SIDE = rf"{_MACHINE}(?:,{_MACHINE})*"
 _TARGETS = {
-    **dict.fromkeys(OF_RANK, (" RANK", r" (?P<target>0|[1-9]\d{0,6})")),
-    **dict.fromkeys(OF_MACHINE, (" MACHINE", r" (?P<target>rank:(?:0|[1-9]\d{0,6})|[A-Za-z0-9][\w.-]{0,99})")),
-    "kill-root": ("", "(?P<target>)"),
+    **dict.fromkeys((*OF_RANK, "corrupt-replica"), (" RANK", rf" (?P<target>{_RANK})")),
+    **dict.fromkeys(OF_MACHINE, (" MACHINE", rf" (?P<target>{_MACHINE})")),
+    "hang-filesystem": (" [MACHINE]", rf"(?: (?P<target>{_MACHINE}))?"),
+    "split": (" MACHINE,... from MACHINE,...", rf" (?P<target>half:\d{{1,9}}|{_SIDE}) from (?P<others>{_SIDE})"),
+    "kill-root": ("", ""),
 }
 _WHEN = rf"(?: @ (?:step (?P<at_step>\d{{1,12}})|(?P<at_s>{_SECONDS}) ?s))?"
 _IN = rf"(?: in (?P<phase>{'|'.join(PHASES)}))?"
@@ -57,10 +72,11 @@ class Fault:
     """One planned failure; ``str`` gives the text that it is parsed from.
 
     Attributes:
-        target: a rank, a machine (``rank:3``: that of rank 3), or "" for the root.
+        target: a rank, a machine (``rank:3``: that of rank 3), one side of a split; "" for the root, or every machine.
+        others: the other side of a split.
         at_step, at_s: not before this step (1 is the first; 0: at once), or so many seconds of the job. Neither: at once.
         phase: of the target's trainers; None: whichever comes next (with ``at_step``, of a step).
-        for_s: how long a link is cut.
+        for_s: how long it lasts, for the kinds of ``LASTING``.
     """
 
     kind: str
@@ -69,9 +85,11 @@ class Fault:
     at_s: float | None = None
     phase: str | None = None
     for_s: float | None = None
+    others: str = ""
 
     def __str__(self) -> str:
         text = f"{self.kind} {self.target}" if self.target else self.kind
+        text += f" from {self.others}" if self.others else ""
         text += f" for {self.for_s:.12g} s" if self.for_s is not None else ""
         text += f" @ step {self.at_step}" if self.at_step is not None else ""
         text += f" @ {self.at_s:.12g} s" if self.at_s is not None else ""
@@ -101,9 +119,14 @@ def parse_command(words: Sequence[str]) -> Fault:
         now = replace(fault, at_step=None, at_s=None)
         raise ConfigError(
             f"inject: expected a fault that is due at once; got '{fault}': type '{now}', or start the job "
-            f"with 'faults.at=[{fault}]'"
+            f"with {shell_word(fault)}"
         )
     return fault
+
+
+def shell_word(fault: Fault) -> str:
+    """How ``fault`` is given to ``launch/train.py``. Where it has a comma, quotes keep it one of the list."""
+    return f"\"faults.at=['{fault}']\"" if "," in str(fault) else f"'faults.at=[{fault}]'"
 
 
 def _parse(text: str, source: str, when: str) -> Fault:
@@ -111,10 +134,11 @@ def _parse(text: str, source: str, when: str) -> Fault:
     if kind not in KINDS:
         raise ConfigError(f"{source}: expected one of {', '.join(KINDS)} first; got {text!r}")
     shown, target = _TARGETS[kind]
-    lasts = rf" for (?P<for_s>{_SECONDS}) ?s" if kind == "cut-link" else "(?P<for_s>)"
+    lasts, lasting = (rf" for (?P<for_s>{_SECONDS}) ?s", " for S s") if kind in LASTING else ("", "")
+    if kind in MAY_LAST:
+        lasts, lasting = f"(?:{lasts})?", f" [{lasting[1:]}]"
     found = re.fullmatch(target + lasts + _WHEN + _IN, f" {rest}" if rest else "", re.ASCII)
     if found is None:
-        lasting = " for S s" if kind == "cut-link" else ""
         raise ConfigError(
             f"{source}: expected '{kind}{shown}{lasting}{when} [in PHASE]'; got {text!r}. "
             f"PHASE is one of {', '.join(PHASES)}"
@@ -122,11 +146,12 @@ def _parse(text: str, source: str, when: str) -> Fault:
     part: Mapping[str, str | None] = found.groupdict()
     return Fault(
         kind,
-        part["target"] or "",
+        part.get("target") or "",
         at_step=int(part["at_step"]) if part["at_step"] else None,
         at_s=float(part["at_s"]) if part["at_s"] else None,
         phase=part["phase"] or ("agreement" if kind == "hang-collective" else None),
-        for_s=float(part["for_s"]) if part["for_s"] else None,
+        for_s=float(part.get("for_s") or LASTS_S) if kind in LASTING else None,
+        others=part.get("others") or "",
     )
 
 
@@ -167,18 +192,27 @@ def planned(settings: FaultsConfig, world_size: int) -> dict[str, Fault]:
     check(settings)
     faults = [*map(parse, settings.at), *_random(settings, world_size)]
     for fault in faults:
-        rank = fault.target.removeprefix("rank:")
-        if rank.isdigit() and (fault.kind in OF_RANK or rank != fault.target) and int(rank) >= world_size:
+        if any(rank >= world_size for rank in _ranks(fault)):
             raise ConfigError(f"faults.at: expected a rank from 0 to {world_size - 1}; got '{fault}'")
     return named(faults)
 
 
+def _ranks(fault: Fault) -> list[int]:
+    """The ranks that ``fault`` names."""
+    if fault.kind in (*OF_RANK, "corrupt-replica"):
+        return [int(fault.target)]
+    return [int(rank) for rank in re.findall(r"rank:(\d+)", f"{fault.target},{fault.others}")]
+
+
 def named(faults: Iterable[Fault]) -> dict[str, Fault]:
-    """Faults by name: the text as a file name, and a number, for the same text may be there twice."""
+    """Faults by name: the text as a file name, and a number, for the same text may be there twice.
+
+    A long text, of many machines, is cut short: a file's name has at most 255 bytes.
+    """
     found: dict[str, Fault] = {}
     seen: Counter[str] = Counter()
     for fault in faults:
-        slug = re.sub(r"[^\w.:-]+", "-", str(fault))
+        slug = re.sub(r"[^\w.:-]+", "-", str(fault))[:200]
         seen[slug] += 1
         found[f"{slug}.{seen[slug]}"] = fault
     return found
@@ -196,13 +230,20 @@ def _random(settings: FaultsConfig, world_size: int) -> list[Fault]:
         )
         if kind == "hang-collective":
             phase = "agreement"
+        if kind in (*OF_RANK, "corrupt-replica"):
+            target = str(rank)
+        elif kind == "split":
+            target = f"half:{draw.randrange(10**9)}"
+        else:
+            target = f"rank:{rank}" if kind in OF_MACHINE else ""
         faults.append(
             Fault(
                 kind,
-                str(rank) if kind in OF_RANK else f"rank:{rank}" if kind in OF_MACHINE else "",
+                target,
                 at_s=round(at_s, 3),
                 phase=(phase or None) if kind in OF_RANK else None,
-                for_s=RANDOM_CUT_S if kind == "cut-link" else None,
+                for_s=LASTS_S if kind in LASTING else None,
+                others="others" if kind == "split" else "",
             )
         )
     return faults

@@ -12,6 +12,7 @@ import pytest
 
 from gemini_gnn.errors import ConfigError
 from gemini_gnn.faults import link
+from gemini_gnn.recovery import processes
 
 
 def test_the_device_that_has_an_address():
@@ -22,16 +23,16 @@ def test_the_device_that_has_an_address():
 
 def test_what_it_needs(monkeypatch):
     with pytest.raises(ConfigError, match="several machines"):
-        link.check(1)
-    monkeypatch.setattr(link, "_may_set_links", lambda: False)
+        link.check("cut-link", 1)
+    monkeypatch.setattr(link, "may", lambda capability: False)
     monkeypatch.setattr(link.shutil, "which", lambda name: "/usr/sbin/ip")
     with pytest.raises(ConfigError, match="CAP_NET_ADMIN"):
-        link.check(2)
-    monkeypatch.setattr(link, "_may_set_links", lambda: True)
-    link.check(2)
+        link.check("split", 2)
+    monkeypatch.setattr(link, "may", lambda capability: True)
+    link.check("split", 2)
     monkeypatch.setattr(link.shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match="apt-get install iproute2"):
-        link.check(2)
+        link.check("split", 2)
 
 
 def test_it_comes_up_again_whatever_signal_comes_and_however_often_that_fails(tmp_path, monkeypatch):
@@ -49,6 +50,22 @@ def test_it_comes_up_again_whatever_signal_comes_and_however_often_that_fails(tm
     assert os.waitpid(pid, 0)[1] == 0
     assert (tmp_path / "said").read_text().splitlines() == ["link set dev eth7 down"] + 2 * ["link set dev eth7 up"]
     assert os.getsid(0) != pid and time.monotonic() - begin >= 0.5
+
+
+def test_the_child_that_puts_things_back_is_not_taken_for_a_leftover_of_the_job(tmp_path, monkeypatch):
+    monkeypatch.setenv(*processes.mark(tmp_path))
+    pid = link.outlive("sleep 30")
+    try:
+        assert processes.kill_marked(tmp_path, 5.0) == (0, True)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_a_machine_that_cannot_be_split_off_is_named():
+    for name, said in (("no.such.host.invalid", "finds no way to no.such.host.invalid"), ("127.0.0.1", "itself as")):
+        with pytest.raises(ConfigError, match=f"split: .*{said}"):
+            link.ways_to([name])
 
 
 def test_a_job_that_cannot_cut_it_is_refused_before_it_begins(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -38,6 +39,14 @@ def test_phases_are_the_words_of_the_board():
         ("kill-root @ step 20 in exchange", Fault("kill-root", at_step=20, phase="exchange")),
         ("kill-warm node-1.example.org @ step 3", Fault("kill-warm", "node-1.example.org", at_step=3)),
         ("cut-link h3 for 20 s @ step 9", Fault("cut-link", "h3", at_step=9, for_s=20.0)),
+        ("power-off h2 @ step 9", Fault("power-off", "h2", at_step=9)),
+        ("split h0,rank:1 from h2 for 20s @ 3 s", Fault("split", "h0,rank:1", at_s=3.0, for_s=20.0, others="h2")),
+        ("split half:7 from others @ step 9", Fault("split", "half:7", at_step=9, for_s=10.0, others="others")),
+        ("corrupt-replica 3 @ step 9", Fault("corrupt-replica", "3", at_step=9)),
+        ("fill-shm rank:3 for 2.5 s @ step 9", Fault("fill-shm", "rank:3", at_step=9, for_s=2.5)),
+        ("fill-shm h1 @ step 9", Fault("fill-shm", "h1", at_step=9, for_s=10.0)),
+        ("hang-filesystem h1 for 20 s @ step 9", Fault("hang-filesystem", "h1", at_step=9, for_s=20.0)),
+        ("hang-filesystem for 20 s @ step 9", Fault("hang-filesystem", at_step=9, for_s=20.0)),
     ],
 )
 def test_a_text_is_a_fault(text, fault):
@@ -48,8 +57,8 @@ def test_a_text_is_a_fault(text, fault):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "expected one of kill-rank, .*, kill-root first; got ''"),
-        ("explode 1 @ step 1", "expected one of kill-rank, .*, kill-root first; got 'explode 1 @ step 1'"),
+        ("", "expected one of kill-rank, .*, corrupt-replica first; got ''"),
+        ("explode 1 @ step 1", "expected one of kill-rank, .*, corrupt-replica first; got 'explode 1 @ step 1'"),
         ("kill-rank 1", r"expected when it is due; got 'kill-rank 1': write 'kill-rank 1 @ step 5'"),
         ("kill-rank @ step 1", r"expected 'kill-rank RANK @ step N \(or S s\) \[in PHASE\]'; got"),
         ("kill-rank -1 @ step 1", "kill-rank RANK"),
@@ -67,6 +76,13 @@ def test_a_text_is_a_fault(text, fault):
         ("kill-agent ../h1 @ step 1", "kill-agent MACHINE"),
         (f"kill-agent {'h' * 101} @ step 1", "kill-agent MACHINE"),  # its name would be too long for a file's
         ("cut-link h3 @ step 9", r"expected 'cut-link MACHINE for S s @ step N"),
+        ("power-off h3 for 3 s @ step 9", r"expected 'power-off MACHINE @ step N"),
+        ("split h0 @ step 9", r"expected 'split MACHINE,... from MACHINE,... \[for S s\] @ step N"),
+        ("split h0, h1 from h2 @ step 9", "split MACHINE,"),
+        ("split h0 from half:7 @ step 9", "split MACHINE,"),
+        ("corrupt-replica h1 @ step 9", "corrupt-replica RANK"),
+        ("fill-shm for 3 s @ step 9", r"fill-shm MACHINE \[for S s\]"),
+        ("hang-filesystem h1 @ step 9", r"hang-filesystem \[MACHINE\] for S s"),
     ],
 )
 def test_a_text_that_is_none_says_how_it_is_written(text, said):
@@ -74,7 +90,29 @@ def test_a_text_that_is_none_says_how_it_is_written(text, said):
         parse(text)
 
 
-PARTS = st.sampled_from([*KINDS, *PHASES, "h1", "rank:2", "3", "@", "step", "in", "for", "s", "1.5", "\n", "", "é"])
+WORDS = (
+    "h1",
+    "rank:2",
+    "h1,rank:2",
+    "half:7",
+    "from",
+    "others",
+    "3",
+    "@",
+    "step",
+    "in",
+    "for",
+    "s",
+    "1.5",
+    "\n",
+    "",
+    "é",
+)
+PARTS = st.sampled_from([*KINDS, *PHASES, *WORDS])
+MACHINE = st.from_regex(r"rank:(0|[1-9][0-9]{0,6})|[a-z][a-z0-9.-]{0,9}", fullmatch=True)
+SIDE = st.lists(MACHINE, min_size=1, max_size=3).map(",".join)
+RANK = st.integers(0, 10**7 - 1).map(str)
+SECONDS = st.integers(1, 10**6).map(lambda thousandths: thousandths / 1000)
 
 
 @given(st.lists(PARTS | st.text(max_size=3), max_size=8).map(" ".join))
@@ -86,6 +124,30 @@ def test_any_text_is_a_fault_or_a_config_error(text):
     assert parse(str(fault)) == fault
 
 
+@st.composite
+def faults(draw):
+    """Of every kind, as :func:`parse` could have made it."""
+    kind = draw(st.sampled_from(KINDS))
+    targets = {"split": SIDE | st.just("half:7"), "kill-root": st.just(""), "hang-filesystem": MACHINE | st.just("")}
+    by_step = draw(st.booleans())
+    return Fault(
+        kind,
+        draw(targets.get(kind, MACHINE if kind in OF_MACHINE else RANK)),
+        at_step=draw(st.integers(0, 10**9)) if by_step else None,
+        at_s=None if by_step else draw(SECONDS),
+        phase=draw(st.sampled_from(PHASES if kind == "hang-collective" else (None, *PHASES))),
+        for_s=draw(SECONDS) if kind in schedule.LASTING else None,
+        others=draw(SIDE) if kind == "split" else "",
+    )
+
+
+@given(faults())
+def test_a_fault_is_parsed_from_its_own_words(fault):
+    assert parse(str(fault)) == fault
+    now = replace(fault, at_step=None, at_s=None)
+    assert parse_command(str(now).replace(" for ", " --for ").split()) == now
+
+
 @pytest.mark.parametrize(
     ("words", "fault"),
     [
@@ -94,6 +156,9 @@ def test_any_text_is_a_fault_or_a_config_error(text):
         (["cut-link", "h3", "--for", "20s"], Fault("cut-link", "h3", for_s=20.0)),
         (["cut-link h3 for 20 s"], Fault("cut-link", "h3", for_s=20.0)),
         (["stop-rank", "1", "in", "evaluation"], Fault("stop-rank", "1", phase="evaluation")),
+        (["power-off", "h2"], Fault("power-off", "h2")),
+        (["split", "h0,h1", "from", "h2,h3"], Fault("split", "h0,h1", for_s=10.0, others="h2,h3")),
+        (["hang-filesystem", "--for", "20s"], Fault("hang-filesystem", for_s=20.0)),
     ],
 )
 def test_a_command_is_a_fault_that_is_due_at_once(words, fault):
@@ -111,6 +176,7 @@ def test_a_command_is_a_fault_that_is_due_at_once(words, fault):
             ["kill-rank", "2", "@", "step", "5", "in", "backward"],
             r"due at once; got .*: type 'kill-rank 2 in backward', or start the job with 'faults.at=\[kill-rank 2 @ step 5",
         ),
+        (["split", "h0,h1", "from", "h2", "@", "5s"], r'with "faults.at=\[\'split h0,h1 from h2 for 10 s @ 5 s\'\]"'),
     ],
 )
 def test_a_command_that_is_none_says_how_it_is_written(words, said):
@@ -142,8 +208,8 @@ def test_a_time_is_due_in_whatever_phase_comes_next():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_no_kill_needs_leave(kind):
-    target = "1" if kind in OF_RANK else "h1" if kind in OF_MACHINE else ""
-    text = f"{kind} {target}{' for 3 s' if kind == 'cut-link' else ''} @ step 1"
+    target = {"kill-root": "", "split": " h0 from h1"}.get(kind, " h1" if kind in OF_MACHINE else " 1")
+    text = f"{kind}{target}{' for 3 s' if kind in schedule.LASTING else ''} @ step 1"
     for settings in (FaultsConfig(at=[text]), FaultsConfig(mtbf_s=1, kinds=[kind])):
         schedule.check(replace(settings, allow=True))
         if kind.startswith("kill-"):
@@ -177,6 +243,9 @@ def test_the_command_line_takes_faults_as_they_are_written():
     assert found.at == texts
     assert [str(fault) for fault in planned(found, 4).values()] == texts
     assert compose([f"faults.at=[{texts[0]}]"]).faults.at == texts[:1]
+    split = parse("split h0,h1 from h2,h3 for 20 s @ step 9")
+    typed = shlex.split(f"{schedule.shell_word(split)} faults.allow=true")
+    assert compose(typed).faults.at == [str(split)], "with commas"
 
 
 def test_the_same_text_twice_is_two_faults():
@@ -184,11 +253,25 @@ def test_the_same_text_twice_is_two_faults():
     assert list(found) == ["kill-rank-0-step-5.1", "kill-root-step-5.1", "kill-rank-0-step-5.2"]
 
 
-@pytest.mark.parametrize("text", ["kill-rank 2 @ step 5", "kill-agent rank:2 @ step 5"])
+def test_the_name_of_a_fault_of_many_machines_fits_a_file():
+    side = ",".join(f"{'node' * 20}-{number}" for number in range(9))
+    one, two = planned(FaultsConfig(allow=True, at=[f"split {side} from x{n} @ step 5" for n in (1, 2)]), 1)
+    assert one != two and len(one) < 255 > len(two)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "kill-rank 2 @ step 5",
+        "kill-agent rank:2 @ step 5",
+        "corrupt-replica 2 @ step 5",
+        "split h0,rank:1 from rank:0,rank:2 for 10 s @ step 5",
+    ],
+)
 def test_a_rank_that_the_job_does_not_have_is_refused(text):
-    assert len(planned(FaultsConfig(at=[text]), 3)) == 1
+    assert len(planned(FaultsConfig(allow=True, at=[text]), 3)) == 1
     with pytest.raises(ConfigError, match=f"expected a rank from 0 to 1; got '{text}'"):
-        planned(FaultsConfig(at=[text]), 2)
+        planned(FaultsConfig(allow=True, at=[text]), 2)
     planned(FaultsConfig(at=["kill-agent 7 @ step 5"]), 2)  # a machine of that name
 
 
@@ -203,6 +286,10 @@ def test_a_seed_is_a_schedule_at_random():
     assert {fault.kind for fault in faults} == set(KINDS)
     assert {f.target for f in faults if f.kind in OF_RANK} == {"0", "1", "2", "3"}
     assert {f.target for f in faults if f.kind in OF_MACHINE} == {"rank:0", "rank:1", "rank:2", "rank:3"}
+    assert {f.target for f in faults if f.kind == "corrupt-replica"} == {"0", "1", "2", "3"}
+    halves = [f.target for f in faults if f.kind == "split"]
+    assert len(set(halves)) == len(halves) > 10 and all(f.others == "others" for f in faults if f.kind == "split")
+    assert all((f.for_s == 10.0) == (f.kind in schedule.LASTING) for f in faults)
     assert {f.phase for f in faults if f.kind == "kill-rank"} == {"sampling", "exchange", "backward"}
     times = [fault.at_s for fault in faults]
     gaps = [after - before for before, after in itertools.pairwise([0.0, *times])]

@@ -44,7 +44,8 @@ TOOLS = ("ip", "tc", "unshare", "nsenter", "setpriv", "ssh", "ssh-keygen", "pdsh
 GONE = "this lab's processes are gone (a reboot, or its owner died); `down`, then `up` again"
 PACKAGES = "apt-get install openssh-server pdsh iproute2 util-linux sshfs"
 
-# argv: hostname, state folder, size of /dev/shm. The first read is the maker's word that the network is ready.
+# argv: hostname, state folder, size of /dev/shm. The first read is the maker's word that the network is ready. The mark
+# allows faults to switch this host off: gemini_gnn/faults/machine.py.
 BOOT = """
 read -r go || exit 1
 set -e
@@ -52,6 +53,7 @@ hostname "$1"
 mount -t tmpfs -o "size=$3,mode=1777" tmpfs /dev/shm
 mount -t tmpfs -o mode=755 tmpfs /run
 mkdir /run/sshd
+readlink /proc/self/ns/pid > /run/gemini-gnn-lab
 mount --bind "$2/hosts" /etc/hosts
 mount --bind "$2/ssh_config" /etc/ssh/ssh_config
 exec /usr/sbin/sshd -D -e -f "$2/sshd_config"

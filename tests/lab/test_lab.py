@@ -22,7 +22,8 @@ needs_lab = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 LISTEN = """
 import socket, sys
-server = socket.create_server(("0.0.0.0", 0))
+both = socket.has_dualstack_ipv6()
+server = socket.create_server(("", 0), family=socket.AF_INET6 if both else socket.AF_INET, dualstack_ipv6=both)
 print(server.getsockname()[1], flush=True)
 peer, _ = server.accept()
 print("accepted", flush=True)
@@ -112,15 +113,18 @@ def test_a_command_that_takes_too_long_is_ended(lab):
 # --- they fail as machines fail ---------------------------------------------------------------------------------------
 
 
-def connect(lab, source, target):
-    """A process on ``target`` that counts what a process on ``source`` sends; the latter obeys its stdin."""
+def connect(lab, source, target, on=None):
+    """A process on ``target`` that counts what a process on ``source`` sends; the latter obeys its stdin.
+
+    ``on``: the host, where ``target`` is another name of it.
+    """
     script = (
         "import socket, sys, time\n"
         f"peer = socket.create_connection(('{target}', int(sys.argv[1])), timeout=10)\n"
         "print('connected', flush=True)\n"
         "exec(sys.stdin.readline())\n"
     )
-    server = lab.popen(target, [PYTHON, "-c", LISTEN], stdout=subprocess.PIPE, text=True)
+    server = lab.popen(on or target, [PYTHON, "-c", LISTEN], stdout=subprocess.PIPE, text=True)
     port = server.stdout.readline().strip()
     command = [PYTHON, "-c", script, port]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

@@ -12,6 +12,7 @@ import time
 import pytest
 
 from gemini_gnn.errors import ConfigError, RecoveryError
+from gemini_gnn.faults import machine
 from gemini_gnn.observe import terms
 from gemini_gnn.observe.status import write_status
 from gemini_gnn.recovery import board, messages, wire
@@ -54,7 +55,9 @@ def test_only_a_job_that_allows_it_is_stopped_or_told_to_raise(job):
     run = job()
     launch = run.launch(2, "steps")
     run.training(2)
-    for text in ("stop-rank 1", "raise-rank 1", "hang-collective 1", "oom-rank 1", f"cut-link {HERE} --for 1s"):
+    of_ranks = ("stop-rank 1", "raise-rank 1", "hang-collective 1", "oom-rank 1", "corrupt-replica 1")
+    of_machines = (f"cut-link {HERE} --for 1s", f"power-off {HERE}", f"split {HERE} from others", f"fill-shm {HERE}")
+    for text in (*of_ranks, *of_machines, "hang-filesystem --for 1s"):
         with pytest.raises(RecoveryError, match="start the job with faults.allow=true"):
             inject(run.run_dir, text.split())
     with pytest.raises(RecoveryError, match="expected a rank from 0 to 1"):
@@ -116,10 +119,31 @@ def test_a_rank_without_memory_of_its_own_is_not_told_to_take_all(job):
         pytest.skip("this process has a memory cgroup with a limit")
     with pytest.raises(RecoveryError, match="oom-rank: expected a memory cgroup"):
         wait_for(lambda: _try(run, "oom-rank", "0"), "an answer")
-    with pytest.raises(RecoveryError, match="cut-link: expected a job on several machines"):
-        inject(run.run_dir, ["cut-link", HERE, "--for", "1s"])
     run.finish()
     assert run.end(launch)[0] == 0
+
+
+def test_a_machine_that_is_no_host_of_the_lab_keeps_its_power_its_link_and_its_files(job):
+    if machine.MARK.exists():
+        pytest.skip("these tests run on a host of the lab")
+    run = job()
+    launch = run.launch(1, "steps", faults={"allow": True})
+    run.training(1)
+    for text, said in (
+        (
+            f"power-off {HERE}",
+            "power-off: expected a host of the lab .* only what may be undone is done: type 'cut-link",
+        ),
+        (f"cut-link {HERE} --for 1s", "cut-link: expected a job on several machines"),
+        (f"split {HERE} from others", "expected a machine or more on each side, and none on both"),
+        ("corrupt-replica 0", f"expected another machine that is here; {HERE} is alone"),
+        ("hang-filesystem --for 1s", "hang-filesystem: expected .* on a file system that one process of .* serves"),
+    ):
+        with pytest.raises(RecoveryError, match=said):
+            inject(run.run_dir, text.split())
+    run.finish()
+    assert run.end(launch)[0] == 0
+    run.assert_nothing_left()
 
 
 def _unlimited():

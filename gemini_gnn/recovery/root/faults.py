@@ -3,6 +3,9 @@
 Two sources. A visitor (``inject.py``) wants one now and waits for the answer. The schedule of the settings (``faults.at``,
 ``faults.mtbf_s``) has those of agents, machines and links; trainers look at their own ranks' themselves.
 
+Some faults are committed by several machines, and the visitor hears of all. A copy of a shard is damaged on one: the
+machines are asked one after the other until one has it. So nobody needs to know here which machine keeps what.
+
 Once per job. A fault of the schedule is claimed in the run directory before a worker is told (``faults/injection.py``). If
 the root or the worker dies in between, the fault is lost, never doubled. The folder is the job's only once a trainer is
 past its start: ``resume=never`` puts an older one aside. So the schedule is not looked at before.
@@ -10,10 +13,13 @@ past its start: ``resume=never`` puts an older one aside. So the schedule is not
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import random
+import socket
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gemini_gnn.config import FaultsConfig
@@ -35,6 +41,22 @@ class Agent:
     pid: int
 
 
+@dataclass
+class _Asked:
+    """A fault that is ordered from machines.
+
+    Attributes:
+        visitor: who waits.
+        left: machines that are asked if the one before could not; None if every machine is to do its part.
+        answers: so far.
+    """
+
+    visitor: messages.Channel | None
+    fault: Fault
+    left: list[tuple[int, Agent]] | None = None
+    answers: list[messages.Committed] = field(default_factory=list)
+
+
 class Faults:
     """Raises ConfigError if the settings are wrong for ``world`` ranks."""
 
@@ -44,19 +66,20 @@ class Faults:
         self._left = {name: fault for name, fault in planned.items() if fault.kind not in OF_RANK}
         self._begun_s: float | None = None
         self._numbers = itertools.count(1)
-        self._asked: dict[int, tuple[int, messages.Channel]] = {}  # by number of the order: its machine, and who waits
+        self._asked: dict[int, tuple[int, _Asked]] = {}  # by number of the order: its machine, and what it is part of
 
     def ask(self, text: str, visitor: messages.Channel, state: State, agents: Mapping[int, Agent]) -> None:
         """A visitor wants the fault of ``text`` now."""
         try:
             fault = schedule.parse_command(text.split())
             schedule.check_allowed(fault.kind, self.allow)
-            machine = machine_of(fault, state)
-            check_able(fault, machine, state)
+            orders = orders_of(fault, state)
+            for machine, _ in orders:
+                check_able(fault, machine, state)
         except ConfigError as error:
             visitor.send(messages.Committed(0, False, str(error)))
             return
-        self._order(fault, machine, state, agents, visitor)
+        self._order(orders, state, agents, visitor)
 
     def look(
         self,
@@ -89,49 +112,117 @@ class Faults:
             if not any(schedule.due(fault, board.step, elapsed_s, board.phase.word) for board in boards):
                 continue
             try:
-                machine = machine_of(fault, state)
+                orders = orders_of(fault, state)
             except ConfigError as error:
                 del self._left[name]
                 problems.append(str(error))
                 continue
-            if machine in agents:
+            if all(machine in agents for machine, _ in orders):
                 del self._left[name]
                 if injection.claim(self.run_dir / injection.FOLDER / name, step=state.reached):
-                    self._order(fault, machine, state, agents, None)
+                    self._order(orders, state, agents, None)
         return problems
 
     def answered(self, answer: messages.Committed) -> None:
         self.journal.log("fault_committed" if answer.done else "fault_refused", text=answer.text)
-        _, visitor = self._asked.pop(answer.ask, (0, None))
-        if visitor is not None:
-            visitor.send(messages.Committed(0, answer.done, answer.text))
+        _, asked = self._asked.pop(answer.ask, (0, None))
+        if asked is None:
+            return
+        asked.answers.append(answer)
+        if asked.left and not answer.done:
+            self._send(asked, asked.fault, *asked.left.pop(0))
+        if asked.visitor is None or any(other is asked for _, other in self._asked.values()):
+            return
+        done = (all if asked.left is None else any)(one.done for one in asked.answers)
+        texts = [one.text for one in asked.answers if one.done or not done]
+        asked.visitor.send(messages.Committed(0, done, "; ".join(texts)))
 
     def lost(self, machine: int, name: str) -> None:
         """The worker agent of ``machine`` is gone: it answers no more."""
-        for number, (asked, _) in list(self._asked.items()):
-            if asked == machine:
+        for _, asked in self._asked.values():
+            asked.left = asked.left and [one for one in asked.left if one[0] != machine]
+        for number, (asked_of, _) in list(self._asked.items()):
+            if asked_of == machine:
                 self.answered(
                     messages.Committed(number, False, f"the worker agent on {name} was gone before it answered")
                 )
 
     def _order(
         self,
-        fault: Fault,
-        machine: int,
+        orders: list[tuple[int, Fault]],
         state: State,
         agents: Mapping[int, Agent],
         visitor: messages.Channel | None,
     ) -> None:
-        agent, number = agents[machine], next(self._numbers)
-        self.journal.log("fault_ordered", fault=str(fault), machine=machine)
-        if visitor is not None:
-            self._asked[number] = machine, visitor
+        machine, fault = orders[0]
+        asked = _Asked(visitor, fault)
+        if fault.kind == "corrupt-replica":
+            asked.left = [(other, agents[other]) for other, _ in orders[1:]]
+            orders = orders[:1]
+        if fault.kind == "split":
+            orders = [(to, replace(one, others=_with_addresses(one.others, state, agents))) for to, one in orders]
+        numbers = [self._send(asked, fault, machine, agents[machine]) for machine, fault in orders]
         if fault.kind in ("kill-agent", "kill-root"):  # the dead do not answer
             whose = "the root agent" if machine == state.root else "the worker agent"
-            self.answered(
-                messages.Committed(number, True, f"SIGKILL to {whose}, pid {agent.pid} on {state.name(machine)}")
-            )
+            text = f"SIGKILL to {whose}, pid {agents[machine].pid} on {state.name(machine)}"
+            self.answered(messages.Committed(numbers[0], True, text))
+
+    def _send(self, asked: _Asked, fault: Fault, machine: int, agent: Agent) -> int:
+        number = next(self._numbers)
+        self.journal.log("fault_ordered", fault=str(fault), machine=machine)
+        self._asked[number] = machine, asked
         agent.channel.send(messages.Commit(fault, number))
+        return number
+
+
+def _with_addresses(names: str, state: State, agents: Mapping[int, Agent]) -> str:
+    """The machines ``names``, and by which addresses the root reaches them: their names may have others."""
+    found, own = dict[int, str](), ""
+    for machine, agent in agents.items():
+        sock = agent.channel.sock
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            with contextlib.suppress(OSError):  # it has just been lost
+                found[machine] = sock.getpeername()[0].removeprefix("::ffff:")
+                own = sock.getsockname()[0].removeprefix("::ffff:")
+    side = [machine for machine in agents if state.name(machine) in names.split(",")]
+    known = [address for machine in side if (address := found.get(machine, own))]
+    return ",".join(dict.fromkeys([*names.split(","), *known]))
+
+
+def orders_of(fault: Fault, state: State) -> list[tuple[int, Fault]]:
+    """The machines that commit ``fault``, each with what it is told to do.
+
+    Raises:
+        ConfigError: the job has no such rank or machine.
+    """
+    here = [machine for machine, one in enumerate(state.machines) if one.here]
+    if fault.kind == "hang-filesystem" and not fault.target:
+        return [(machine, fault) for machine in here]
+    if fault.kind == "corrupt-replica":
+        owner = machine_of(fault, state)
+        after = [machine for machine in here if machine != owner]
+        if not after:
+            raise ConfigError(f"{fault}: expected another machine that is here; {state.name(owner)} is alone")
+        return [(machine, fault) for machine in after]
+    if fault.kind != "split":
+        return [(machine_of(fault, state), fault)]
+    first, seed = fault.target.split(","), fault.target.removeprefix("half:")
+    one = [_named(name, fault, state) for name in first] if seed == fault.target else _half(here, int(seed))
+    if fault.others == "others":
+        other = [machine for machine in here if machine not in one]
+    else:
+        other = [_named(name, fault, state) for name in fault.others.split(",")]
+    if not one or not other or set(one) & set(other):
+        raise ConfigError(f"{fault}: expected a machine or more on each side, and none on both")
+    words = [",".join(state.name(machine) for machine in dict.fromkeys(side)) for side in (one, other)]
+    return [
+        *((machine, replace(fault, target=words[0], others=words[1])) for machine in dict.fromkeys(one)),
+        *((machine, replace(fault, target=words[1], others=words[0])) for machine in dict.fromkeys(other)),
+    ]
+
+
+def _half(machines: list[int], seed: int) -> list[int]:
+    return sorted(random.Random(seed).sample(machines, len(machines) // 2))
 
 
 def machine_of(fault: Fault, state: State) -> int:
@@ -142,13 +233,19 @@ def machine_of(fault: Fault, state: State) -> int:
     """
     if fault.kind == "kill-root":
         return state.root
-    rank = fault.target.removeprefix("rank:")
-    if fault.kind in OF_RANK or rank != fault.target:
+    of_rank = fault.kind in OF_RANK or fault.kind == "corrupt-replica"
+    return _named(f"rank:{fault.target}" if of_rank else fault.target, fault, state)
+
+
+def _named(target: str, fault: Fault, state: State) -> int:
+    """The number of the machine ``target``: a name, or ``rank:3``."""
+    rank = target.removeprefix("rank:")
+    if rank != target:
         if int(rank) >= state.world:
             raise ConfigError(f"{fault}: expected a rank from 0 to {state.world - 1}")
         return state.machine_of(int(rank))
     names = [one.name for one in state.machines]
-    found = [i for i, name in enumerate(names) if fault.target in (name, name.partition(".")[0])]
+    found = [i for i, name in enumerate(names) if target in (name, name.partition(".")[0])]
     if len(found) != 1:
         raise ConfigError(f"{fault}: expected one of the job's machines, {', '.join(filter(None, names))}")
     return found[0]

@@ -15,7 +15,7 @@ from gemini_gnn.faults.schedule import parse_command
 from gemini_gnn.recovery import messages
 from gemini_gnn.recovery.board import Board, Phase
 from gemini_gnn.recovery.root import decisions
-from gemini_gnn.recovery.root.faults import Agent, Faults, check_able, machine_of, reads_orders
+from gemini_gnn.recovery.root.faults import Agent, Faults, check_able, machine_of, orders_of, reads_orders
 from gemini_gnn.recovery.root.ledger import Ledger
 from gemini_gnn.recovery.root.restoring import Storage
 from gemini_gnn.recovery.root.service import Root
@@ -45,6 +45,8 @@ def fault(text):
         ("kill-agent rank:3", 1),
         ("kill-warm h1", 1),
         ("cut-link h1.lab for 2 s", 1),
+        ("power-off h1", 1),
+        ("corrupt-replica 2", 1),
     ],
 )
 def test_the_machine_of_a_fault(text, machine):
@@ -57,11 +59,15 @@ def test_the_machine_of_a_fault(text, machine):
         ("kill-rank 4", "from 0 to 3"),
         ("kill-agent rank:4", "from 0 to 3"),
         ("kill-agent h2", "one of the job's machines, h0.lab, h1.lab"),
+        ("corrupt-replica 4", "from 0 to 3"),
+        ("split h0 from h2", "one of the job's machines, h0.lab, h1.lab"),
+        ("split h0 from rank:0", "on each side, and none on both"),
+        ("split h0,h1 from others", "on each side, and none on both"),
     ],
 )
 def test_a_target_that_the_job_does_not_have(text, words):
     with pytest.raises(ConfigError, match=words):
-        machine_of(fault(text), STATE)
+        orders_of(fault(text), STATE)
 
 
 def test_two_machines_of_one_name_are_told_apart_by_the_whole():
@@ -85,6 +91,39 @@ def test_what_cannot_be_done_now(text, changes, words):
     with pytest.raises(ConfigError, match=words):
         check_able(fault(text), machine_of(fault(text), state), state)
     check_able(fault("kill-rank 0"), 0, STATE)
+
+
+def told(text, state):
+    return [(machine, f"{order.target} from {order.others}") for machine, order in orders_of(fault(text), state)]
+
+
+def test_each_machine_of_a_split_is_told_who_is_on_the_other_side():
+    state = replace(STATE, machines=tuple(replace(HERE, name=f"h{i}") for i in range(4)))
+    sides = [(0, "h0,h3 from h1"), (3, "h0,h3 from h1"), (1, "h1 from h0,h3")]
+    assert told("split h0,rank:7,h3 from h1", state) == sides
+    away = replace(state, machines=(*state.machines[:2], replace(HERE, name="h2", here=False), state.machines[3]))
+    assert told("split h0,h3 from others", away) == sides, "h2 is away"
+
+
+def test_a_split_in_halves_follows_from_its_seed_and_from_those_that_are_there():
+    state = replace(STATE, machines=tuple(replace(HERE, name=f"h{i}") for i in range(5)))
+    halves = [told(f"split half:{seed} from others", state) for seed in range(30)]
+    assert halves == [told(f"split half:{seed} from others", state) for seed in range(30)]
+    assert {len(sides[0][1].partition(" ")[0].split(",")) for sides in halves} == {2}
+    assert len({sides[0][1] for sides in halves}) > 5 and all(len(sides) == 5 for sides in halves)
+    alone = replace(state, machines=(HERE, replace(HERE, here=False)))
+    with pytest.raises(ConfigError, match="a machine or more on each side"):
+        told("split half:1 from others", alone)
+
+
+def test_a_file_system_hangs_on_one_machine_or_on_all():
+    assert [machine for machine, _ in orders_of(fault("hang-filesystem for 2 s"), STATE)] == [0, 1]
+    assert [machine for machine, _ in orders_of(fault("hang-filesystem h1 for 2 s"), STATE)] == [1]
+
+
+def test_a_job_on_one_machine_has_no_copy_elsewhere():
+    with pytest.raises(ConfigError, match="corrupt-replica 0: expected another machine that is here; h0.lab is alone"):
+        orders_of(fault("corrupt-replica 0"), replace(STATE, machines=STATE.machines[:1]))
 
 
 def test_trainers_do_what_no_signal_does():
@@ -145,6 +184,65 @@ def test_a_visitor_hears_of_a_worker_that_is_lost_and_of_the_death_of_an_agent(p
     assert person.receive() == [messages.Committed(0, True, "SIGKILL to the worker agent, pid 101 on h1.lab")]
     faults.lost(1, "h1")
     assert person.receive() == [] and len(workers[1].receive()) == 2
+
+
+def test_a_visitor_hears_of_every_machine_of_a_split(parts):
+    make, agents, workers, (visitor, person), _ = parts
+    for done in (True, False):
+        faults = make(allow=True)
+        faults.ask("split h0 from h1", visitor, STATE, agents)
+        (one,), (other,) = (worker.receive() for worker in workers)
+        assert (str(one.fault), str(other.fault)) == (
+            "split h0.lab from h1.lab for 10 s",
+            "split h1.lab from h0.lab for 10 s",
+        )
+        faults.answered(messages.Committed(one.ask, True, "h0 did"))
+        assert person.receive() == []
+        faults.answered(messages.Committed(other.ask, done, f"h1 {'did' if done else 'may not'}"))
+        assert person.receive() == [messages.Committed(0, done, f"h0 did; h1 {'did' if done else 'may not'}")]
+
+
+def test_a_split_knows_the_addresses_by_which_the_root_reaches_the_machines(parts):
+    make, agents, workers, (visitor, _), _ = parts
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        theirs = socket.create_connection(server.getsockname(), timeout=10, source_address=("127.0.0.2", 0))
+        ours = messages.Channel(server.accept()[0], messages.TO_ROOT)
+    make(allow=True).ask("split h0 from h1", visitor, STATE, {0: agents[0], 1: Agent(ours, 7)})
+    assert [order.fault.others for order in workers[0].receive()] == ["h1.lab,127.0.0.2"]
+    worker = messages.Channel(theirs, messages.TO_WORKER)
+    assert [order.fault.others for order in worker.receive()] == ["h0.lab,127.0.0.1"]
+    worker.close()
+    ours.close()
+
+
+def test_machines_are_asked_for_a_copy_one_after_the_other(parts):
+    make, agents, workers, (visitor, person), _ = parts
+    state = replace(STATE, machines=tuple(replace(HERE, name=f"h{i}") for i in range(4)))
+    agents |= {2: agents[0], 3: agents[1]}
+    for answers, said in (
+        ([False, True], messages.Committed(0, True, "flipped")),
+        ([False, False, False], messages.Committed(0, False, "none here; none here; none here")),
+    ):
+        faults, heard = make(allow=True), []
+        faults.ask("corrupt-replica 3", visitor, state, agents)
+        for done in answers:
+            (order,) = [order for worker in workers for order in worker.receive()]
+            heard.append(str(order.fault))
+            assert person.receive() == []
+            faults.answered(messages.Committed(order.ask, done, "flipped" if done else "none here"))
+        assert person.receive() == [said] and set(heard) == {"corrupt-replica 3"}
+        assert workers[0].receive() == workers[1].receive() == [], "one copy"
+
+
+def test_a_machine_that_is_lost_is_not_asked_for_a_copy(parts):
+    make, agents, workers, (visitor, person), _ = parts
+    state = replace(STATE, machines=tuple(replace(HERE, name=f"h{i}") for i in range(3)))
+    faults = make(allow=True)
+    faults.ask("corrupt-replica 3", visitor, state, agents | {2: agents[0]})
+    (order,) = workers[0].receive()
+    faults.lost(2, "h2")
+    faults.answered(messages.Committed(order.ask, False, "none here"))
+    assert person.receive() == [messages.Committed(0, False, "none here")] and workers[0].receive() == []
 
 
 def test_a_visitor_is_refused_in_words(parts):
