@@ -45,6 +45,7 @@ from typing import Any
 
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.files import create, read_record
+from gemini_gnn.observe.status import ENDED, read_status
 
 BEAT_S = 2.0
 PATIENCE = 3  # beats without a change after which a holder on another machine counts as dead
@@ -186,10 +187,12 @@ class Watch:
 
     Attributes:
         record: of the newest term, as last read; empty before.
+        status: how the job of that term has ended; empty while it has not.
     """
 
     def __init__(self, run_dir: Path, pause_s: float = 0.25):
         self.record: dict[str, Any] = {}
+        self.status: dict[str, Any] = {}
         self._run_dir, self._pause_s, self._ended = run_dir, pause_s, threading.Event()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
@@ -200,7 +203,9 @@ class Watch:
     def _run(self) -> None:
         while not self._ended.is_set():
             with contextlib.suppress(OSError):  # not to be read now
-                self.record = newest_term(self._run_dir)
+                record, status = newest_term(self._run_dir), read_status(self._run_dir)
+                over = status.get("state") in ENDED and status.get("term") == record.get("term")
+                self.record, self.status = record, status if over else {}
             self._ended.wait(self._pause_s)
 
 

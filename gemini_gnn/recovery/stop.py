@@ -10,7 +10,7 @@ from typing import Any
 
 from gemini_gnn.errors import RecoveryError
 from gemini_gnn.observe import terms
-from gemini_gnn.observe.status import read_status
+from gemini_gnn.observe.status import ENDED, read_status
 from gemini_gnn.recovery import home, messages, processes, visits
 from gemini_gnn.recovery.root import state as root
 from gemini_gnn.recovery.worker.decisions import Limits
@@ -89,7 +89,7 @@ def _nothing_runs(run_dir: Path, term: dict[str, Any], keep: bool, silent: str, 
     """
     machine = os.uname().nodename
     words = f"no job of {run_dir} runs on {machine}{cleared or ''}"
-    runs = read_status(run_dir).get("state", "done") not in visits.OVER
+    runs = read_status(run_dir).get("state", "done") not in ENDED
     if runs and (silent or visits.is_away(term)):
         elsewhere = f"{visits.news(run_dir)}. If it runs, type this command on {term['machine']}"
         if silent:

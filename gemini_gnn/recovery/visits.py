@@ -9,10 +9,9 @@ from typing import Any, TypeVar
 
 from gemini_gnn.errors import RecoveryError
 from gemini_gnn.observe import terms
-from gemini_gnn.observe.status import read_status
+from gemini_gnn.observe.status import ENDED, read_status
 from gemini_gnn.recovery import home, messages, wire
 
-OVER = ("done", "stopped", "failed")  # states of status.json
 PATIENCE_S = 5.0  # a root agent that was killed comes back sooner
 PAUSE_S = 0.2
 
@@ -86,7 +85,7 @@ def ask_root(
         if found is not None:
             return found
         once = root.authenticated and not isinstance(request, messages.Stop)  # a fault that was asked for twice is two
-        if once or time.monotonic() > until or read_status(run_dir).get("state", "done") in OVER:
+        if once or time.monotonic() > until or read_status(run_dir).get("state", "done") in ENDED:
             return str(root.complaint or "it went without an answer")
         time.sleep(PAUSE_S)
         term = terms.newest_term(run_dir)  # another machine may be root by now

@@ -270,6 +270,10 @@ class Agent:
         if self.watch is not None and self.roster is not None:
             own = Target(self.address, self._root_port())
             seeking.holder = holder_of(self.watch.record, self.uplink.term, self.start, own)
+            if (ended := self.watch.status) and self.start == self.watch.record.get("start"):  # without this machine
+                keep, code = ended["state"] != "done", int(ended.get("exit_code") or 0)
+                self.outcome = Outcome(ended["state"], code, str(ended.get("reason")), keep=keep)
+                return
         if self.scout is None and self.uplink.is_next and not self.state.alive:
             self._become_root(now)
         if self.scout is None or self.root is None:
