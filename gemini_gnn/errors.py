@@ -27,6 +27,10 @@ class RunDirError(GeminiError):
     """The run directory cannot be used: unwritable, in use, or holding another run."""
 
 
+class RunDirInUse(RunDirError):
+    """Another start has it, and lives."""
+
+
 class ClusterError(GeminiError):
     """Machines or ranks cannot be found, reached or agreed upon."""
 

@@ -43,7 +43,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gemini_gnn.errors import RunDirError
+from gemini_gnn.errors import RunDirError, RunDirInUse
 from gemini_gnn.files import create, read_record
 from gemini_gnn.observe.status import ENDED, read_status
 
@@ -83,7 +83,8 @@ def claim_term(
         say: told when this start has to wait.
 
     Raises:
-        RunDirError: the holder of the highest term lives, or the file system refuses.
+        RunDirInUse: the holder of the highest term lives.
+        RunDirError: the file system refuses.
     """
     folder, highest = run_dir / "terms", 0
     try:
@@ -91,7 +92,7 @@ def claim_term(
             highest = max(highest, *(int(path.stem) for path in _terms(run_dir)), 0)
             holder = _living_holder(folder, highest, ask, say, beat_s) if highest else None
             if holder is not None:
-                raise RunDirError(
+                raise RunDirInUse(
                     f"run_dir {run_dir} is in use by {_owner(holder)}; stop it there with `python launch/stop.py "
                     f"run_dir={run_dir}`, or give another run_dir=..."
                 )
@@ -106,19 +107,22 @@ def claim_term(
         raise RunDirError(f"cannot claim a term in {folder}: {error.strerror}; is run_dir writable?") from None
 
 
-def succeed(run_dir: Path, term: int, record: dict[str, Any]) -> bool:
+def succeed(run_dir: Path, term: int, record: dict[str, Any], nonce: str) -> bool:
     """Claim the term after ``term`` in place of its holder; False if another process has it.
 
     The caller knows by other means that the holder, or the job as it was, can do no more work (``recovery/root``).
+
+    Args:
+        nonce: names the claim: the same in each attempt, for an attempt that raised may have had it.
 
     Raises:
         OSError: of the file system.
     """
     folder, path = run_dir / "terms", run_dir / "terms" / f"{term + 1}.json"
-    record = {"term": term + 1, **_this_process(), "nonce": secrets.token_hex(8), **record}
+    record = {"term": term + 1, **_this_process(), "nonce": nonce, **record}
     os.close(os.open(_beat_file(folder, term + 1), os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o644))
     # A server may have made the link, lost the answer, and refuse the same request when it is repeated.
-    if not create(path, json.dumps(record)) and read_record(path).get("nonce") != record["nonce"]:
+    if not create(path, json.dumps(record)) and read_record(path).get("nonce") != nonce:
         return False
     beat(run_dir, term + 1, 0)
     return True

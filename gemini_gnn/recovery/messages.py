@@ -364,8 +364,14 @@ class Member:
 
 @dataclass(frozen=True)
 class Roster:
-    """All a worker must know to become root. ``members``: by number; ``seats``: by seat, the number of its machine."""
+    """All a worker must know to become root.
 
+    Attributes:
+        term: the newest that the root knows of. seats: of that term: by seat, the number of its machine.
+        members: by number.
+    """
+
+    term: int
     members: list[Member]
     seats: list[int]
     root: int

@@ -11,12 +11,13 @@ the root as the end of the claim, and people through the agent's log.
 
 from __future__ import annotations
 
+import secrets
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemini_gnn.errors import RunDirError
+from gemini_gnn.errors import RunDirError, RunDirInUse
 from gemini_gnn.observe import terms
 from gemini_gnn.observe.failures import read_failures
 from gemini_gnn.observe.status import read_status
@@ -36,9 +37,10 @@ class Won:
 
 @dataclass(frozen=True)
 class Result:
-    """``won`` None: another process has the term."""
+    """``won`` None: another process has the term, and ``holder`` is the record of the newest one."""
 
     won: Won | None
+    holder: dict[str, Any] = field(default_factory=dict)
 
 
 class Claim:
@@ -47,16 +49,24 @@ class Claim:
         result: None while the claim is under way.
     """
 
-    def __init__(self, run_dir: Path, term: int, record: dict[str, Any], witness: bool, before: terms.Beats | None):
+    def __init__(
+        self,
+        run_dir: Path,
+        term: int,
+        record: dict[str, Any],
+        witness: bool,
+        before: terms.Beats | None,
+        fence_s: float,
+    ):
         """
         Args:
             term: the newest that the root knows of; the next one is claimed.
-            witness: the last membership can step no more. Else its holder is watched for beats first.
-            before: of the term that this root holds.
+            witness: the last term's seats can step no more. Else its holder is watched for beats first.
+            before: of the term that this root holds. Without a witness it waits ``fence_s``: then its trainers are killed.
         """
         self.result: Result | None = None
         self._run_dir, self._term, self._record, self._witness = run_dir, term, record, witness
-        self._before, self._over = before, threading.Event()
+        self._before, self._fence_s, self._over = before, fence_s, threading.Event()
         threading.Thread(target=self._run, name="claim", daemon=True).start()
 
     def give_up(self) -> None:
@@ -68,29 +78,32 @@ class Claim:
     def _run(self) -> None:
         result = Result(None)
         try:
-            result = Result(self._claim())
+            result = self._claim()
         finally:
             self.result = result
             if self._over.is_set() and result.won is not None:
                 result.won.beats.stop(0.0)
 
-    def _claim(self) -> Won | None:
-        while True:
+    def _claim(self) -> Result:
+        nonce = secrets.token_hex(8)
+        if not self._witness and self._before is not None:
+            self._over.wait(self._fence_s)
+        while not self._over.is_set():
             try:
+                failures, status = read_failures(self._run_dir), read_status(self._run_dir)
                 if not self._witness and self._before is None:
                     term = terms.claim_term(self._run_dir, self._record)
-                elif terms.succeed(self._run_dir, self._term, self._record):
+                elif terms.succeed(self._run_dir, self._term, self._record, nonce):
                     term = self._term + 1
                 else:
-                    return None
-                failures, status = read_failures(self._run_dir), read_status(self._run_dir)
-                break
-            except RunDirError:  # its holder lives
-                return None
-            except OSError:
-                if self._over.wait(AGAIN_S):
-                    return None
-        beats = terms.Beats(self._run_dir, term)
-        if self._before is not None:
-            self._before.stop()
-        return Won(term, beats, failures, status)
+                    return Result(None, terms.newest_term(self._run_dir))
+            except RunDirInUse:  # its holder lives
+                return Result(None, terms.newest_term(self._run_dir))
+            except (OSError, RunDirError):
+                self._over.wait(AGAIN_S)
+                continue
+            beats = terms.Beats(self._run_dir, term)
+            if self._before is not None:
+                self._before.stop()
+            return Result(Won(term, beats, failures, status))
+        return Result(None)

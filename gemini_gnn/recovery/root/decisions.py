@@ -19,10 +19,12 @@ only when they are reaped. While it is away, its ranks stay in `alive`, unless a
 synchronous: trainers on a machine that the root cannot reach take no step without the others, which are reaped.
 
 Why no two roots ever train. Trainers of one membership can step only together. Another membership, because a standby has a
-seat or because another root has taken over, begins only after an exclusive claim of the next term. A root claims only if it
-has reaped the trainers of a machine with a seat: then the last membership can step no more. So of several roots one goes
-on, and the others resign when they see its term. A root without such a machine claims only if the last root shows no life
-in the run directory (``terms.py``).
+seat or because another root has taken over, begins only after an exclusive claim of the next term. The claim needs a witness:
+a machine of the last term's seats that has joined this root. Its trainers are reaped, so those of the last term step no more.
+If it leaves for the last root, that one needs the next term too, before it begins again: whatever joins anew may have been a
+witness elsewhere. So of several roots one goes on, and the others resign. Without a witness a root claims only when
+the trainers of the last term have lost their root for long (``claiming.py``). A root that may not train may not end the
+job either: it claims first.
 """
 
 from __future__ import annotations
@@ -146,6 +148,7 @@ def _joined(state: State, joined: Joined, now: float) -> Step:
     actions: list[Action] = []
     if joined.machine == len(state.machines):
         state = replace(state, machines=(*state.machines, Machine()))
+    first = state.machines[joined.machine].name == ""
     if state.machines[joined.machine].here:  # it lost the connection before the root did
         words = f"the worker agent on {state.name(joined.machine)} lost its connection"
         state, actions = _gone(state, Gone(joined.machine, "agent", words), now)
@@ -153,12 +156,13 @@ def _joined(state: State, joined: Joined, now: float) -> Step:
     state = replace(
         state,
         alive=state.alive - state.ranks_of(joined.machine),
-        generation=max(state.generation, joined.generation),
         reached=max(state.reached, joined.reached),
     )
-    if state.phase in (Phase.PLANNING, Phase.CLAIMING):  # it may hold what was missed
-        state = replace(state, phase=Phase.RECOVERING)
-    state, more = _next(state, now)
+    if state.phase not in (Phase.RUNNING, Phase.STOPPING):  # else the news of its trainers would be nobody's
+        state = replace(state, generation=max(state.generation, joined.generation))
+    if joined.machine in state.trained and not first and state.outcome is None:  # it may have been a witness elsewhere
+        state = replace(state, claimed=False)
+    state, more = _next(_anew(state), now)  # it may hold what was missed
     return state, actions + more
 
 
@@ -168,9 +172,7 @@ def _gone(state: State, gone: Gone, now: float) -> Step:
     if not was_here:
         return state, []
     if gone.machine not in state.seats:  # nobody trains there; but it may have been asked for its copies
-        if state.phase in (Phase.PLANNING, Phase.CLAIMING):
-            state = replace(state, phase=Phase.RECOVERING)
-        state, actions = _next(state, now)
+        state, actions = _next(_anew(state), now)
         return state, [Say(f"the standby {state.name(gone.machine)} is gone"), *actions]
     if state.phase is Phase.RUNNING:
         return _restart(state, Cause(gone.kind, gone.why, machine=gone.machine), 1, now)
@@ -179,12 +181,19 @@ def _gone(state: State, gone: Gone, now: float) -> Step:
     return _next(state, now)
 
 
+def _anew(state: State) -> State:
+    """A planning or a claim that is under way is about other machines now."""
+    if state.outcome is None and state.phase in (Phase.PLANNING, Phase.CLAIMING):
+        return replace(state, phase=Phase.RECOVERING, deadline=None)
+    return state
+
+
 def _next(state: State, now: float) -> Step:
     """Go on as soon as nothing stands in the way: begin the next generation, or end."""
     if state.phase is Phase.ENDING:
         here = frozenset[int]().union(*(state.ranks_of(i) for i, one in enumerate(state.machines) if one.here))
         return (state, []) if state.alive & here else _finish(state)
-    if state.phase not in (Phase.FORMING, Phase.PLANNING, Phase.CLAIMING, Phase.RECOVERING, Phase.WAITING):
+    if state.outcome is not None or state.phase is Phase.RUNNING:
         return state, []
     actions: list[Action] = []
     if state.phase is not Phase.FORMING:
@@ -198,8 +207,7 @@ def _next(state: State, now: float) -> Step:
     if state.phase is not Phase.CLAIMING:
         state = replace(state, deadline=None)  # from here on each worker has deadlines of its own
     if state.alive or not all(one.ready for one in state.seated):
-        planned = state.phase in (Phase.PLANNING, Phase.CLAIMING)
-        return (replace(state, phase=Phase.RECOVERING, deadline=None) if planned else state), actions
+        return _anew(state), actions
     if state.phase in (Phase.PLANNING, Phase.CLAIMING):
         return state, actions
     return replace(state, phase=Phase.PLANNING), [*actions, Plan()]
@@ -215,8 +223,7 @@ def _seat(state: State, now: float) -> Step:
         ranks = state.ranks_of(number)
         seats = (*state.seats[:seat], free[0], *state.seats[seat + 1 :])
         words = f"{state.name(free[0])} takes the place of {state.name(number)} ({_ranks(state, number)})"
-        phase = Phase.RECOVERING if state.phase in (Phase.PLANNING, Phase.CLAIMING) else state.phase
-        state = replace(state, seats=seats, alive=state.alive - ranks, claimed=False, phase=phase)
+        state = _anew(replace(state, seats=seats, alive=state.alive - ranks, claimed=False))
         actions.append(Say(words))
     return state, actions
 
@@ -257,6 +264,8 @@ def _claim(state: State) -> Claim:
 
 
 def _claimed(state: State, mine: bool, now: float) -> Step:
+    if state.phase is Phase.ENDING:  # it could not be waited for
+        return state, []
     if not mine:
         return replace(state, phase=Phase.ENDED, deadline=None), [Resign()]
     if state.phase is not Phase.CLAIMING:  # a machine has gone meanwhile: other seats need another term
@@ -269,7 +278,7 @@ def _begun(state: State) -> Step:
     state = replace(
         state,
         phase=Phase.RUNNING,
-        trained=frozenset(state.seats),
+        trained=state.seats,
         generation=state.generation + 1,
         alive=frozenset(range(state.world)),
         listening=frozenset(),
@@ -376,12 +385,19 @@ def _restart(state: State, cause: Cause, code: int, now: float, saw: Failure | N
 # --- the end -------------------------------------------------------------------------------------------------------------
 
 
-def _close(state: State, outcome: Outcome | None, now: float) -> Step:
-    """Kill living trainers, then end with ``outcome``, or begin the next generation if it is None."""
+def _close(state: State, outcome: Outcome | None, now: float, *, at_once: bool = False) -> Step:
+    """Kill living trainers, then end with ``outcome``, or begin the next generation if it is None.
+
+    Args:
+        at_once: do not wait for a term.
+    """
     if state.outcome is not None and state.phase is Phase.ENDING:
         return _next(state, now)  # ending already
     if outcome is None:
         state = replace(state, phase=Phase.RECOVERING, deadline=None)
+    elif not state.claimed and not at_once:  # another root may go on with the job
+        state = replace(state, phase=Phase.CLAIMING, outcome=outcome, deadline=now + state.limits.stop_s)
+        return state, [_claim(state)]
     else:
         state = replace(state, phase=Phase.ENDING, outcome=outcome, deadline=now + state.limits.end_s)
     # Where nothing lives a worker still hears that another generation is wanted: it may not be able to fork one.
@@ -399,7 +415,8 @@ def _stop(state: State, asked: StopAsked, now: float) -> Step:
     outcome = Outcome("stopped", asked.code, asked.reason, keep=asked.keep)
     if state.outcome is not None:  # ending already: the first reason stays, but a later request may drop snapshots
         state = replace(state, outcome=replace(state.outcome, keep=state.outcome.keep and asked.keep))
-        return _close(state, state.outcome, now) if state.phase is Phase.STOPPING and asked.force else (state, [])
+        waits = state.phase in (Phase.STOPPING, Phase.CLAIMING)
+        return _close(state, state.outcome, now, at_once=True) if waits and asked.force else (state, [])
     running = state.phase is Phase.RUNNING
     failure = told_error(state.failures) if running else None  # else of the last generation
     if failure is not None:  # its exit would have ended the job
@@ -408,7 +425,7 @@ def _stop(state: State, asked: StopAsked, now: float) -> Step:
         state = replace(state, phase=Phase.STOPPING, outcome=outcome, deadline=now + state.limits.stop_s)
         return state, [Say(f"{asked.reason}: ending after this step"), AskToStop()]
     # Killing a trainer that reads no requests loses nothing: the snapshot of its last step is committed.
-    return _close(state, outcome, now)
+    return _close(state, outcome, now, at_once=asked.force)
 
 
 def _tick(state: State, now: float) -> Step:
@@ -428,18 +445,14 @@ def _tick(state: State, now: float) -> Step:
             text = f"{_away(state)} did not come back within {state.limits.wait_s:.0f} s (recovery.wait_s); {_TRY}"
             if state.cause is not None:
                 text = f"{state.cause.text}; {text}"
-            if state.claimed:
-                return _close(state, failed(text, now), now)
-            # A root that has no term may not end the job: another one may go on with it.
-            state = replace(state, phase=Phase.CLAIMING, outcome=failed(text, now), deadline=now + state.limits.end_s)
-            return state, [_claim(state)]
+            return _close(state, failed(text, now), now)
         case Phase.CLAIMING if state.outcome is not None:
-            return _close(state, state.outcome, now)
+            return _close(state, state.outcome, now, at_once=True)
         case Phase.CLAIMING:
             text = (
                 f"no term could be claimed within {state.limits.wait_s:.0f} s (recovery.wait_s): does run_dir answer?"
             )
-            return _close(state, failed(text, now), now)
+            return _close(state, failed(text, now), now, at_once=True)
         case Phase.RUNNING if state.hung is not None:
             return _restart(state, state.hung, 1, now)
         case Phase.RUNNING:

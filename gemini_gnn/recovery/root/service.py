@@ -49,6 +49,7 @@ STRANGERS = 64  # connections at once that have not joined
 DONE_S = 1.0  # for the last word in status.json
 PERSIST_S = 20.0  # for the last snapshot to get to storage; a launcher gives its slot processes 30 s
 CLAIM_POLL_S = 0.005
+FENCE_SILENCES = 2.0  # after so many times `silence_s` a worker that has lost its root has killed its trainers
 STATUS_S = 1.0  # between two versions of status.json while nothing changes
 STATES = {  # the words of observe/status.py for a job that has not ended
     job.Phase.FORMING: "starting",
@@ -134,7 +135,8 @@ class Root:
         self.away: list[str] = []  # machines that did not hear of the end
         ended = state.phase is job.Phase.ENDED
         self._ended_s = now if ended else None
-        self._leaving = set(range(1, len(state.machines))) if ended else set[int]()  # are to be told the outcome
+        # Are to be told the outcome.
+        self._leaving = set(range(len(state.machines))) - {state.root} if ended else set[int]()
         self._asked = 0  # number of the last Bind
         self._until_s = now  # after the end, for the last snapshot to be persisted
         self._ticked_s = self._beaten_s = self._reported_s = self._phase_s = now
@@ -185,6 +187,8 @@ class Root:
         for problem in self.faults.look(self._boards().values(), self.state, self._agents()):
             self._act(job.Say(problem), now)
         self._look_at_claim(now)
+        if self.resigned:
+            return
         self._see(job.Tick(), now)
         self.copies.answer_visitors(now)
         if now - self._beaten_s >= self.settings.heartbeat_s:
@@ -328,7 +332,7 @@ class Root:
         link.channel.send(welcome)
         if self.state.phase is job.Phase.ENDED:
             assert self.state.outcome is not None
-            if number != 0 or self.finished:
+            if number != self.state.root or self.finished:
                 link.channel.send(messages.Finish(self.state.outcome, self.away))
             return
         self._see(job.Joined(number, join.name, join.generation, join.reached), now)
@@ -365,7 +369,8 @@ class Root:
             return
         nobody = messages.Member("", "", 0)
         members = [self.members.get(number, nobody) for number in range(len(self.state.machines))]
-        self._tell(messages.Roster(members, list(self.state.seats), self.state.root, self.state.generation))
+        state = self.state
+        self._tell(messages.Roster(self.term, members, list(state.trained), state.root, state.generation))
 
     # --- what the root does -------------------------------------------------------------------------------------------
 
@@ -408,7 +413,7 @@ class Root:
                 self._claim_again = witness
                 self._look_at_claim(now)
             case job.Resign():
-                self.resign("another root agent has the next term")
+                pass  # see _look_at_claim, which knows where the other one answers
             case job.Dismiss(machine):
                 for link in [one for one in self.links if one.machine == machine]:
                     self._lost(link, "silent", "cannot reap its trainers", now)
@@ -500,13 +505,18 @@ class Root:
     def _look_at_claim(self, now: float) -> None:
         """One claim at a time; one that is about older seats counts for nothing, but its term is ours."""
         if self._lost_term and not self.lost_to_another_start and self._ended_s is None:
-            self.resign("another root agent has taken over")
+            assert self.beats is not None
+            self._resign("another root agent has taken over", self.beats.successor)
         if self._claim is not None and (result := self._claim.result) is not None:
             self._claim = None
             if result.won is not None:
                 self._take(result.won, now)
+            elif result.holder.get("start", self.start) != self.start:
+                self._see(job.StopAsked("another start took run_dir", 2, force=True), now)
             if result.won is None or self._claim_again is None:
                 self._see(job.Claimed(result.won is not None), now)
+                if result.won is None and self.state.outcome is None:
+                    self._resign("another root agent has the next term", result.holder)
         if self._claim is None and self._claim_again is not None and not self.resigned:
             witness, self._claim_again = self._claim_again, None
             members = [self.members.get(number) for number in range(len(self.state.machines))]
@@ -518,7 +528,8 @@ class Root:
                 "root": self.state.root,
                 "start": self.start,
             }
-            self._claim = Claim(self.journal.run_dir, self.term, record, witness, self.beats)
+            fence_s = FENCE_SILENCES * self.settings.silence_s
+            self._claim = Claim(self.journal.run_dir, self.term, record, witness, self.beats, fence_s)
 
     def _take(self, won: Won, now: float) -> None:
         """The next term is ours."""
@@ -544,11 +555,16 @@ class Root:
     def lost_to_another_start(self) -> bool:
         return self._lost_term and self.beats is not None and self.beats.successor.get("start") != self.start
 
-    def resign(self, why: str) -> None:
-        """Another root has the job: send the workers there. The worker of this machine looks for it by itself."""
+    def _resign(self, why: str, holder: dict[str, Any]) -> None:
+        """Another root has the job: send the workers there. The worker of this machine looks for it by itself.
+
+        Args:
+            holder: record of its term, if it could be read.
+        """
         self.journal.speaks_for_job = False
         self.journal.log("resigned", text=why)
-        self._tell(messages.Moved(), lambda link: link.machine != self.state.root)
+        moved = messages.Moved(holder.get("address", ""), holder.get("port", 0))
+        self._tell(moved, lambda link: link.machine != self.state.root)
         self.resigned = True
 
     def _beat(self, now: float) -> None:

@@ -103,7 +103,8 @@ class State:
         seats: by seat the number of its machine. Seat k has the ranks k * local, ...
         local: ranks per seat.
         root: number of the machine of this root agent.
-        claimed: the root holds a term for these seats. trained: machines that had seats in the last membership.
+        claimed: these seats may train under the root's term. Else another term is to be claimed first.
+        trained: the seats of the last term, as far as this root knows: what may have trained.
         generation: of the newest trainers; 0 before the first of a term's launch. Each death of a root agent counts as one.
         alive: ranks whose trainer may live.
         listening: ranks with a trainer that reads requests to stop.
@@ -121,7 +122,7 @@ class State:
     limits: Limits = Limits()
     root: int = 0
     claimed: bool = True
-    trained: frozenset[int] = frozenset()
+    trained: tuple[int, ...] = ()
     phase: Phase = Phase.FORMING
     generation: int = 0
     alive: frozenset[int] = frozenset()
@@ -162,7 +163,7 @@ class State:
 def forming(machines: int, local: int, limits: Limits = Limits(), generation: int = 0, standbys: int = 0) -> State:
     """The first state of a launch. The last ``standbys`` machines hold no seat. ``generation``: of the newest trainers."""
     seats = tuple(range(machines - standbys))
-    return State((Machine(),) * machines, seats, local, limits, generation=generation)
+    return State((Machine(),) * machines, seats, local, limits, trained=seats, generation=generation)
 
 
 def succeeding(
@@ -181,7 +182,7 @@ def succeeding(
     """The first state of a root that takes over.
 
     Args:
-        names: of all machines. seats: as the last root had them.
+        names: of all machines. seats: of the last term.
         root: number of its own machine. lost: number of a machine that is silent.
         generation, reached: of the newest trainers, as far as this machine knows.
         cause: why the last root is no more.
@@ -194,7 +195,7 @@ def succeeding(
         limits,
         root=root,
         claimed=False,
-        trained=frozenset(seats),
+        trained=tuple(seats),
         phase=Phase.WAITING,
         generation=generation,
         reached=reached,
@@ -338,7 +339,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Claim:
-    """Claim the next term for these seats; then comes Claimed. ``witness``: a machine that had a seat is with us."""
+    """Claim the next term for these seats; then comes Claimed. ``witness``: a machine of the last term's seats is with us."""
 
     witness: bool
 

@@ -301,7 +301,8 @@ class Agent:
         before.close()
         self._end_scout()
         members = self.roster.members if self.roster is not None else []
-        until_s = now if lost.silent else now + self.request.recovery.return_s
+        resigned = lost.moved is not None and not lost.moved.port  # and where the other one answers is not known
+        until_s = now if lost.silent or resigned else now + self.request.recovery.return_s
         root = lost.moved if lost.moved is not None and lost.moved.port else before.target
         path = route(members, self.number, root, until_s)
         self.uplink = Uplink(self.request, self.token, path, self.journal, self.selector, now, before.term)
@@ -314,12 +315,12 @@ class Agent:
         assert self.root_listener is not None and self.last_root is not None and self.roster is not None
         self.journal.log("becomes_root", why=self.last_root.why)
         self.scout = self.uplink
-        term = max(self.uplink.term, self.watch.record.get("term", 0) if self.watch is not None else 0)
+        record = self.watch.record if self.watch is not None else {}
+        self.roster = beginning.with_newer(self.roster, record, self.start)
         self.root = beginning.succeed_root(
             self.run_dir,
             self.arena,
             self.request,
-            term,
             self.start,
             self.roster,
             self.number,

@@ -134,7 +134,6 @@ def succeed_root(
     run_dir: Path,
     arena: Path,
     request: messages.Register,
-    term: int,
     start: str,
     roster: messages.Roster,
     machine: int,
@@ -148,7 +147,6 @@ def succeed_root(
     """A root agent that takes over from the one that the roster names. It holds no term yet.
 
     Args:
-        term: the newest that this machine knows of.
         machine: number of this one. reached: the step that its trainers were in.
     """
     place, now = request.place, time.monotonic()
@@ -167,10 +165,10 @@ def succeed_root(
         cause=cause,
         now=now,
     )
-    ledger = Ledger(term, [], None)
+    ledger = Ledger(roster.term, [], None)
     ledger.root_died(name, lost.heard_s, now, reached, roster.generation, now, time.time())
     return Root(
-        term=term,
+        term=roster.term,
         start=start,
         beats=None,
         state=state,
@@ -201,7 +199,16 @@ def roster_of(run_dir: Path, request: messages.Register) -> tuple[messages.Roste
     ]
     nobody = messages.Member("", "", 0)
     members += [nobody] * (request.place.machines - len(members))
-    return messages.Roster(members, seats, record.get("root", 0), request.deaths), record
+    return messages.Roster(record.get("term", 0), members, seats, record.get("root", 0), request.deaths), record
+
+
+def with_newer(roster: messages.Roster, record: dict[str, Any], start: str) -> messages.Roster:
+    """``roster``, with the seats of ``record`` if that is of a newer term of the same start: a witness is one of them."""
+    if record.get("term", 0) <= roster.term or record.get("start") != start:
+        return roster
+    names = record.get("names", [])[len(roster.members) :]
+    members = [*roster.members, *(messages.Member(name, "", 0) for name in names)]
+    return replace(roster, term=record["term"], seats=record["seats"], members=members)
 
 
 def checkpoint_folder(run_dir: Path, request: messages.Register) -> Path:

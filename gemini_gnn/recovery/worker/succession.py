@@ -1,11 +1,9 @@
 """Where a worker that has lost its root looks for one, and when it becomes root itself. Pure; ``now`` in seconds.
 
-The lost root is tried alone for a while if its connection only broke: an agent that died has an heir. Then the machines
-before this one are tried, each once: of all that are left the first is to become root. When none of them has answered, this
-machine is that one. It goes on looking all the same: it may have been cut off alone. It follows any root with a term, and
-any candidate before it.
-
-A machine that holds a newer term is tried first (``terms.Watch``).
+A machine that holds a newer term is tried first (``terms.Watch``). Then the lost root is tried alone for a while if its
+connection only broke: an agent that died has an heir. Then the machines before this one are tried: of all that are left the
+first is to become root. When each of them has been tried without an answer, this machine is that one. It goes on looking all
+the same: it may have been cut off alone. It follows any root with a term, and any candidate before it.
 """
 
 from __future__ import annotations
@@ -31,13 +29,15 @@ class Route:
         root: where the lost one answered; None: it was on this machine.
         until_s: until then only that one is tried.
         others: the machines before this one, in order.
-        tried: number of attempts since then.
+        tried: number of attempts at them since then, and at the others in turn.
+        asked: the holder of a newer term that was tried last.
     """
 
     root: Target | None
     until_s: float
     others: tuple[Target, ...] = ()
     tried: int = 0
+    asked: Target | None = None
 
 
 def route(members: Sequence[Member], machine: int, root: Target | None, until_s: float) -> Route:
@@ -55,9 +55,11 @@ def following(route: Route, holder: Target | None, now: float) -> tuple[Route, T
     Args:
         holder: of a newer term than that of the lost root.
     """
+    if holder is not None and holder != route.asked:
+        return replace(route, asked=holder), holder
     if now < route.until_s and route.root is not None:
         return route, route.root
-    targets = [*([holder] if holder is not None else []), *route.others, *([route.root] if route.root else [])]
+    targets = [*route.others, *([route.root] if route.root else []), *([holder] if holder is not None else [])]
     target = targets[route.tried % len(targets)] if targets else None
     return replace(route, tried=route.tried + 1), target
 

@@ -129,6 +129,8 @@ class Uplink:
                     self._lose("it has resigned", False, now, Target(message.address, message.port))
                     return said
                 else:
+                    if isinstance(message, messages.Roster):
+                        self.term = max(self.term, message.term)
                     said.append(message)
         if self._channel is not None:
             silent_s = now - self._heard_s

@@ -10,10 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemini_gnn.recovery.outcome import STOPPED, Failure
-from gemini_gnn.recovery.root.decisions import (
+from gemini_gnn.recovery.root.decisions import decide, may_be_ending, may_restart
+from gemini_gnn.recovery.root.state import (
     AskToStop,
     Begin,
     Cause,
+    Claim,
+    Claimed,
     Close,
     Damaged,
     DumpStacks,
@@ -36,10 +39,7 @@ from gemini_gnn.recovery.root.decisions import (
     Stuck,
     Tick,
     Unable,
-    decide,
     forming,
-    may_be_ending,
-    may_restart,
 )
 
 SHAPES = pytest.mark.parametrize(("machines", "local"), [(1, 3), (3, 1), (2, 2), (4, 2)])
@@ -48,7 +48,7 @@ HUNG = Hung(1, "rank 1 hangs in exchange of step 12 for 31 s")
 
 
 def play(state: State, *events, now: float = 0.0):
-    """The state after all events, and the actions of the last one. A planning is over at once."""
+    """The state after all events, and the actions of the last one. A planning is over at once, and a claim is won."""
     actions = []
     for event in events:
         state, actions = decide(state, event, now)
@@ -56,11 +56,15 @@ def play(state: State, *events, now: float = 0.0):
             assert state.phase is Phase.PLANNING
             state, more = decide(state, Planned(), now)
             actions = actions[:-1] + more
+        if actions and isinstance(actions[-1], Claim):
+            assert state.phase is Phase.CLAIMING and not state.claimed
+            state, more = decide(state, Claimed(True), now)
+            actions = actions[:-1] + more
     return state, actions
 
 
-def joined(machine: int, *alive: int) -> Joined:
-    return Joined(machine, f"h{machine + 1}", frozenset(alive))
+def joined(machine: int, generation: int = 0, reached: int = 0) -> Joined:
+    return Joined(machine, f"h{machine + 1}", generation, reached)
 
 
 def gone(machine: int, kind: str = "agent") -> Gone:
@@ -134,6 +138,16 @@ def test_a_planning_is_begun_anew_when_a_machine_was_away(event):
     for one in events:
         state, actions = decide(state, one, 0.0)
     assert actions == [Plan()]
+
+
+def claiming() -> State:
+    """Machine 1 has come back: it may have been a witness to another root."""
+    state, actions = play(running(2, 1), gone(1), exited(0), joined(1))
+    assert actions == [] and not state.claimed
+    state, _ = decide(state, Ready(1), 0.0)
+    state, actions = decide(state, Planned(), 0.0)
+    assert actions == [Claim(witness=True)] and state.phase is Phase.CLAIMING
+    return state
 
 
 def test_a_job_may_be_stopped_while_it_plans():
@@ -404,16 +418,6 @@ def test_a_machine_that_is_gone_is_waited_for_and_its_trainers_are_taken_for_liv
     assert play(state, Ready(1))[1] == [Begin(2)]
 
 
-def test_a_machine_that_comes_back_with_living_trainers_has_them_killed_first():
-    state, _ = play(running(2, 2), gone(1), exited(0), exited(1))
-    state, actions = play(state, joined(1, 2, 3), Ready(1))
-    assert state.alive == {2, 3} and actions == []
-    state, actions = play(state, exited(2))
-    assert actions == []
-    assert play(state, exited(3, 0))[1] == [Begin(2)]
-    assert play(play(running(2, 2), gone(1))[0], joined(1, 2, 3))[1] == [Close()]
-
-
 def test_a_machine_away_longer_than_wait_s_ends_the_job_and_the_snapshots_stay():
     state, _ = play(running(3, 1), gone(1), exited(0), exited(2), now=10.0)
     state, _ = play(state, gone(2), now=30.0)  # a second one: the first one's deadline stays
@@ -454,36 +458,21 @@ def test_news_that_a_lost_machine_is_gone_changes_nothing():
 
 
 def test_a_worker_that_joins_again_before_the_root_missed_it_has_lost_its_generation():
-    state, actions = play(running(2, 1), joined(1, 1))
+    state, actions = play(running(2, 1), joined(1))
     assert said(actions).startswith("the worker agent on h2 lost its connection; restarting")
-    assert actions.count(Close()) == 2 and state.phase is Phase.RECOVERING and state.alive == {0, 1}
-    assert play(state, exited(0), exited(1), Ready(1))[1] == [Begin(2)]
-
-
-def test_a_root_that_comes_after_another_closes_its_generation_before_it_begins_one():
-    state, _ = play(forming(2, 2, generation=1), joined(0), Ready(0))  # its own machine's died with the last root
-    state, actions = play(state, joined(1, 2, 3))
-    assert actions == [Close()] and state.alive == {2, 3}
-    state, actions = play(state, Ready(1), exited(2, generation=6))  # the last root was farther
-    assert actions == []
-    state, actions = play(state, exited(3, 1, generation=6))
-    assert actions == [Begin(2)] and state.generation == 2
-
-
-def test_errors_of_the_last_roots_trainers_do_not_end_the_job():
-    state, _ = play(forming(2, 1, generation=1), joined(0), Ready(0), joined(1, 1), Ready(1))
-    state, actions = play(state, failure(1, 0.0, generation=1), exited(1, 1, generation=1))
-    assert actions == [Begin(2)] and state.failures == ()
+    assert actions[1:] == [Close()] and state.phase is Phase.RECOVERING and state.alive == {0}
+    assert play(state, exited(0), Ready(1))[1] == [Begin(2)]
 
 
 # --- each event in each phase -------------------------------------------------------------------------------------------
 
 
 def in_every_phase() -> dict[Phase, State]:
-    """A job on two machines in every phase but the last; in WAITING machine 1 is away."""
+    """A job on two machines in every phase but the last; in WAITING machine 1 is away. In CLAIMING it has come back."""
     states = [
         play(forming(2, 1), joined(0), joined(1), Ready(0))[0],
         planning(),
+        claiming(),
         running(2, 1),
         play(listening(2, 1), STOP)[0],
         play(running(2, 1), exited(0))[0],
@@ -502,12 +491,14 @@ def test_there_is_a_state_of_every_phase():
 
 @EACH
 def test_a_machine_joins_again_in_any_phase(phase):
-    """Only without a connection, or with trainers of no use, is anything killed."""
-    state, actions = play(in_every_phase()[phase], joined(1, 1))
-    assert state.machines[1].here and not state.machines[1].ready and 1 in state.alive and Close() in actions
+    """None of its trainers lives. The others' are killed if they run."""
+    state, actions = play(in_every_phase()[phase], joined(1))
+    assert state.machines[1].here and not state.machines[1].ready and 1 not in state.alive
+    assert (Close() in actions) is (phase in (Phase.RUNNING, Phase.STOPPING))
     then = {
         Phase.FORMING: Phase.FORMING,
         Phase.PLANNING: Phase.RECOVERING,
+        Phase.CLAIMING: Phase.RECOVERING,
         Phase.RUNNING: Phase.RECOVERING,
         Phase.STOPPING: Phase.ENDING,
         Phase.RECOVERING: Phase.RECOVERING,
@@ -524,6 +515,7 @@ def test_a_machine_goes_in_any_phase(phase):
     then = {
         Phase.FORMING: (Phase.FORMING, []),
         Phase.PLANNING: (Phase.WAITING, []),
+        Phase.CLAIMING: (Phase.WAITING, []),
         Phase.RUNNING: (Phase.WAITING, [Close()]),
         Phase.STOPPING: (Phase.ENDING, [Close()]),
         Phase.RECOVERING: (Phase.WAITING, []),
@@ -537,8 +529,8 @@ def test_a_machine_goes_in_any_phase(phase):
 @EACH
 def test_readiness_in_any_phase_is_noted_and_begins_nothing_while_a_trainer_lives(phase):
     before = in_every_phase()[phase]
-    if phase is Phase.PLANNING:
-        assert play(before, Ready(0, False), Ready(0))[1] == [Begin(1)]
+    if phase in (Phase.PLANNING, Phase.CLAIMING):  # begun anew
+        assert play(before, Ready(0, False), Ready(0))[1] == [Begin(before.generation + 1)]
         return
     state, actions = play(before, Ready(0, False), Ready(0))
     assert actions == [] and state == before  # a machine that forked is still ready
@@ -550,7 +542,7 @@ def test_a_machine_that_can_fork_no_more_ends_the_job_unless_it_ends_already(pha
     state, _ = play(in_every_phase()[phase], unable(0))
     ended = phase in (Phase.STOPPING, Phase.ENDING)
     assert state.outcome.reason == ("Ctrl-C" if ended else "no module")
-    nothing_lives = dict.fromkeys((Phase.FORMING, Phase.PLANNING), Phase.ENDED)
+    nothing_lives = dict.fromkeys((Phase.FORMING, Phase.PLANNING, Phase.CLAIMING), Phase.ENDED)
     assert state.phase is {Phase.STOPPING: Phase.STOPPING, **nothing_lives}.get(phase, Phase.ENDING)
 
 
@@ -558,7 +550,7 @@ def test_a_machine_that_can_fork_no_more_ends_the_job_unless_it_ends_already(pha
 def test_what_cannot_be_reaped_ends_the_job_in_any_phase_and_is_not_waited_for(phase):
     state, actions = play(in_every_phase()[phase], Stuck(0, "stuck in the kernel"))
     assert state.outcome.kind == "lost" and state.outcome.keep and 0 not in state.alive
-    if state.phase is not Phase.ENDED:  # the other machine's are reaped first
+    if state.phase is not Phase.ENDED:  # the other machine's come first
         assert state.alive == {1}
         actions = play(state, exited(1))[1]
     assert finished(actions).reason == "stuck in the kernel"
@@ -569,7 +561,8 @@ def test_a_request_to_stop_in_any_phase(phase):
     state, actions = play(in_every_phase()[phase], StopAsked("launch/stop.py", 143, keep=False, force=True))
     first = phase in (Phase.STOPPING, Phase.ENDING)
     assert state.outcome.code == (130 if first else 143) and not state.outcome.keep
-    assert state.phase is (Phase.ENDED if phase in (Phase.FORMING, Phase.PLANNING) else Phase.ENDING)
+    nothing_lives = phase in (Phase.FORMING, Phase.PLANNING, Phase.CLAIMING)
+    assert state.phase is (Phase.ENDED if nothing_lives else Phase.ENDING)
     if state.phase is not Phase.ENDED:
         here = [one for one in reaped(state) if state.machines[one.rank].here]
         actions = play(state, *here)[1]
@@ -615,9 +608,7 @@ def test_stop_while_a_machine_is_away_ends_when_those_that_are_here_are_reaped()
     assert actions == [Close()] and state.deadline == 1.0 + state.limits.end_s
     outcome = finished(play(state, exited(0), exited(1))[1])
     assert (outcome.kind, outcome.code, outcome.keep) == ("stopped", 130, True)
-    state, actions = play(state, joined(1, 2, 3))  # it is back: its trainers are killed, too
-    assert actions == [Close()]
-    assert finished(play(state, *reaped(state))[1]).code == 130
+    assert play(state, joined(1))[1] == [], "it is back, and has killed its own"
 
 
 def test_a_machine_that_goes_in_the_end_is_not_waited_for():
@@ -744,7 +735,7 @@ EVERY = [
     Tick(),
     exited(0, 0),
     STOP,
-    joined(0, 1),
+    joined(0),
     Ready(0),
     unable(0),
     gone(0),
@@ -819,7 +810,8 @@ def test_any_order_of_events_keeps_the_invariants(shape, script):
             act(Hung(rank, "hangs"))
         elif kind == "join" and not here[place]:
             here[place] = True
-            act(joined(place, *(alive & state.ranks_of(place))))
+            alive -= state.ranks_of(place)
+            act(joined(place))
         elif kind == "go" and here[place]:
             here[place] = False
             act(gone(place))
