@@ -350,6 +350,89 @@ def test_a_file_system_that_fails_or_hangs_is_said_once_and_holds_nobody_up(run_
     assert capfd.readouterr().err.count("warning: cannot write to") == 1
 
 
+# --- succession ---------------------------------------------------------------------------------------------------------
+
+
+def test_of_all_that_would_succeed_one_does(run_dir, file_system):
+    assert claim(run_dir) == 1
+    for term in range(1, 4):
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(lambda n, term=term: terms.succeed(run_dir, term, {"owner": n}, f"{n}"), range(8)))
+        assert won.count(True) == 1
+        record, word, lives = terms.newest_holder(run_dir)
+        assert (record["term"], record["owner"], word, lives) == (term + 1, won.index(True), "0", True)
+    assert terms.succeed(run_dir, 1, {}, "late") is False, "of an older term"
+    assert terms.newest_term(run_dir)["term"] == 4
+
+
+SUCCEEDS = """
+import sys
+from pathlib import Path
+from gemini_gnn.observe import terms
+sys.stdin.readline()
+print(terms.succeed(Path(sys.argv[1]), 1, {}, sys.argv[2]), flush=True)
+"""
+
+
+def test_of_several_processes_one_succeeds(run_dir):
+    assert claim(run_dir) == 1
+    command = [sys.executable, "-c", SUCCEEDS, str(run_dir)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    all_of_them = [subprocess.Popen([*command, str(number)], **pipes) for number in range(6)]
+    for one in all_of_them:
+        one.stdin.write("go\n")
+        one.stdin.flush()
+    said = [one.communicate(timeout=PATIENCE_S)[0].strip() for one in all_of_them]
+    assert sorted(said) == ["False"] * 5 + ["True"]
+
+
+@pytest.mark.parametrize("lost", ["the answer to the link", "the beat"])
+def test_a_claim_that_was_made_but_raised_is_found_again(run_dir, monkeypatch, lost):
+    """A file server may make the link, lose the answer, and refuse the same request when it is repeated."""
+    assert claim(run_dir) == 1
+    where, name = (os, "link") if lost == "the answer to the link" else (terms, "beat")
+    whole = getattr(where, name)
+
+    def fails(*arguments):
+        whole(*arguments)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(where, name, fails)
+    with pytest.raises(OSError):
+        terms.succeed(run_dir, 1, {}, "mine")
+    monkeypatch.undo()
+    assert terms.succeed(run_dir, 1, {}, "another") is False
+    assert terms.succeed(run_dir, 1, {}, "mine") is True
+    assert terms.newest_term(run_dir)["term"] == 2
+
+
+def test_a_holder_learns_who_has_taken_over(run_dir):
+    term = claim(run_dir)
+    with terms_beating(run_dir, term) as beats:
+        assert terms.succeed(run_dir, term, {"start": "s", "port": 7}, "n")
+        wait_for(lambda: beats.lost, "the loss")
+        assert (beats.successor["start"], beats.successor["port"], beats.successor["term"]) == ("s", 7, 2)
+
+
+def test_a_watch_sees_each_newer_term_also_after_the_file_system_failed(run_dir, monkeypatch):
+    claim(run_dir)
+    watch, failed, listed = terms.Watch(run_dir, 0.01), [], terms._terms
+
+    def fails(_):
+        failed.append(1)
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    try:
+        wait_for(lambda: watch.record.get("term") == 1, "the first term")
+        monkeypatch.setattr(terms, "_terms", fails)
+        wait_for(lambda: len(failed) > 2, "a file system that fails")
+        monkeypatch.setattr(terms, "_terms", listed)
+        assert terms.succeed(run_dir, 1, {}, "n")
+        wait_for(lambda: watch.record.get("term") == 2, "the second term")
+    finally:
+        watch.stop()
+
+
 # --- id and token -------------------------------------------------------------------------------------------------------
 
 

@@ -14,18 +14,19 @@ from gemini_gnn.faults import injection
 from gemini_gnn.faults.schedule import parse_command
 from gemini_gnn.recovery import messages
 from gemini_gnn.recovery.board import Board, Phase
-from gemini_gnn.recovery.root import decisions
+from gemini_gnn.recovery.root import state as job
 from gemini_gnn.recovery.root.faults import Agent, Faults, check_able, machine_of, orders_of, reads_orders
 from gemini_gnn.recovery.root.ledger import Ledger
 from gemini_gnn.recovery.root.restoring import Storage
 from gemini_gnn.recovery.root.service import Root
 from gemini_gnn.recovery.worker.journal import Journal
 
-HERE = decisions.Machine(here=True, ready=True)
-STATE = decisions.State(
+HERE = job.Machine(here=True, ready=True)
+STATE = job.State(
     (replace(HERE, name="h0.lab"), replace(HERE, name="h1.lab")),
+    (0, 1),
     2,
-    phase=decisions.Phase.RUNNING,
+    phase=job.Phase.RUNNING,
     generation=1,
     alive=frozenset(range(4)),
     listening=frozenset({0, 1, 3}),
@@ -80,7 +81,7 @@ def test_two_machines_of_one_name_are_told_apart_by_the_whole():
 @pytest.mark.parametrize(
     ("text", "changes", "words"),
     [
-        ("kill-warm h1", {"phase": decisions.Phase.ENDED}, "the job has ended"),
+        ("kill-warm h1", {"phase": job.Phase.ENDED}, "the job has ended"),
         ("kill-rank 2", {"machines": (STATE.machines[0], replace(STATE.machines[1], here=False))}, "h1.lab is away"),
         ("kill-rank 2", {"alive": frozenset({0})}, "rank 2 has no trainer now .the job is running"),
         ("raise-rank 2", {}, "rank 2 reads no orders"),
@@ -305,10 +306,14 @@ def test_a_visitor_may_wait_for_longer_than_a_worker_may_be_silent(tmp_path):
     journal = Journal(tmp_path, "h0")
     root = Root(
         term=1,
-        state=decisions.forming(1, 2),
+        start="start",
+        beats=None,
+        state=job.forming(1, 2),
         settings=RecoveryConfig(),
         resume="auto",
-        master_addr="127.0.0.1",
+        launched=(2, 2),
+        record={},
+        address="127.0.0.1",
         token=b"",
         listener=None,
         ledger=Ledger(1, [], None),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from gemini_gnn.recovery.board import Board, Milestone, Phase
-from gemini_gnn.recovery.root.decisions import Cause
 from gemini_gnn.recovery.root.ledger import Ledger
+from gemini_gnn.recovery.root.state import Cause
 
 KILLED = Cause("killed", "the trainer of rank 1 was killed by SIGKILL", rank=1)
 
@@ -50,7 +50,7 @@ def test_a_failure_in_a_recovery_ends_the_record_before_it():
 
 def test_a_new_root_takes_up_the_failure_of_the_old_one():
     ledger = Ledger(2, [{"recovery_s": 1.0, "steps_lost": 0}], 0.0)
-    ledger.root_died("h0", 9.0, step=5, generation=1, now=9.5, time=0.0)
+    ledger.root_died("h0", 9.0, 9.2, step=5, generation=1, now=9.5, time=0.0)
     ledger.reaped(9.6)
     ledger.begun(9.6)
     kept = ledger.look({0: board(8, 2, 9.7, 9.7, 9.7, 9.8, 10.0, restored=6)}, 1, 10.1)

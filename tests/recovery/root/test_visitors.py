@@ -39,7 +39,7 @@ def number_of(asked, machine, kind):
 def test_a_planning_gets_its_own_answers_while_a_visitor_waits_for_storage(root, asked, visitor):
     """Machine 0 has all shards, machine 1 none. Two of three copies that it fetches turn out damaged."""
     copies = root.copies
-    assert not copies.plan()
+    assert not copies.plan([0, 1])
     copies.inspect(visitor[0], [0, 1], 0.0)
     for machine, shards in ((0, SHARDS), (1, [])):
         assert not copies.hear(machine, messages.Holds(number_of(asked, machine, messages.Look), shards), 0.0)

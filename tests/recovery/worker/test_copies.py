@@ -27,7 +27,7 @@ from gemini_gnn.recovery.messages import (
     Stored,
     Survey,
 )
-from gemini_gnn.recovery.worker.copies import LIST_S, LOAD_S, Copies, _address_towards
+from gemini_gnn.recovery.worker.copies import LIST_S, LOAD_S, Copies, address_towards
 from gemini_gnn.recovery.worker.journal import Journal
 from tests.recovery.arenas import JOB, arena_folder, step
 
@@ -62,7 +62,7 @@ def copies(tmp_path):
     )  # fmt: skip
     journal, root = Journal(tmp_path, "h1"), []
     with arena_folder() as folder, selectors.DefaultSelector() as selector:
-        made = Copies(folder, JOB, request, b"t" * 32, journal, selector, root.append)
+        made = Copies(folder, JOB, request, "127.0.0.1", b"t" * 32, journal, selector, root.append)
         made.root, made.replicator, made.persister = root, Fake(), Fake()
         yield made
         made.close()
@@ -112,11 +112,13 @@ def test_a_fresh_start_copies_nothing_of_an_earlier_generation(copies):
     """Trainers killed in their first capture leave a snapshot on some machines. Its copies would never become recoverable,
     and the next one waits for that."""
     peers = [Peer("h0", "127.0.0.1", 1)]
-    begin = Begin(2, [1], "127.0.0.1", 1, "auto", replicas=2, peers=peers, kept=[0])
+    begin = Begin(3, 2, 2, [1], "127.0.0.1", 1, "auto", replicas=2, peers=peers, kept=[0])
     copies.begin(begin, 3, None)
     (order,) = copies.replicator.told
     assert isinstance(order, Replicate) and order.since == (3, 2, 0)
-    copies.begin(Begin(3, [1], "127.0.0.1", 1, "auto", restore=step(7), replicas=2, peers=peers, kept=[0]), 3, None)
+    copies.begin(
+        Begin(3, 3, 2, [1], "127.0.0.1", 1, "auto", restore=step(7), replicas=2, peers=peers, kept=[0]), 3, None
+    )
     assert copies.replicator.told[-1].since == step(7)
 
 
@@ -144,7 +146,7 @@ def test_a_machine_without_a_way_to_the_first_one_says_so():
     with pytest.raises(
         ClusterError, match="no way to the first machine, MASTER_ADDR=255.255.255.255: Permission denied"
     ):
-        _address_towards("255.255.255.255")  # the kernel permits nobody to connect there
+        address_towards("255.255.255.255")  # the kernel permits nobody to connect there
 
 
 def test_ranks_of_one_machine_that_hold_different_snapshots_are_late_not_broken(copies):

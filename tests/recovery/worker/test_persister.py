@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from gemini_gnn.observe import terms
 from gemini_gnn.recovery import messages, processes
 from gemini_gnn.recovery.worker import helpers, persister
 from gemini_gnn.snapshot import persist
@@ -253,3 +254,17 @@ def test_what_nobody_wants_any_more_is_given_up_and_the_rest_is_done_by_the_next
             pid = helper.pid
             helper.close()
             processes.reap_child(pid, PATIENCE_S)
+
+
+def test_a_root_that_lost_its_term_completes_nothing(memory, tmp_path):
+    """It may still ask for it, on the wrong side of a split network: the newer root may have gone back to an older snapshot."""
+    terms.make_run_dir(tmp_path)
+    assert terms.claim_term(tmp_path, {}) == 1
+    storage = persister.storage_of(memory, tmp_path, tmp_path / "checkpoints", 2, "job")
+    identity = Identity(1, 1, 3)
+    assert not persister.obey(messages.Persist(identity, SHARDS), storage).problem
+    assert terms.succeed(tmp_path, 1, {}, "nonce")
+    problem = persister.obey(messages.Complete(identity, SHARDS, 1), storage).problem
+    assert problem and persister.obey(messages.ListCheckpoints(), storage).identities == []
+    assert not persister.obey(messages.Complete(identity, SHARDS, 2), storage).problem
+    assert persister.obey(messages.ListCheckpoints(), storage).identities == [identity]
