@@ -45,6 +45,7 @@ from typing import Any
 
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.files import create, read_record
+from gemini_gnn.observe.status import read_status
 
 BEAT_S = 2.0
 PATIENCE = 3  # beats without a change after which a holder on another machine counts as dead
@@ -185,11 +186,12 @@ class Watch:
     """Looks now and then, from a thread, who holds the newest term: for an agent that has lost its root.
 
     Attributes:
-        record: of the newest term, as last read; empty before.
+        record: of the newest term, as last read; empty before. status: of the job.
     """
 
     def __init__(self, run_dir: Path, pause_s: float = 0.25):
         self.record: dict[str, Any] = {}
+        self.status: dict[str, Any] = {}
         self._run_dir, self._pause_s, self._ended = run_dir, pause_s, threading.Event()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
@@ -200,7 +202,7 @@ class Watch:
     def _run(self) -> None:
         while not self._ended.is_set():
             with contextlib.suppress(OSError):  # not to be read now
-                self.record = newest_term(self._run_dir)
+                self.record, self.status = newest_term(self._run_dir), read_status(self._run_dir)
             self._ended.wait(self._pause_s)
 
 

@@ -365,8 +365,13 @@ class Member:
 
 @dataclass(frozen=True)
 class Roster:
-    """All a worker must know to become root. ``members``: by number; ``seats``: by seat, the number of its machine."""
+    """All a worker must know to become root.
 
+    ``term``: of the root that says it; the seats are of that term. ``members``: by number; ``seats``: by seat, the number of
+    its machine.
+    """
+
+    term: int
     members: list[Member]
     seats: list[int]
     root: int

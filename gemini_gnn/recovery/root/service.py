@@ -25,7 +25,7 @@ from __future__ import annotations
 import selectors
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,9 +108,11 @@ class Root:
         storage: Storage,
         selector: selectors.BaseSelector,
         now: float,
+        members: Sequence[messages.Member] = (),
     ):
         """
         Args:
+            members: as the last root knew them.
             launched: world size and local world size of the launch, standbys included.
             record: of this process, kept with the terms that it claims.
             address: of this machine, where the others reach ``listener``.
@@ -125,7 +127,8 @@ class Root:
         )
         self.links: list[Link] = []
         self.finished = self.resigned = False
-        self.members: dict[int, messages.Member] = {}
+        self.members = {number: member for number, member in enumerate(members) if member.name}
+        self._unsaid: list[str] = []  # before it speaks for the job
         self._claim: Claim | None = None
         self._claim_again: bool | None = None  # the seats have changed since the claim began; with a witness?
         self._bound: tuple[int, int] | None = None  # of the generation that is planned: number of the ask, and port
@@ -190,7 +193,7 @@ class Root:
             self._beat(now)
         if now - self._reported_s >= STATUS_S:
             self._report(now)
-        if self.state.phase is decisions.Phase.ENDED and self._ended_s is None:
+        if self.state.phase is decisions.Phase.ENDED and self._ended_s is None and not self.resigned:
             if self.copies.ending and now > self._until_s:
                 self._say(f"the last snapshot was not on storage within {PERSIST_S:.0f} s; it stays in host memory")
             if not self.copies.ending or now > self._until_s:
@@ -358,12 +361,13 @@ class Root:
         )
 
     def _tell_roster(self) -> None:
-        """All that a worker must know to become root, if this one is lost."""
-        if len(self.state.machines) == 1:
+        """All that a worker must know to become root, if this one is lost. Seats count once they are claimed."""
+        if len(self.state.machines) == 1 or not self.state.claimed:
             return
         nobody = messages.Member("", "", 0)
         members = [self.members.get(number, nobody) for number in range(len(self.state.machines))]
-        self._tell(messages.Roster(members, list(self.state.seats), self.state.root, self.state.generation))
+        state = self.state
+        self._tell(messages.Roster(self.term, members, list(state.seats), state.root, state.generation))
 
     # --- what the root does -------------------------------------------------------------------------------------------
 
@@ -440,7 +444,11 @@ class Root:
         self._tell(messages.Finish(outcome, self.away), lambda link: link.machine != own)
 
     def _say(self, text: str) -> None:
-        self._send(self.state.root, messages.Say(text))
+        """To people. A root without a term may never be one: what it does then is no news yet."""
+        if self.beats is None and self._ended_s is None:
+            self._unsaid.append(text)
+        else:
+            self._send(self.state.root, messages.Say(text))
 
     def _here(self) -> list[int]:
         return [number for number, one in enumerate(self.state.machines) if one.here]
@@ -526,6 +534,9 @@ class Root:
         self.ledger.term = won.term
         if first:
             self.ledger.follow(won.failures, won.status, now, time.time())
+            cause = f": {self.state.cause.text}" if self.state.cause is not None else ""
+            for text in [f"{self.state.name(self.state.root)} has the root agent now{cause}", *self._unsaid]:
+                self._say(text)
 
     @property
     def _lost_term(self) -> bool:

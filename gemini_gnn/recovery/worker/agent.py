@@ -249,6 +249,8 @@ class Agent:
             return
         for message in self.uplink.look(lambda: self._join(now), now):
             self._obey(message, now)
+        if self.uplink.welcome is not None:
+            self.start = self.uplink.welcome.start
         self._look_for_root(now)
         if (news := self.uplink.news(now)) != "":
             self._say(news)
@@ -263,14 +265,16 @@ class Agent:
         assert self.uplink is not None and self.state is not None
         if self.root is not None and self.root.resigned:
             self._leave_root()
-            self._seek(self.uplink.lost or Lost("it has resigned", False, now), now)
+            self._seek(self.uplink.lost or Lost("it has resigned", False, now, Target("", 0)), now)
         elif self.uplink.lost is not None:
             self._seek(self.uplink.lost, now)
         seeking = self.scout or self.uplink
         if self.watch is not None and self.roster is not None:
             own = Target(self.address, self._root_port())
-            seeking.holder = holder_of(self.watch.record, self.uplink.term, self.start, own)
-        if self.scout is None and self.uplink.is_next and not self.state.alive:
+            seeking.holder = holder_of(self.watch.record, seeking.term, self.start, own)
+            if self.outcome is None and (self.scout is not None or self.uplink.welcome is None):
+                self.outcome = beginning.ended_elsewhere(self.watch.record, self.watch.status, self.start)
+        if self.scout is None and self.uplink.is_next and self.roster is not None and not self.state.alive:
             self._become_root(now)
         if self.scout is None or self.root is None:
             if self.uplink.welcome is not None and self.watch is not None:
@@ -301,8 +305,10 @@ class Agent:
         root = lost.moved if lost.moved is not None and lost.moved.port else before.target
         path = route(members, self.number, root, until_s)
         self.uplink = Uplink(self.request, self.token, path, self.journal, self.selector, now, before.term)
-        self.last_root = lost
-        self.watch = terms.Watch(self.run_dir)
+        if lost.moved is None or self.last_root is None:  # else only one that could not take over
+            self.last_root = lost
+        if self.watch is None:
+            self.watch = terms.Watch(self.run_dir)
 
     def _become_root(self, now: float) -> None:
         """No machine before this one answers. The scout goes on looking for one."""
@@ -310,16 +316,18 @@ class Agent:
         assert self.root_listener is not None and self.last_root is not None and self.roster is not None
         self.journal.log("becomes_root", why=self.last_root.why)
         self.scout = self.uplink
-        term = max(self.uplink.term, self.watch.record.get("term", 0) if self.watch is not None else 0)
+        step = 0
+        if self.watch is not None:
+            self.roster = beginning.newest_roster(self.roster, self.watch.record)
+            step = int(self.watch.status.get("step") or 0)
         self.root = beginning.succeed_root(
             self.run_dir,
             self.arena,
             self.request,
-            term,
             self.start,
             self.roster,
             self.number,
-            self.reached,
+            max(self.reached, step),
             self.last_root,
             self.token,
             self.root_listener,
@@ -343,9 +351,6 @@ class Agent:
         if self.scout is not None:
             self.scout.close()
             self.scout = None
-        if self.watch is not None:
-            self.watch.stop()
-            self.watch = None
 
     def _root_port(self) -> int:
         return self.root_listener.getsockname()[1] if self.root_listener is not None else 0
@@ -390,8 +395,8 @@ class Agent:
                 self.outcome = failed(text, now, 2)
             case messages.RootBeat(ending):
                 self.ending = ending
-            case messages.Roster():
-                self.roster = message
+            case messages.Roster():  # of a root with a term
+                self.roster, self.last_root = message, None
             case messages.Bind(number):
                 self._bind(number)
             case messages.Begin():
@@ -619,8 +624,8 @@ class Agent:
         self.request = request
         self.state = decisions.State(place.local_world_size, self.limits)
         self.copies = copies
-        first = self._first_route(now)
-        self.uplink = Uplink(request, self.token, first, self.journal, self.selector, now, self.term)
+        way = self._first_route(now)
+        self.uplink = Uplink(request, self.token, way, self.journal, self.selector, now, self.term)
         self._look_at_root(now)
         if stuck is not None:
             text = (
