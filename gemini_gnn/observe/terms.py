@@ -45,7 +45,7 @@ from typing import Any
 
 from gemini_gnn.errors import RunDirError, RunDirInUse
 from gemini_gnn.files import create, read_record
-from gemini_gnn.observe.status import ENDED, read_status
+from gemini_gnn.observe.status import read_status
 
 BEAT_S = 2.0
 PATIENCE = 3  # beats without a change after which a holder on another machine counts as dead
@@ -190,8 +190,7 @@ class Watch:
     """Looks now and then, from a thread, who holds the newest term: for an agent that has lost its root.
 
     Attributes:
-        record: of the newest term, as last read; empty before.
-        status: how the job of that term has ended; empty while it has not.
+        record: of the newest term, as last read; empty before. status: of the job.
     """
 
     def __init__(self, run_dir: Path, pause_s: float = 0.25):
@@ -207,9 +206,7 @@ class Watch:
     def _run(self) -> None:
         while not self._ended.is_set():
             with contextlib.suppress(OSError):  # not to be read now
-                record, status = newest_term(self._run_dir), read_status(self._run_dir)
-                over = status.get("state") in ENDED and status.get("term") == record.get("term")
-                self.record, self.status = record, status if over else {}
+                self.record, self.status = newest_term(self._run_dir), read_status(self._run_dir)
             self._ended.wait(self._pause_s)
 
 

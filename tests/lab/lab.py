@@ -282,6 +282,22 @@ class Lab:
                 self._wire(host)
             self._save()
 
+    def split(self, names: Sequence[str]) -> None:
+        """Cut the network in two: ``names`` hear only each other, the others too. The files are still everybody's."""
+        with self._lock():
+            for nic in range(self.nics):
+                other = f"split{nic}"
+                self._switch([f"link add {other} type bridge", f"link set {other} up"], force=True)  # it may be there
+                self._switch([f"link set {self._port(self._host(name), nic)} master {other}" for name in names])
+
+    def heal(self) -> None:
+        """One network again."""
+        with self._lock():
+            on = [host for host in self.hosts.values() if host.pid]
+            self._switch(
+                [f"link set {self._port(host, nic)} master br{nic}" for host in on for nic in range(self.nics)]
+            )
+
     def bandwidth(self, name: str, rate: str) -> None:
         """Limit a host's links in both directions to ``rate`` as ``tc`` writes it (1gbit, 200mbit), or "unlimited"."""
         with self._lock():

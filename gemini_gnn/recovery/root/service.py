@@ -25,7 +25,7 @@ from __future__ import annotations
 import selectors
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,9 +110,11 @@ class Root:
         storage: Storage,
         selector: selectors.BaseSelector,
         now: float,
+        members: Sequence[messages.Member] = (),
     ):
         """
         Args:
+            members: as the last root knew them.
             launched: world size and local world size of the launch, standbys included.
             record: of this process, kept with the terms that it claims.
             address: of this machine, where the others reach ``listener``.
@@ -127,7 +129,8 @@ class Root:
         )
         self.links: list[Link] = []
         self.finished = self.resigned = False
-        self.members: dict[int, messages.Member] = {}
+        self.members = {number: member for number, member in enumerate(members) if member.name}
+        self._unsaid: list[str] = []  # before it speaks for the job
         self._claim: Claim | None = None
         self._claim_again: bool | None = None  # the seats have changed since the claim began; with a witness?
         self._bound: tuple[int, int] | None = None  # of the generation that is planned: number of the ask, and port
@@ -195,7 +198,7 @@ class Root:
             self._beat(now)
         if now - self._reported_s >= STATUS_S:
             self._report(now)
-        if self.state.phase is job.Phase.ENDED and self._ended_s is None:
+        if self.state.phase is job.Phase.ENDED and self._ended_s is None and not self.resigned:
             if self.copies.ending and now > self._until_s:
                 self._say(f"the last snapshot was not on storage within {PERSIST_S:.0f} s; it stays in host memory")
             if not self.copies.ending or now > self._until_s:
@@ -364,8 +367,8 @@ class Root:
         )
 
     def _tell_roster(self) -> None:
-        """All that a worker must know to become root, if this one is lost."""
-        if len(self.state.machines) == 1:
+        """All that a worker must know to become root, if this one is lost. Seats count once they are claimed."""
+        if len(self.state.machines) == 1 or not self.state.claimed:
             return
         nobody = messages.Member("", "", 0)
         members = [self.members.get(number, nobody) for number in range(len(self.state.machines))]
@@ -449,7 +452,11 @@ class Root:
         self._tell(messages.Finish(outcome, self.away), lambda link: link.machine != own)
 
     def _say(self, text: str) -> None:
-        self._send(self.state.root, messages.Say(text))
+        """To people. A root without a term may never be one: what it does then is no news yet."""
+        if self.beats is None and self._ended_s is None:
+            self._unsaid.append(text)
+        else:
+            self._send(self.state.root, messages.Say(text))
 
     def _here(self) -> list[int]:
         return [number for number, one in enumerate(self.state.machines) if one.here]
@@ -540,11 +547,11 @@ class Root:
         self.journal.log("claimed")
         self.ledger.term = won.term
         if first:
-            why, here = self.state.cause, self.state.name(self.state.root)
-            self._say(
-                f"{why.text + '; ' if why else ''}{here} is root now and restarts all {self.state.world} trainers"
-            )
             self.ledger.follow(won.failures, won.status, now, time.time())
+            cause, here = self.state.cause, self.state.name(self.state.root)
+            news = f"{here} has the root agent now, and restarts all {self.state.world} trainers"
+            for text in [f"{cause.text}; {news}" if cause else news, *self._unsaid]:
+                self._say(text)
 
     @property
     def _lost_term(self) -> bool:

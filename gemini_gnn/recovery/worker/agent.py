@@ -249,6 +249,8 @@ class Agent:
             return
         for message in self.uplink.look(lambda: self._join(now), now):
             self._obey(message, now)
+        if self.uplink.welcome is not None:
+            self.start = self.uplink.welcome.start
         self._look_for_root(now)
         if (news := self.uplink.news(now)) != "":
             self._say(news)
@@ -263,18 +265,16 @@ class Agent:
         assert self.uplink is not None and self.state is not None
         if self.root is not None and self.root.resigned:
             self._leave_root()
-            self._seek(self.uplink.lost or Lost("it has resigned", False, now), now)
+            self._seek(self.uplink.lost or Lost("it has resigned", False, now, Target("", 0)), now)
         elif self.uplink.lost is not None:
             self._seek(self.uplink.lost, now)
         seeking = self.scout or self.uplink
         if self.watch is not None and self.roster is not None:
             own = Target(self.address, self._root_port())
-            seeking.holder = holder_of(self.watch.record, self.uplink.term, self.start, own)
-            if (ended := self.watch.status) and self.start == self.watch.record.get("start"):  # without this machine
-                keep, code = ended["state"] != "done", int(ended.get("exit_code") or 0)
-                self.outcome = Outcome(ended["state"], code, str(ended.get("reason")), keep=keep)
-                return
-        if self.scout is None and self.uplink.is_next and not self.state.alive:
+            seeking.holder = holder_of(self.watch.record, seeking.term, self.start, own)
+            if self.outcome is None and (self.scout is not None or self.uplink.welcome is None):
+                self.outcome = beginning.ended_elsewhere(self.watch.record, self.watch.status, self.start)
+        if self.scout is None and self.uplink.is_next and self.roster is not None and not self.state.alive:
             self._become_root(now)
         if self.scout is None or self.root is None:
             if self.uplink.welcome is not None and self.watch is not None:
@@ -306,8 +306,10 @@ class Agent:
         root = lost.moved if lost.moved is not None and lost.moved.port else before.target
         path = route(members, self.number, root, until_s)
         self.uplink = Uplink(self.request, self.token, path, self.journal, self.selector, now, before.term)
-        self.last_root = lost
-        self.watch = terms.Watch(self.run_dir)
+        if lost.moved is None or self.last_root is None:  # else only one that could not take over
+            self.last_root = lost
+        if self.watch is None:
+            self.watch = terms.Watch(self.run_dir)
 
     def _become_root(self, now: float) -> None:
         """No machine before this one answers. The scout goes on looking for one."""
@@ -315,8 +317,10 @@ class Agent:
         assert self.root_listener is not None and self.last_root is not None and self.roster is not None
         self.journal.log("becomes_root", why=self.last_root.why)
         self.scout = self.uplink
-        record = self.watch.record if self.watch is not None else {}
-        self.roster = beginning.with_newer(self.roster, record, self.start)
+        step = 0
+        if self.watch is not None:
+            self.roster = beginning.newest_roster(self.roster, self.watch.record)
+            step = int(self.watch.status.get("step") or 0)
         self.root = beginning.succeed_root(
             self.run_dir,
             self.arena,
@@ -324,7 +328,7 @@ class Agent:
             self.start,
             self.roster,
             self.number,
-            self.reached,
+            max(self.reached, step),
             self.last_root,
             self.token,
             self.root_listener,
@@ -348,9 +352,6 @@ class Agent:
         if self.scout is not None:
             self.scout.close()
             self.scout = None
-        if self.watch is not None:
-            self.watch.stop()
-            self.watch = None
 
     def _root_port(self) -> int:
         return self.root_listener.getsockname()[1] if self.root_listener is not None else 0
@@ -395,8 +396,8 @@ class Agent:
                 self.outcome = failed(text, now, 2)
             case messages.RootBeat(ending):
                 self.ending = ending
-            case messages.Roster():
-                self.roster = message
+            case messages.Roster():  # of a root with a term
+                self.roster, self.last_root = message, None
             case messages.Bind(number):
                 self._bind(number)
             case messages.Begin():

@@ -19,7 +19,7 @@ from gemini_gnn.config import seats_of
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.observe import terms
 from gemini_gnn.observe.failures import read_failures
-from gemini_gnn.observe.status import read_status
+from gemini_gnn.observe.status import ENDED, read_status
 from gemini_gnn.recovery import home, messages, processes
 from gemini_gnn.recovery.outcome import Outcome
 from gemini_gnn.recovery.root import state as job
@@ -147,6 +147,7 @@ def succeed_root(
     """A root agent that takes over from the one that the roster names. It holds no term yet.
 
     Args:
+        roster: of the newest term that this machine knows of.
         machine: number of this one. reached: the step that its trainers were in.
     """
     place, now = request.place, time.monotonic()
@@ -186,7 +187,21 @@ def succeed_root(
         storage=Storage.IF_NEEDED,
         selector=selector,
         now=now,
+        members=roster.members,
     )
+
+
+def ended_elsewhere(record: dict[str, Any], status: dict[str, Any], start: str) -> Outcome | None:
+    """How this start of the job has ended without this machine, as the run directory says; None: it has not.
+
+    Args:
+        record: of the newest term. status: the newest.
+    """
+    ended = start and record.get("start") == start and status.get("term") == record.get("term")
+    if not ended or status.get("state") not in ENDED:
+        return None
+    state, done = status["state"], status["state"] == "done"
+    return Outcome(state, status.get("exit_code", 1), status.get("reason") or state, keep=not done)
 
 
 def roster_of(run_dir: Path, request: messages.Register) -> tuple[messages.Roster, dict[str, Any]]:
@@ -202,13 +217,16 @@ def roster_of(run_dir: Path, request: messages.Register) -> tuple[messages.Roste
     return messages.Roster(record.get("term", 0), members, seats, record.get("root", 0), request.deaths), record
 
 
-def with_newer(roster: messages.Roster, record: dict[str, Any], start: str) -> messages.Roster:
-    """``roster``, with the seats of ``record`` if that is of a newer term of the same start: a witness is one of them."""
-    if record.get("term", 0) <= roster.term or record.get("start") != start:
+def newest_roster(roster: messages.Roster, record: dict[str, Any]) -> messages.Roster:
+    """``roster``, or that of a newer term, whose ``record`` says the seats. Who trained last is known only for the newest term:
+    machines of an older one prove nothing about it."""
+    if record.get("term", 0) <= roster.term or "seats" not in record:
         return roster
-    names = record.get("names", [])[len(roster.members) :]
-    members = [*roster.members, *(messages.Member(name, "", 0) for name in names)]
-    return replace(roster, term=record["term"], seats=record["seats"], members=members)
+    names, unknown = record.get("names", []), messages.Member("", "", 0)
+    added = [replace(unknown, name=name) for name in names[len(roster.members) :]]
+    return replace(
+        roster, term=record["term"], members=[*roster.members, *added], seats=record["seats"], root=record["root"]
+    )
 
 
 def checkpoint_folder(run_dir: Path, request: messages.Register) -> Path:
