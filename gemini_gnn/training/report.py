@@ -18,6 +18,7 @@ import torch.distributed as dist
 from gemini_gnn.config import Config, to_mapping
 from gemini_gnn.errors import ConfigError
 from gemini_gnn.files import write_atomically, write_if_new
+from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.observe.run_directory import LossLog, RunDir
 from gemini_gnn.training.groups import Groups
 from gemini_gnn.training.state import RunState
@@ -193,13 +194,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def model_card(config: Config, in_features: int, num_classes: int, multi_label: bool) -> dict[str, Any]:
-    """The values that :func:`gemini_gnn.load` needs beside the weights."""
+def model_card(config: Config, graph: PartitionedGraph) -> dict[str, Any]:
+    """The values that :func:`gemini_gnn.load` needs beside the weights; and which graph a machine that joins must have."""
     return {
         "model": asdict(config.model),
-        "in_features": in_features,
-        "num_classes": num_classes,
-        "multi_label": multi_label,
+        "in_features": graph.x.shape[1],
+        "num_classes": graph.num_classes,
+        "multi_label": graph.multi_label,
+        "graph": graph.meta.fingerprint,
     }
 
 
