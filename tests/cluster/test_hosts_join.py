@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
 
 import pytest
@@ -28,9 +27,9 @@ def calm(graph, tmp_path_factory):
     return trained(2, tmp_path_factory.mktemp("calm") / "run", *graph, EPOCHS)[0]
 
 
-def start(lab, graph, run_dir):
+def start(lab, graph, run_dir, epochs=EPOCHS):
     launcher = [*DEEPSPEED, "--hostfile", str(lab.hostfile(["h0", "h1"]))]
-    process = train(lab, "h0", launcher, *graph, EPOCHS, run_dir=run_dir)
+    process = train(lab, "h0", launcher, *graph, epochs, run_dir=run_dir)
     goes_on(run_dir, process)
     return process
 
@@ -50,7 +49,7 @@ def goes_on(run_dir, process, steps=10):
 
 
 def done(lab, run_dir, process):
-    wait_until(lambda: read_status(run_dir).get("state") == "done", run_dir)
+    wait_until(lambda: read_status(run_dir).get("state") in ("done", "stopped"), run_dir)
     kill_group(process)  # its ssh to the lost machine would take longer
     process.wait(20)
     wait_until(lambda: nobody_trains(lab), run_dir)
@@ -79,7 +78,7 @@ def test_a_machine_that_lost_its_power_gets_its_place_back(lab, graph, calm, tmp
 
 def test_a_new_machine_waits_takes_a_place_and_leaves_it(lab, graph, calm, tmp_path):
     run_dir = tmp_path / "run"
-    process = start(lab, graph, run_dir)
+    process = start(lab, graph, run_dir, "training.epochs=100000")
     new = joins(lab, "h2", run_dir, tmp_path / "h2")
     wait_until(lambda: "h2 has joined the job as a standby" in terminal(tmp_path / "h2"), run_dir)
     again = joins(lab, "h2", run_dir, tmp_path / "again")
@@ -92,9 +91,14 @@ def test_a_new_machine_waits_takes_a_place_and_leaves_it(lab, graph, calm, tmp_p
     back = joins(lab, "h1", run_dir, tmp_path / "h1")
     wait_until(lambda: "h1 has joined the job as a standby" in terminal(tmp_path / "h1"), run_dir)
     wait_until(lambda: read_status(run_dir)["machines"][1]["ready"], run_dir)
-    os.killpg(new.pid, signal.SIGINT)
+    lab.run("h2", ["pkill", "-INT", "-f", "^[^ ]*python[^ ]* launch/train.py --join"])
     assert new.wait(30) == 130 and "h2 leaves the job, which goes on" in terminal(tmp_path / "h2")
+    wait_until(lambda: "h1 takes the place of h2 (rank 1)" in terminal(run_dir), run_dir)
+    goes_on(run_dir, process)
+    wait_until(lambda: len(losses(run_dir)) >= len(calm), run_dir)
+    stop = [sys.executable, "launch/stop.py", f"run_dir={run_dir}", "keep=false"]
+    stopped = lab.run("h3", stop, cwd=ROOT)
+    assert stopped.returncode == 0, stopped.stdout
     done(lab, run_dir, process)
-    assert back.wait(30) == 0, terminal(tmp_path / "h1")
-    assert "h1 takes the place of h2 (rank 1)" in terminal(run_dir)
-    assert losses(run_dir) == calm
+    assert back.wait(30) == 143, terminal(tmp_path / "h1")
+    assert losses(run_dir)[: len(calm)] == calm
