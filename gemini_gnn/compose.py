@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from gemini_gnn.config import Config, from_mapping
 from gemini_gnn.errors import ConfigError, GeminiError
+from gemini_gnn.observe.run_directory import read_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -115,6 +116,30 @@ def spelled(argument: str, known: Mapping[str, Any], offered: Mapping[str, Seque
     if is_text and value.lower() not in ("", "null") and not set("'\"\\") & set(value):
         return f"{name}='{value}'"
     return argument
+
+
+JOINING = ("run_dir", "snapshot.arena", "dataset.root", "dataset.cache")
+
+
+def of_living_run(arguments: Sequence[str]) -> Config:
+    """The settings of the job in ``run_dir``, for a machine that joins it. Only where its own files lie may be said.
+
+    Raises:
+        ConfigError: another setting is given, or no run_dir.
+        RunDirError: there is no run.
+    """
+    given = {name: value for name, _, value in (argument.partition("=") for argument in arguments)}
+    if not given.get("run_dir") or not set(given) <= set(JOINING) or not all(given.values()):
+        raise ConfigError(
+            f"--join: expected run_dir=RUN_DIR of a living job, and at most {', '.join(JOINING[1:])} of this machine; got "
+            f"{' '.join(arguments) or 'nothing'}. All other settings are those of the job"
+        )
+    config = read_config(Path(given["run_dir"]))
+    config.run_dir = os.path.realpath(given["run_dir"])
+    config.snapshot.arena = given.get("snapshot.arena", config.snapshot.arena)
+    config.dataset.root = given.get("dataset.root", config.dataset.root)
+    config.dataset.cache = given.get("dataset.cache", config.dataset.cache)
+    return config
 
 
 def did_you_mean(names: Sequence[str]) -> str:

@@ -12,14 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from gemini_gnn.cluster import launcher
-from gemini_gnn.cluster.place import discover
-from gemini_gnn.compose import command, compose
-from gemini_gnn.config import replicas_of, seats_of, to_mapping
+from gemini_gnn.cluster.place import Place, discover
+from gemini_gnn.compose import command, compose, of_living_run
+from gemini_gnn.config import Config, replicas_of, seats_of, to_mapping
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.faults import schedule
+from gemini_gnn.files import read_record
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_directory import RunDir, resume_of
-from gemini_gnn.recovery import shim
+from gemini_gnn.recovery import joining, shim
 from gemini_gnn.recovery.outcome import STOPPED
 from gemini_gnn.recovery.stop import drop_finished
 from gemini_gnn.recovery.worker import harm
@@ -27,10 +28,15 @@ from gemini_gnn.recovery.worker import harm
 PURPOSE = """Train a GNN on a partitioned graph. Start it with deepspeed, srun, or python (one rank):
   deepspeed --num_accelerators 2 launch/train.py dataset=cora run_dir=runs/cora
 With snapshot=memory, the default, a job whose processes are killed goes on by itself from snapshots in host memory. If the
-whole job was killed, type the same command again. resume=never starts over and keeps the old results."""
+whole job was killed, type the same command again. resume=never starts over and keeps the old results.
+On a repaired or new machine:
+  python launch/train.py --join run_dir=runs/cora
+It takes a lost machine's place in the living job there, or waits as a standby."""
 
 
 def main(arguments: list[str]) -> int:
+    if "--join" in arguments:
+        return join([argument for argument in arguments if argument != "--join"])
     place = discover(os.environ)
     with launcher.first_speaks(place):
         config = compose(arguments)
@@ -49,24 +55,42 @@ def main(arguments: list[str]) -> int:
             raise
     if place.rank == 0:
         say("loading PyTorch and DeepSpeed, a few seconds")
+    code = run(place, config, resume_of(config), config.distributed.start_timeout_s)
+    if code not in (0, STOPPED):
+        launcher.free_launcher(place)
+    return code
+
+
+def join(arguments: list[str]) -> int:
+    """Serve the living job with this machine, in this terminal, until the job ends."""
+    from gemini_gnn.graph.partition.on_demand import expect_made
+
+    config = of_living_run(arguments)
+    run_dir = Path(config.run_dir)
+    place = joining.find(run_dir)
+    ranks = place.local_world_size * seats_of(config.recovery, place.machines)
+    expect_made(config, ranks, read_record(run_dir / "model.json").get("graph"))
+    say(f"joining the job of {run_dir} at {place.master_addr}:{place.master_port}; Ctrl-C takes this machine out of it")
+    return run(place, config, "auto", joining.FIND_S, joins=True)  # its root has just answered
+
+
+def run(place: Place, config: Config, resume: str, start_timeout_s: float, joins: bool = False) -> int:
     os.environ["GEMINI_GNN_TTY"] = "1" if sys.stdout.isatty() else "0"
-    code = shim.run(
+    return shim.run(
         place,
         Path(config.run_dir),
         "gemini_gnn.training.job:main",
         to_mapping(config),
         preload=["gemini_gnn.training.preload"],
-        resume=resume_of(config),
+        resume=resume,
         terminal=sys.stdout.isatty(),
         arena_root=config.snapshot.arena,
         recovery=replace(config.recovery, same_step_failures=0) if config.snapshot.mode == "none" else config.recovery,
         snapshot=config.snapshot,
         faults=config.faults,
-        start_timeout_s=config.distributed.start_timeout_s,
+        start_timeout_s=start_timeout_s,
+        joins=joins,
     )
-    if code not in (0, STOPPED):
-        launcher.free_launcher(place)
-    return code
 
 
 if __name__ == "__main__":

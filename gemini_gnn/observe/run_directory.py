@@ -282,9 +282,10 @@ class LossLog:
         self._covers = 0
 
     def resume(self, step: int, rows: list[list[float]]) -> None:
-        """Keep the file's rows up to ``step``, add those of ``rows`` it lost, and open it for appending.
+        """Put a new file in the place of the old one: its rows up to ``step``, and those of ``rows`` that it lost.
 
-        A recovery mostly finds a file that is right but for its last rows. These are cut off, without a wait for the disk.
+        A rank 0 of another membership may still have the old file open, on a machine that was cut off: what it appends
+        goes nowhere. The thread syncs the new file at once, so that a recovery does not wait for the disk.
         """
         kept: dict[int, tuple[int, float]] = {}
         if step > 0 and self.path.exists():
@@ -294,14 +295,11 @@ class LossLog:
         for s, epoch, loss in rows:
             if s <= step:
                 kept[int(s)] = (int(epoch), loss)
-        text = (self.HEADER + "".join(f"{s},{e},{v!r}\n" for s, (e, v) in sorted(kept.items()))).encode()
-        if self.path.exists() and self.path.read_bytes().startswith(text):
-            os.truncate(self.path, len(text))
-            self.unsynced = [row for row in rows if row[0] <= step]
-        else:
-            write_atomically(self.path, text)
-            self.unsynced = []
+        text = self.HEADER + "".join(f"{s},{e},{v!r}\n" for s, (e, v) in sorted(kept.items()))
+        write_atomically(self.path, text, durable=False)
+        self.unsynced = [row for row in rows if row[0] <= step]
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self._sync(step)
 
     def append(self, step: int, epoch: int, loss: float) -> None:
         """Add a row.
@@ -317,8 +315,12 @@ class LossLog:
             self.unsynced = [row for row in self.unsynced if row[0] > self._covers]
             self._syncing = None
         if self._syncing is None and time.monotonic() - self._synced > self.SYNC_S:
-            self._covers, self._synced = step, time.monotonic()
-            self._syncing = self._syncer.submit(os.fsync, self._file)
+            self._sync(step)
+
+    def _sync(self, step: int) -> None:
+        assert self._file is not None
+        self._covers, self._synced = step, time.monotonic()
+        self._syncing = self._syncer.submit(os.fsync, self._file)
 
     def close(self) -> None:
         self._syncer.shutdown(wait=True)

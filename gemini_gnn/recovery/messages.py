@@ -37,7 +37,7 @@ from gemini_gnn.snapshot.store.identity import Identity
 MAX_MESSAGE_BYTES = 16 << 20
 READ_BYTES = 1 << 20  # when so much has come, what is complete is handed out first
 MAX_DESCRIPTORS = 253  # the kernel's limit for one message
-PROTOCOL = 7  # of messages to an agent, which may be of an older installation: count up with every change
+PROTOCOL = 8  # of messages to an agent, which may be of an older installation: count up with every change
 
 
 # --- slot process (or a visitor) -> agent --------------------------------------------------------------------
@@ -58,7 +58,8 @@ class Register:
         environment, folder, path, command: of the slot process; the trainer gets the same.
         cores: of the slot process; the trainer runs on the same.
         launch: the same for all slot processes of one launch on one machine.
-        pid: of the slot process.
+        pid: of the slot process. code: what it runs (``joining.code``).
+        joins: it speaks for all slots of a machine that joins a living job; its `rank` stands for nothing.
     """
 
     place: Place
@@ -79,6 +80,8 @@ class Register:
     cores: list[int]
     launch: str
     pid: int
+    code: str
+    joins: bool = False
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from gemini_gnn.cluster.place import Place
 from gemini_gnn.config import FaultsConfig, RecoveryConfig, SnapshotConfig
 from gemini_gnn.errors import RecoveryError, RunDirError
 from gemini_gnn.observe import terms
-from gemini_gnn.recovery import home, messages
+from gemini_gnn.recovery import home, joining, messages
 from gemini_gnn.recovery.screen import POLL_S, Screen
 
 AGENT_START_S = 60.0  # until an agent listens, on a busy machine with a slow file system
@@ -57,6 +57,7 @@ def run(
     snapshot: SnapshotConfig = IN_MEMORY,
     faults: FaultsConfig = NO_FAULTS,
     start_timeout_s: float = 300.0,
+    joins: bool = False,
 ) -> int:
     """Run ``target`` as the trainer of ``place`` under this machine's worker agent; returns the exit code of the job.
 
@@ -76,6 +77,7 @@ def run(
         snapshot: where copies of the snapshots go, and how often.
         faults: what the agents break on purpose.
         start_timeout_s: from the first machine of the job to the last.
+        joins: this process speaks for all slots of a machine that joins the living job; ``place`` is of ``joining.find``.
 
     Raises:
         RunDirError: ``run_dir`` cannot be written to.
@@ -104,6 +106,8 @@ def run(
         command=sys.argv,
         launch=launch_token(place, os.environ),
         pid=os.getpid(),
+        code=joining.code(),
+        joins=joins,
     )
     screen = Screen(speaks=place.local_rank == 0, streams=place.rank == 0, terminal=terminal)
     stop = StopRequest()

@@ -70,10 +70,7 @@ def ask_root(
     try:
         token = terms.token(run_dir)
     except PermissionError:
-        raise RecoveryError(
-            f"{run_dir} is a job of another user: only its owner may read {run_dir / 'terms' / 'token'}; "
-            "type the command as that user"
-        ) from None
+        raise RecoveryError(of_another_user(run_dir)) from None
     until = min(deadline, time.monotonic() + PATIENCE_S)
     while True:
         root = wire.connect(term["address"], term["port"], messages.TO_SLOT, token)
@@ -89,6 +86,13 @@ def ask_root(
             return str(root.complaint or "it went without an answer")
         time.sleep(PAUSE_S)
         term = terms.newest_term(run_dir)  # another machine may be root by now
+
+
+def of_another_user(run_dir: Path) -> str:
+    return (
+        f"{run_dir} is a job of another user: only its owner may read {run_dir / 'terms' / 'token'}; "
+        "type the command as that user"
+    )
 
 
 def wait_for(agent: messages.Channel, answer: type[Answer], deadline: float) -> Answer | None:

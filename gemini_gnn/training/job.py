@@ -157,7 +157,7 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
     if run_dir is not None:
         if job.snapshots.restored is None:  # snapshot=none, or a first checkpoint that was not due yet
             keep_earlier(run_dir.path)
-        card = model_card(config, graph.x.shape[1], graph.num_classes, graph.multi_label)
+        card = model_card(config, graph)
         write_if_new(run_dir.path / "model.json", json.dumps(card, indent=1))
         run_dir.status("running", step=job.state.step, total_steps=job.total_steps, world_size=groups.world_size)
         if job.state.step:

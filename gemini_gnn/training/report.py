@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from gemini_gnn.config import Config, to_mapping
 from gemini_gnn.errors import ConfigError
-from gemini_gnn.files import write_atomically, write_if_new
+from gemini_gnn.files import write_atomically
+from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.observe.run_directory import LossLog, RunDir
 from gemini_gnn.training.groups import Groups
 from gemini_gnn.training.state import RunState
@@ -35,6 +36,7 @@ class Report:
         self.epoch_s: list[float] = []
         self._loss = math.nan
         self._losses = LossLog(run_dir.path / "losses.csv") if run_dir else None
+        self._metrics: Any = None
         self._board: Any = None
         self._wandb: Any = None
 
@@ -51,8 +53,11 @@ class Report:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(self.run_dir.path / "tensorboard"), purge_step=state.step + 1)
-        rows = [row for row in _read_rows(self.run_dir.path / "metrics.jsonl") if row["epoch"] <= state.evaluated]
-        write_if_new(self.run_dir.path / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        path = self.run_dir.path / "metrics.jsonl"
+        rows = [row for row in _read_rows(path) if row["epoch"] <= state.evaluated]
+        # A new file, as of the losses: another rank 0 may have the old one open.
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows), durable=False)
+        self._metrics = open(path, "a")
 
     def loss(self, state: RunState, epoch: int, loss: float) -> None:
         self._loss = loss
@@ -84,10 +89,9 @@ class Report:
         if self.run_dir is None:
             return
         row = {"epoch": epoch} | {f"val_{k}": v for k, v in val.items()} | {f"test_{k}": v for k, v in test.items()}
-        with open(self.run_dir.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
         for k, v in row.items():
             if self._board is not None and k != "epoch":
                 self._board.add_scalar(k.replace("_", "/", 1), v, epoch)
@@ -145,6 +149,8 @@ class Report:
     def close(self) -> None:
         if self._losses is not None:
             self._losses.close()
+        if self._metrics is not None:
+            self._metrics.close()
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
@@ -193,13 +199,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def model_card(config: Config, in_features: int, num_classes: int, multi_label: bool) -> dict[str, Any]:
-    """The values that :func:`gemini_gnn.load` needs beside the weights."""
+def model_card(config: Config, graph: PartitionedGraph) -> dict[str, Any]:
+    """The values that :func:`gemini_gnn.load` needs beside the weights; and which graph a machine that joins must have."""
     return {
         "model": asdict(config.model),
-        "in_features": in_features,
-        "num_classes": num_classes,
-        "multi_label": multi_label,
+        "in_features": graph.x.shape[1],
+        "num_classes": graph.num_classes,
+        "multi_label": graph.multi_label,
+        "graph": graph.meta.fingerprint,
     }
 
 

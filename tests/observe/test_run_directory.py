@@ -1,6 +1,8 @@
 """The run directory of a training: its owner, its settings, its losses."""
 
+import json
 import os
+import threading
 
 import pytest
 from omegaconf import OmegaConf
@@ -17,6 +19,8 @@ from gemini_gnn.observe.run_directory import (
     resume_of,
     steps_done,
 )
+from gemini_gnn.training.report import Report
+from gemini_gnn.training.state import RunState
 from tests.observe.locks import held_locks
 
 
@@ -40,13 +44,50 @@ def test_losses_each_step_once_after_a_resume(tmp_path):
 def test_a_resume_cuts_rows_off_and_waits_for_no_disk(tmp_path, monkeypatch, rows):
     path = tmp_path / "losses.csv"
     path.write_text("step,epoch,loss\n" + "".join(f"{step},1,0.5\n" for step in range(1, rows + 1)) + "6,1,0.")
-    monkeypatch.setattr(os, "fsync", lambda _: pytest.fail("waits for the disk"))
+    disk, fsync = threading.Event(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: fsync(file) if disk.wait(30) else pytest.fail("nobody lets it go"))
     log = LossLog(path)
     log.resume(3, [[2, 1, 0.5], [3, 1, 0.5], [4, 1, 9.0]])
     assert read_losses(path) == [(1, 1, 0.5), (2, 1, 0.5), (3, 1, 0.5)] and path.read_text().endswith("3,1,0.5\n")
     assert log.unsynced == [[2, 1, 0.5], [3, 1, 0.5]]  # of the process before: they may be lost with the machine yet
-    monkeypatch.undo()
+    disk.set()
     log.close()
+
+
+def test_a_late_row_of_an_old_rank_0_goes_nowhere(tmp_path):
+    """Its machine was cut off, and another one has taken its place from the snapshot of step 2."""
+    path = tmp_path / "losses.csv"
+    old, new = LossLog(path), LossLog(path)
+    old.resume(0, [])
+    for step in (1, 2, 3):
+        old.append(step, 1, 0.5)
+    new.resume(2, [[1, 1, 0.5], [2, 1, 0.5]])
+    new.append(3, 1, 0.25)
+    old.append(4, 1, 9.0)
+    new.append(4, 1, 0.125)
+    old.close()
+    new.close()
+    assert read_losses(path) == [(1, 1, 0.5), (2, 1, 0.5), (3, 1, 0.25), (4, 1, 0.125)]
+
+
+def test_a_late_evaluation_of_an_old_rank_0_goes_nowhere(tmp_path):
+    config = Config(run_dir=str(tmp_path))
+    config.logger.tensorboard = False
+
+    def begin(evaluated):
+        report = Report(RunDir(tmp_path, None), config, None)
+        report.begin(RunState(evaluated=evaluated))
+        return report
+
+    old = begin(0)
+    old.evaluation(1, {"accuracy": 0.5}, {}, None)
+    new = begin(1)
+    old.evaluation(2, {"accuracy": 0.0}, {}, None)
+    new.evaluation(2, {"accuracy": 0.75}, {}, None)
+    old.close()
+    new.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"epoch": 1, "val_accuracy": 0.5}, {"epoch": 2, "val_accuracy": 0.75}]
 
 
 @pytest.mark.parametrize(

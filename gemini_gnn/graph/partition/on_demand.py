@@ -11,6 +11,7 @@ from typing import Any
 from gemini_gnn.config import Config, PartitionConfig
 from gemini_gnn.errors import PartitionError
 from gemini_gnn.graph.array_folder import Progress, locked, ticking
+from gemini_gnn.graph.datasets import fingerprint as dataset_fingerprint
 from gemini_gnn.graph.graph import Graph
 from gemini_gnn.graph.partition.assign import partition_nodes
 from gemini_gnn.graph.partition.folder import FORMAT_VERSION, PartitionedGraph
@@ -80,6 +81,30 @@ def open_or_make(
             if (graph := found()) is not None:  # no locks here, and another job came first
                 return graph
             raise
+
+
+def expect_made(config: Config, parts: int, fingerprint: str | None) -> None:
+    """Refuse a machine that has not the partitioned graph of a living job.
+
+    Args:
+        parts: ranks of the job. fingerprint: of the graph that the job trains on; None: not known yet.
+
+    Raises:
+        DataError, PartitionError: the data set or its partition is missing here, or of another graph.
+    """
+    own = None if config.dataset.name == "partitioned" else dataset_fingerprint(config.dataset)
+    folder = partition_folder(config, config.partition.parts or parts, own or "")
+    if own is not None and own != (fingerprint or own):
+        raise PartitionError(
+            f"this machine has another data set than the job: expected the graph {fingerprint}, got {own} "
+            f"({config.dataset.name}); copy the job's files here, or name their folder with dataset.root=FOLDER"
+        )
+    if not folder.is_dir():
+        raise PartitionError(
+            f"this machine has not the job's partitioned graph: expected {folder}; copy it from a machine of the job, or "
+            "name the folder that holds it with dataset.cache=FOLDER"
+        )
+    PartitionedGraph.open(folder).expect(fingerprint=fingerprint or own)
 
 
 def partition_settings(partition: PartitionConfig) -> dict[str, Any]:

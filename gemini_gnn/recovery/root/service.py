@@ -318,7 +318,8 @@ class Root:
                     self._see(job.Reached(reached), now)
 
     def _join(self, link: Link, join: messages.Join, now: float) -> None:
-        number = join.machine if join.machine >= 0 else self._number_for(join.name)
+        address = join.address or _comes_from(link.channel) or self.address
+        number = join.machine if join.machine >= 0 else self._number_for(join.name, address)
         if (text := self._why_refused(join, number)) != "":
             link.channel.send(messages.Refused(2, text))
             self.journal.log("worker_refused", text=text)
@@ -326,7 +327,6 @@ class Root:
         for old in [one for one in self.links if one.machine == number and one is not link]:
             self._lost(old, "agent", "has come again", now)
         link.machine, link.pid = number, join.pid
-        address = join.address or _comes_from(link.channel) or self.address
         self.copies.peers[number] = messages.Peer(join.name, address, join.port)
         self.copies.joined(number)
         self.members[number] = messages.Member(join.name, address, join.root_port)
@@ -342,15 +342,23 @@ class Root:
         self._tell_roster()
         if join.unable is not None:
             self._see(job.Unable(number, replace(join.unable, time_s=now - join.unable.time_s)), now)
+        if join.machine < 0:
+            ranks = ", ".join(map(str, sorted(self.state.ranks_of(number))))
+            words = f"{join.name} has joined the job {f'in its place, ranks {ranks}' if ranks else 'as a standby'}"
+            for one in {number, self.state.root}:
+                self._send(one, messages.Say(words))
         if join.ready:
             self._see(job.Ready(number), now)
 
-    def _number_for(self, name: str) -> int:
-        """Of a machine that does not know it: its own, if it was of the job, or that of a lost one; else the next."""
-        away = [number for number, one in enumerate(self.state.machines) if not one.here]
-        own = [number for number in away if self.state.machines[number].name == name]
-        lost = [number for number in away if number in self.state.seats]
-        return (own or lost or [len(self.state.machines)])[0]
+    def _number_for(self, name: str, address: str) -> int:
+        """Of a machine that does not know it: its own if it was of the job, else a new one.
+
+        Never that of a lost machine, which may come back. A new machine is a standby, and so gets the lost one's seat.
+        """
+        for number, one in enumerate(self.state.machines):
+            if one.name == name and (not one.here or self.members[number].address == address):
+                return number
+        return len(self.state.machines)
 
     def _why_refused(self, join: messages.Join, number: int) -> str:
         """Why the machine cannot be of this job; else empty."""

@@ -130,7 +130,7 @@ class Agent:
             self.selector.select(self._patience_s())
             for number in self._signals():
                 if number == signal.SIGTERM:
-                    self._stop(messages.Stop("SIGTERM: this machine leaves", 128 + signal.SIGTERM))
+                    self._leave_or_stop(messages.Stop("SIGTERM: this machine leaves", 128 + signal.SIGTERM))
             # Before requests to stop: a trainer that listens is asked.
             for event in self.children.read(time.monotonic()):
                 self._see(self._explained(event))
@@ -249,8 +249,8 @@ class Agent:
             return
         for message in self.uplink.look(lambda: self._join(now), now):
             self._obey(message, now)
-        if self.uplink.welcome is not None:
-            self.start = self.uplink.welcome.start
+        if (welcome := self.uplink.welcome) is not None:
+            self.number, self.start = welcome.machine, welcome.start
         self._look_for_root(now)
         if (news := self.uplink.news(now)) != "":
             self._say(news)
@@ -486,7 +486,8 @@ class Agent:
                 if isinstance(message, messages.Register):
                     self._register(channel, message)
                 elif isinstance(message, messages.Stop):
-                    self._stop_asked(channel, message)
+                    self._log_stop(channel, message)
+                    self._stop(message)
                 elif isinstance(message, messages.Inject | messages.Inspect):
                     self._visit_root(channel, message)
             if isinstance(channel.complaint, messages.OtherProtocol):
@@ -513,17 +514,27 @@ class Agent:
         for slot, shim in list(self.shims.items()):
             for message in shim.channel.receive():
                 if isinstance(message, messages.Stop):
-                    self._stop_asked(shim.channel, message)
+                    self._log_stop(shim.channel, message)
+                    self._leave_or_stop(message)
             if shim.channel.closed:
                 del self.shims[slot]
                 self._forget(shim.channel)
                 rank = shim.request.place.rank
                 self.journal.log("shim_lost", rank=rank)
-                self._stop(messages.Stop(f"the slot process of rank {rank} is gone", 128 + signal.SIGKILL))
+                self._leave_or_stop(messages.Stop(f"the slot process of rank {rank} is gone", 128 + signal.SIGKILL))
 
-    def _stop_asked(self, channel: messages.Channel, message: messages.Stop) -> None:
+    def _log_stop(self, channel: messages.Channel, message: messages.Stop) -> None:
         self.journal.log("stop_asked", pid=messages.peer(channel.sock)[0], reason=message.reason, force=message.force)
-        self._stop(message)
+
+    def _leave_or_stop(self, message: messages.Stop) -> None:
+        """This machine is asked to end: one that has joined by itself leaves by itself, and the job goes on."""
+        if self.request is None or not self.request.joins:
+            self._stop(message)
+        elif self.outcome is None:
+            if self.root is not None:
+                self._leave_root()
+            words = f"{message.reason}: {self.machine} leaves the job, which goes on without it"
+            self.outcome = Outcome("stopped", message.code, words)
 
     def _stop(self, message: messages.Stop) -> None:
         """Ask the root to end the job. Without a root it ends here."""
@@ -591,7 +602,8 @@ class Agent:
         place = request.place
         check_master(place)
         several, first = place.machines > 1, place.rank < place.local_world_size
-        self.number, self.token = place.rank // place.local_world_size, self._token() if several else b""
+        self.number = -1 if request.joins else place.rank // place.local_world_size
+        self.token = self._token() if several else b""
         self._listen(request)
         done = False
         if (first and request.deaths == 0) or not several or self._was_done(request):
@@ -623,7 +635,7 @@ class Agent:
         # From here on there is a job. All that can refuse it is above.
         now = time.monotonic()
         self.request = request
-        self.state = decisions.State(place.local_world_size, self.limits)
+        self.state = decisions.State(1 if request.joins else place.local_world_size, self.limits)
         self.copies = copies
         way = self._first_route(now)
         self.uplink = Uplink(request, self.token, way, self.journal, self.selector, now, self.term)
@@ -682,6 +694,15 @@ class Agent:
         self.watch = terms.Watch(self.run_dir)
         name = self.roster.members[self.roster.root].name
         self.last_root = Lost(f"the worker agent on {name or 'its machine'} died", False, self.request.died_s)
+        if self.request.joins:
+            own = [
+                number
+                for number, one in enumerate(self.roster.members)
+                if (one.name, one.address) == (self.machine, self.address)
+            ]
+            if not own:  # it died before the root wrote of it
+                return Route(first, math.inf)
+            self.number = own[0]
         if self.roster.root == self.number:
             return route(self.roster.members, self.number, None, now)
         if "port" in record:
@@ -767,7 +788,9 @@ class Agent:
             term=self.journal.term,
             generation=begin.generation,
             resume=begin.resume,
-            sharing=sum(shim.request.cores == request.cores for shim in self.shims.values()),
+            sharing=len(self.ranks)
+            if request.joins
+            else sum(shim.request.cores == request.cores for shim in self.shims.values()),
             replicas=begin.replicas,
             kept=begin.kept,
         )

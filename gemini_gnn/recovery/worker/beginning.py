@@ -41,7 +41,8 @@ def record_of(arena: Path, request: messages.Register) -> dict[str, Any]:
     place, machine = request.place, os.uname().nodename
     owner = f"the worker agent on {machine}, pid {os.getpid()}, with its snapshots in {arena.parent}"
     claim: dict[str, Any] = {"owner": owner, "launch": request.launch, "world_size": place.world_size}
-    return claim | {"local_world_size": place.local_world_size, "arena_root": os.fspath(arena.parent.parent)}
+    claim |= {"local_world_size": place.local_world_size, "arena_root": os.fspath(arena.parent.parent)}
+    return claim | {"code": request.code}
 
 
 def take_run_dir(
