@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from gemini_gnn import cgroups
 from gemini_gnn.cluster import launcher
 from gemini_gnn.cluster.place import Place, discover
 from gemini_gnn.compose import command, compose, of_living_run
@@ -53,12 +55,29 @@ def main(arguments: list[str]) -> int:
             if place.local_rank == 0:
                 drop_finished(Path(config.run_dir), config.snapshot.arena)
             raise
+    if place.local_rank == 0 and place.rank >= seats * place.local_world_size:
+        say(f"{place.machine} stands by: it trains once it takes the place of a lost machine")
+        stand_by(lambda: _partition_of(Path(config.run_dir)))
     if place.rank == 0:
         say("loading PyTorch and DeepSpeed, a few seconds")
     code = run(place, config, resume_of(config), config.distributed.start_timeout_s)
     if code not in (0, STOPPED):
         launcher.free_launcher(place)
     return code
+
+
+def stand_by(graph: Callable[[], Path | None]) -> None:
+    """Have the files of the graph in the page cache, as far as half of the memory that is left allows."""
+    from gemini_gnn.graph.partition.near import bring_near
+
+    left = min([cgroups.machine_left() or 0, *(left for _, left in cgroups.left())])
+    bring_near(graph, left // 2)
+
+
+def _partition_of(run_dir: Path) -> Path | None:
+    """Of the job that has begun there; None before."""
+    folder = read_record(run_dir / "model.json").get("partition")
+    return Path(folder) if folder else None
 
 
 def join(arguments: list[str]) -> int:
@@ -70,6 +89,7 @@ def join(arguments: list[str]) -> int:
     place = joining.find(run_dir)
     ranks = place.local_world_size * seats_of(config.recovery, place.machines)
     expect_made(config, ranks, read_record(run_dir / "model.json").get("graph"))
+    stand_by(lambda: _partition_of(run_dir))
     say(f"joining the job of {run_dir} at {place.master_addr}:{place.master_port}; Ctrl-C takes this machine out of it")
     return run(place, config, "auto", joining.FIND_S, joins=True)  # its root has just answered
 

@@ -200,13 +200,14 @@ def versions() -> dict[str, str]:
 
 
 def model_card(config: Config, graph: PartitionedGraph) -> dict[str, Any]:
-    """The values that :func:`gemini_gnn.load` needs beside the weights; and which graph a machine that joins must have."""
+    """The values that :func:`gemini_gnn.load` needs beside the weights; and the graph, for machines that are to join or stand by."""
     return {
         "model": asdict(config.model),
         "in_features": graph.x.shape[1],
         "num_classes": graph.num_classes,
         "multi_label": graph.multi_label,
         "graph": graph.meta.fingerprint,
+        "partition": os.fspath(graph.folder.absolute()),
     }
 
 
