@@ -200,7 +200,7 @@ def versions() -> dict[str, str]:
 
 
 def model_card(config: Config, graph: PartitionedGraph) -> dict[str, Any]:
-    """The values that :func:`gemini_gnn.load` needs beside the weights; and the graph, for machines that are to join or stand by."""
+    """The values that :func:`gemini_gnn.load` needs beside the weights; and the graph, for standbys and machines that join."""
     return {
         "model": asdict(config.model),
         "in_features": graph.x.shape[1],
