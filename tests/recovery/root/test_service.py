@@ -214,7 +214,7 @@ def test_a_claim_that_is_won_late_gives_the_root_its_term_and_begins_nothing(roo
     root.journal.speaks_for_job = False
     root.state = replace(root.state, phase=job.Phase.WAITING, claimed=False, deadline=160.0)
     beats = SimpleNamespace(lost=False, stop=lambda _: None)
-    root._claim = Answered(Result(Won(3, beats, [{"kind": "silent"}], {})))
+    root._claim = Answered(Result(Won(3, beats, [{"recovery_s": 1.0, "steps_lost": 0}], {})))
     root.tick(101.0)
     assert (root.term, root.copies.term, root.journal.term, root.beats) == (3, 3, 3, beats)
     assert not root.state.claimed and root.state.phase is job.Phase.WAITING and root.ledger.failures
