@@ -1,7 +1,8 @@
 """Every order of events, for small jobs: the real decisions of root and workers over a model of all that is around them.
 
 The model: per machine a worker agent (the real ``worker.decisions``), its warm parent, its trainers, and a first-in
-first-out connection to the root. Messages are delivered late, and what is in flight is lost when a connection is cut. Each
+first-out connection to the root. A claim of a term is won at once; ``test_succession_explored.py`` has several roots.
+Messages are delivered late, and what is in flight is lost when a connection is cut. Each
 end notices that by itself, so either may act on what it already holds. An agent that dies takes its trainers along, but they
 live until its successor has seen them die; on machine 0 the root dies with it. Time stands still but for jumps to the next
 deadline. A long deadline (of a machine, a stop, a reaping) that passes while something else could happen costs a fault.
@@ -29,7 +30,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemini_gnn.recovery.outcome import STOPPED, Failure
-from gemini_gnn.recovery.root import decisions as root
+from gemini_gnn.recovery.root import state as root
+from gemini_gnn.recovery.root.decisions import decide
 from gemini_gnn.recovery.worker import decisions as worker
 
 SETTLE_S = root.Limits().settle_s
@@ -107,6 +109,13 @@ def new_root(machines: int, local: int, deaths: int) -> root.State:
     return root.forming(machines, local, root.Limits(same_step_failures=1000), deaths)
 
 
+def heir(machines: int, local: int, generation: int) -> root.State:
+    """The root agent of machine 0 that comes after one that died."""
+    limits, names = root.Limits(same_step_failures=1000), [f"h{number + 1}" for number in range(machines)]
+    known = {"root": 0, "lost": None, "generation": generation, "reached": 0, "cause": None, "now": 0.0}
+    return root.succeeding(names, range(machines), local, limits, **known)
+
+
 def fresh_agent(local: int) -> worker.State:
     return worker.State(local, registered=frozenset(range(local)), deadline=worker.Limits().start_s)
 
@@ -125,7 +134,7 @@ def to_root(world: World, event: Any) -> World:
     before = world.root
     assert before is not None
     world = blamed(world, before, event)
-    state, actions = root.decide(before, event, 0.0)
+    state, actions = decide(before, event, 0.0)
     # Of no influence but on texts and the count of failures, which has tests of its own.
     world = world._replace(root=replace(state, cause=None, row=0, row_step=-1))
     for action in actions:
@@ -137,6 +146,8 @@ def to_root(world: World, event: Any) -> World:
                 world = world._replace(plan=(world.plan[0] + 1, frozenset()))
                 for number in range(len(world.machines)):
                     world = sent(world, number, ("survey", world.term, world.plan[0]))
+            case root.Claim():
+                world = to_root(world._replace(term=world.term + 1), root.Claimed(True))
             case root.Begin(generation):
                 world = world._replace(plan=(0, frozenset()))
                 assert all(one.here and one.ready for one in state.machines), "(f) a machine is not ready"
@@ -161,8 +172,8 @@ def event_ranks(state: root.State, event: Any) -> frozenset[int]:
     match event:
         case root.Exited(rank):
             return frozenset({rank})
-        case root.Joined(machine, _, alive):
-            return state.ranks_of(machine) - alive
+        case root.Joined(machine):
+            return state.ranks_of(machine)
     return frozenset()
 
 
@@ -269,10 +280,10 @@ def heard(world: World, number: int, message: Any) -> World:
         held = world.plan[1] | {number}
         world = world._replace(plan=(world.plan[0], held))
         return to_root(world, root.Planned()) if len(held) == len(world.machines) else world
-    if isinstance(message, tuple):  # a Join: what lives, ready, unable
-        alive, ready, unable = message
+    if isinstance(message, tuple):  # a Join: newest generation, ready, unable
+        generation, ready, unable = message
         world = put(world, number, joined=True)
-        world = to_root(world, root.Joined(number, f"h{number + 1}", alive))
+        world = to_root(world, root.Joined(number, f"h{number + 1}", generation))
         if unable is not None and not world.ended:
             world = to_root(world, root.Unable(number, unable))
         if ready and not world.ended:
@@ -338,7 +349,7 @@ def at_once(world: World) -> World:
                 world = to_worker(put(world, number, warm="ready"), number, worker.WarmReady())
             elif number == 0 and len(world.machines) > 1 and world.root is not None and machine.agent is not None:
                 # The first worker and the root are one process.
-                if not machine.linked:
+                if not machine.linked and not machine.agent.alive:
                     world = connected(world, number)
                 elif machine.up:
                     world = heard(put(world, number, up=machine.up[1:]), number, machine.up[0])
@@ -357,7 +368,8 @@ def at_once(world: World) -> World:
 def connected(world: World, number: int) -> World:
     agent = world.machines[number].agent
     assert agent is not None
-    join = (agent.alive, agent.ready, agent.unable)
+    assert not agent.alive
+    join = (agent.generation, agent.ready, agent.unable)
     return put(world, number, linked=True, joined=False, cut=False, up=(join,), down=())
 
 
@@ -377,8 +389,11 @@ def free_moves(world: World) -> Moves:
         if machine.down and machine.linked:
             yield f"h{number + 1} reads", obeyed(put(world, number, down=machine.down[1:]), number, machine.down[0])
         if machine.linked and machine.cut:
-            yield f"h{number + 1} loses the root", put(world, number, linked=False, down=())
-        if not machine.linked and state is not None:
+            yield (
+                f"h{number + 1} loses the root",
+                to_worker(put(world, number, linked=False, down=()), number, worker.Close()),
+            )
+        if not machine.linked and state is not None and not machine.agent.alive:
             yield f"h{number + 1} connects", connected(world, number)
         if machine.warm == "imports":
             yield (
@@ -437,8 +452,7 @@ def reborn(world: World, number: int) -> World:
     """Another agent, after the trainers of the last one are dead; on machine 0 with another root."""
     world = put(world, number, agent=fresh_agent(world.local), warm="imports", trainers=())
     if number == 0:
-        world = world._replace(root=new_root(len(world.machines), world.local, world.term), term=world.term + 1)
-        world = world._replace(plan=(0, frozenset()))
+        world = world._replace(root=heir(len(world.machines), world.local, world.term), plan=(0, frozenset()))
         for other in range(len(world.machines)):
             world = put(world, other, joined=False, up=())
     return world

@@ -284,6 +284,7 @@ def test_a_job_that_has_lost_all_its_seats_goes_on_without_a_witness():
 
 
 def test_a_root_that_takes_over_waits_for_the_seats_and_claims_before_it_begins():
+    assert decide(successor(), STOP, 0.0)[1] == [Claim(witness=False)], "it may not even end the job"
     state, actions = play(successor(), joined(1), Ready(1))
     assert actions == [] and state.phase is Phase.WAITING and state.seats == (0, 1)
     state, actions = decide(state, joined(2), 0.5)
