@@ -470,6 +470,12 @@ class Root:
         resume = "auto" if generation > 1 and self.resume == "never" else self.resume
         assert self._bound is not None
         address = self.members[self.state.seats[0]].address if len(self.state.machines) > 1 else "127.0.0.1"
+        restored = self.copies.identity
+        if self.copies.loads and restored is not None and (steps := self.state.reached - restored.step) > 0:
+            self._say(
+                f"host memory lacks a shard: the job goes on from the checkpoint of step {restored.step}; {steps} steps are "
+                f"done again, {steps * self.ledger.step_s:.1f} s of work"
+            )
         self.copies.begun(generation)
         self._tell_roster()
         for link in self.links:
