@@ -86,7 +86,7 @@ def strike(run: Run, failure: Failure) -> None:
 @pytest.mark.timeout(7200)
 def test_a_hundred_failures_of_one_job(lab, tmp_path, request, seed):
     count = request.config.getoption("kills")
-    settings = [*SMALL, f"dataset.cache={tmp_path / 'cache'}", f"training.epochs={60 * count}"]
+    settings = [*SMALL, f"dataset.cache={tmp_path / 'cache'}", f"training.epochs={30 * count}"]
     settings += ["snapshot.persist_every=50 steps", "evaluation.every=100"]
     trained(SEATS, tmp_path / "calm", *settings, timeout_s=3000)
     limits = ["recovery.same_step_failures=10000", "recovery.hang_factor=5", "recovery.hang_floor_s=3"]

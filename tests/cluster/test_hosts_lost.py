@@ -136,11 +136,15 @@ def test_the_root_of_the_job_and_another_machine_lose_power_at_once(lab, small, 
     run.trains([["h3", "h4", "h2"], ["h4", "h3", "h2"]])
     run.ends()
     result = run.is_as(calm)
-    assert [one["kind"] for one in result["failures"]] == ["root agent", "silent"], result["failures"]
+    assert [one["kind"] for one in result["failures"]] == ["root agent", "root agent"], result["failures"]
     planned = [from_json(event["identity"]) for event in agent_events(run.run_dir, "planned") if event["identity"]]
     assert planned[-1] >= before, "two losses of three copies lose no recoverable snapshot"
     said = terminal(run.run_dir)
-    assert "takes the place of h0 (rank 0)" in said and "h2 has the root agent now" in said, said[-6000:]
+    assert (
+        "takes the place of h0 (rank 0)" in said
+        and "the root agent on h0 is gone (silent for" in said
+        and "another one is on h2 now" in said
+    ), said[-6000:]
     shows = {line[:3] for line in said.splitlines() if " epoch " in line or ": epoch" in line}
     assert len(shows) > 1, "what rank 0 prints goes on on another host's screen"
 
@@ -179,7 +183,7 @@ def test_cut_off_split_and_beyond_all_copies(lab, small, calm_of, tmp_path):
     result = run.is_as(calm)
     assert "steps are done again" in terminal(run.run_dir), terminal(run.run_dir)[-6000:]
     assert result["failures"][-1]["steps_lost"] > 0 and result["lost_work_s"] > 0, result
-    assert {one["kind"] for one in result["failures"]} == {"silent"}
+    assert {one["kind"] for one in result["failures"]} <= {"silent", "root agent"}
 
 
 def test_without_a_standby_the_job_ends_with_all_that_it_knew(lab, small, calm_of, tmp_path):

@@ -103,12 +103,17 @@ class Copies:
         Args:
             machines: their numbers: by seat, then the standbys that are here.
         """
+        moved = list(machines[: self.seats]) != self.machines[: self.seats]
         self.identity, self.loads, self.machines = None, False, list(machines)
         if self.settings.mode != "memory":
             return True
         storage = self._storage
         if storage is restoring.Storage.NEVER and self._persisting.newest is not None:
             storage = restoring.Storage.IF_NEEDED
+        if (
+            moved and storage is restoring.Storage.IF_NEEDED
+        ):  # what memory still has may be older than the last checkpoint
+            storage = restoring.Storage.AT_ONCE
         standbys: list[list[int]] = [[]] * (len(machines) - self.seats)
         self._restoring, asks = restoring.begin([*self.ranks_of, *standbys], self._asked, storage)
         if storage is restoring.Storage.AT_ONCE:  # once: from now on this job makes the newest ones itself

@@ -540,8 +540,8 @@ class Root:
         self.ledger.term = won.term
         if first:
             self.ledger.follow(won.failures, won.status, now, time.time())
-            cause = f": {self.state.cause.text}" if self.state.cause is not None else ""
-            for text in [f"{self.state.name(self.state.root)} has the root agent now{cause}", *self._unsaid]:
+            cause = f"{self.state.cause.text}; " if self.state.cause is not None else ""
+            for text in [f"{cause}another one is on {self.state.name(self.state.root)} now", *self._unsaid]:
                 self._say(text)
 
     @property
