@@ -98,7 +98,6 @@ class Run:
     def is_as(self, calm):
         same_run(self.run_dir, calm)
         assert self.status["state"] == "done"
-        assert len((self.run_dir / "metrics.jsonl").read_text().splitlines()) > 5
         return json.loads((self.run_dir / "result.json").read_text())
 
 
