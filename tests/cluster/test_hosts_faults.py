@@ -32,7 +32,7 @@ CUT = ["cut-link h1 for 8 s @ step 5"]
 @pytest.mark.parametrize(
     ("faults", "settings", "events", "said"),
     [
-        (KILLS, [], {"started": 2, "warm_died": 1}, ["starting another", "takes its place"]),
+        (KILLS, [], {"started": 1, "claimed": 1, "warm_died": 1}, ["starting another", "takes its place"]),
         (HANGING, HANGS, {"hang": 1}, ["as generation 2"]),
         (CUT, ["faults.allow=true", "recovery.heartbeat_s=0.5"], {"worker_lost": 1}, ["as generation 2"]),
     ],
@@ -66,7 +66,7 @@ def test_visitors_of_the_job_and_from_outside(lab, graph, tmp_path):
         ("h1", ["kill-rank", "3"], "SIGKILL to rank 3, pid ", "trainer_forked"),
         ("h3", ["kill-agent", "h1"], "SIGKILL to the worker agent, pid ", "worker_joined"),
         ("h1", ["kill-warm", "rank:1"], "SIGKILL to the warm parent, pid ", "warm_died"),
-        ("h3", ["kill-root"], "SIGKILL to the root agent, pid ", "started"),
+        ("h3", ["kill-root"], "SIGKILL to the root agent, pid ", "claimed"),
     ):
         before, steps = len(agent_events(run_dir, kind)), len(losses(run_dir))
         done = typed(lab, visitor, "inject", run_dir, *words)

@@ -82,17 +82,16 @@ def losses_here(graph, tmp_path_factory):
     return trained(4, tmp_path_factory.mktemp("here") / "run", *graph, "training.epochs=8")[0]
 
 
-@pytest.mark.parametrize(("hosts", "slots"), [(4, 1), (2, 2)])
-def test_hosts_give_the_losses_of_one_machine_bit_for_bit(lab, graph, losses_here, tmp_path, hosts, slots):
+def test_hosts_give_the_losses_of_one_machine_bit_for_bit(lab, graph, losses_here, tmp_path):
     run_dir = tmp_path / "run"
-    launcher = [*DEEPSPEED, "--hostfile", str(lab.hostfile([f"h{i}" for i in range(hosts)], slots))]
-    if slots == 2 and lab.has_ipv6("h0"):
+    launcher = [*DEEPSPEED, "--hostfile", str(lab.hostfile(["h0", "h1"], slots=2))]
+    if lab.has_ipv6("h0"):
         launcher += ["--master_addr", lab.address6("h0")]
     process = train(lab, "h0", launcher, *graph, "training.epochs=8", run_dir=run_dir)
     assert ended(process, run_dir, 180) == 0, terminal(run_dir)[-6000:]
     assert losses(run_dir) == losses_here
     for rank in range(4):
-        assert f"--- rank {rank} on h{rank // slots}," in (run_dir / "logs" / f"rank-{rank}.log").read_text()
+        assert f"--- rank {rank} on h{rank // 2}," in (run_dir / "logs" / f"rank-{rank}.log").read_text()
     assert terminal(run_dir).count("done: test accuracy") == 1, "rank 0 speaks, and only rank 0"
 
 
@@ -202,45 +201,28 @@ def test_a_machine_that_loses_power_is_named_and_the_launcher_ends(lab, graph, t
 
 
 def test_everything_is_killed_and_the_command_typed_again(lab, graph, losses_here, tmp_path):
-    """Each machine has its snapshots: the same command goes on, bit for bit."""
+    """With the hosts in another order. Each shard is only on the other machine then, and in no checkpoint: it is fetched."""
     run_dir = tmp_path / "run"
     launcher = [PYTHON, "launch/hosts.py", "run", str(lab.hostfile(["h0", "h1"], slots=2))]
+    swapped = [PYTHON, "launch/hosts.py", "run", str(lab.hostfile(["h1", "h0"], slots=2))]
+    settings = [*graph, "training.epochs=8", "snapshot.replicas=1", "snapshot.persist_every=never"]
     fault = ["faults.allow=true", "faults.at=hang-collective 1 @ step 6"]
-    first = train(lab, "h0", launcher, *graph, "training.epochs=8", *fault, run_dir=run_dir)
+    first = train(lab, "h0", launcher, *settings, *fault, run_dir=run_dir)
     wait_until(lambda: len(losses(run_dir)) == 5 or first.poll() is not None, run_dir)
     for host in ("h0", "h1"):
         lab.run(host, ["pkill", "-9", "-f", str(run_dir)])
     assert ended(first, run_dir, 90) != 0
     assert len(losses(run_dir)) == 5 < len(losses_here)
-    again = train(lab, "h0", launcher, *graph, "training.epochs=8", "resume=must", run_dir=run_dir)
-    assert ended(again, run_dir, 90) == 0, terminal(run_dir)[-6000:]
-    assert "going on after step" in terminal(run_dir)
-    assert losses(run_dir) == losses_here
-    third = train(lab, "h0", launcher, *graph, "training.epochs=8", run_dir=run_dir)
-    assert ended(third, run_dir, 60) == 2, "both machines refuse at once; neither waits for the other"
-    assert terminal(run_dir).count("holds a finished run (result.json)") == 2
-
-
-def test_hosts_in_another_order_lose_no_step(lab, graph, losses_here, tmp_path):
-    """Each shard is only on the other machine, and in no checkpoint: the agents fetch it from memory."""
-    run_dir = tmp_path / "run"
-    command = [PYTHON, "launch/hosts.py", "run"]
-    settings = [*graph, "training.epochs=8", "snapshot.replicas=1", "snapshot.persist_every=never"]
-    fault = ["faults.at=kill-rank 1 @ step 6", "recovery.same_step_failures=0"]
-    right = [*command, str(lab.hostfile(["h0", "h1"], slots=2))]
-    assert ended(train(lab, "h0", right, *settings, *fault, run_dir=run_dir), run_dir, 90) != 0
-    done = losses(run_dir)
-    assert 0 < len(done) < len(losses_here)
-
-    swapped = [*command, str(lab.hostfile(["h1", "h0"], slots=2))]
     again = train(lab, "h0", swapped, *settings, "resume=must", run_dir=run_dir)
     assert ended(again, run_dir, 90) == 0, terminal(run_dir)[-6000:]
     (step,) = re.findall(r"going on after step (\d+)", terminal(run_dir))
-    assert int(step) >= len(done) - 1, "the snapshot of the last step may have been under way"
+    assert int(step) >= 4, "the snapshot of the last step may have been under way"
     assert losses(run_dir) == losses_here
-    assert nobody_trains(lab)
     for host in ("h0", "h1"):
         assert lab.run(host, ["ls", "/dev/shm"]).stdout == "", "also what was kept of the other's ranks"
+    third = train(lab, "h0", launcher, *settings, run_dir=run_dir)
+    assert ended(third, run_dir, 60) == 2, "both machines refuse at once; neither waits for the other"
+    assert terminal(run_dir).count("holds a finished run (result.json)") == 2
 
 
 def test_a_machine_that_dies_while_the_job_starts_is_named(lab, graph, tmp_path):

@@ -12,7 +12,7 @@ from tests.lab.lab import NAS, Lab, missing
 
 @pytest.fixture(scope="session")
 def lab_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """One lab of four hosts for all tests. Skips with the reason where it cannot be built.
+    """One lab of six hosts for all tests. Skips with the reason where it cannot be built.
 
     With ``GEMINI_LAB_REQUIRED=1`` it fails instead, for machines where a skip would be a hole in the tests.
     """
@@ -21,7 +21,7 @@ def lab_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         pytest.fail(f"GEMINI_LAB_REQUIRED=1, but {reason}")
     if reason:
         pytest.skip(reason)
-    with Lab.up(tmp_path_factory.mktemp("lab") / "state", hosts=4, owned=True) as lab:
+    with Lab.up(tmp_path_factory.mktemp("lab") / "state", hosts=6, owned=True) as lab:
         yield lab
 
 

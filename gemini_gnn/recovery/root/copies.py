@@ -43,7 +43,7 @@ class Copies:
     Attributes:
         machines: their numbers: by seat, then the standbys that are here. Everything below counts machines by place in it.
         replicas: copies of each shard. placement: by seat, those that keep copies of its shards, itself first.
-        identity: of the snapshot that the newest generation resumes from, as planned.
+        identity: of the snapshot that the newest generation resumes from, as planned. loads: from a checkpoint.
         term: of the root.
         recoverable: the newest snapshot of which every shard has its copies.
         ending: the job has ended, and its last snapshot is being persisted.
@@ -76,6 +76,7 @@ class Copies:
         self.peers: dict[int, messages.Peer] = {}
         self.term = term
         self.identity: Identity | None = None
+        self.loads = False
         self.recoverable: Identity | None = None
         self._generation = 0
         self._copied: dict[int, set[Identity]] = {}
@@ -107,12 +108,17 @@ class Copies:
         Args:
             machines: their numbers: by seat, then the standbys that are here.
         """
-        self.identity, self.machines = None, list(machines)
+        moved = list(machines[: self.seats]) != self.machines[: self.seats]
+        self.identity, self.loads, self.machines = None, False, list(machines)
         if self.settings.mode != "memory":
             return True
         storage = self._storage
         if storage is restoring.Storage.NEVER and self._persisting.newest is not None:
             storage = restoring.Storage.IF_NEEDED
+        if (
+            moved and storage is restoring.Storage.IF_NEEDED
+        ):  # what memory still has may be older than the last checkpoint
+            storage = restoring.Storage.AT_ONCE
         standbys: list[list[int]] = [[]] * (len(machines) - self.seats)
         self._restoring, asks = restoring.begin([*self.ranks_of, *standbys], self._asked, storage)
         if storage is restoring.Storage.AT_ONCE:  # once: from now on this job makes the newest ones itself
@@ -138,6 +144,7 @@ class Copies:
                     self.send(ask.machine, messages.Fetch(ask.number, wanted))
                 case Kind.STORAGE:
                     assert ask.identity is not None
+                    self.loads = True
                     self.journal.log("load", machine=ask.machine, identity=ask.identity, gets=ask.gets)
                     self.send(ask.machine, messages.Load(ask.number, ask.identity, [get.shard for get in ask.gets]))
 

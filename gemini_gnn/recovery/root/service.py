@@ -130,6 +130,7 @@ class Root:
         self.links: list[Link] = []
         self.finished = self.resigned = False
         self.members = {number: member for number, member in enumerate(members) if member.name}
+        self._step_s = 0.0  # of a step, as the last root said
         self._unsaid: list[str] = []  # before it speaks for the job
         self._claim: Claim | None = None
         self._claim_again: bool | None = None  # the seats have changed since the claim began; with a witness?
@@ -486,6 +487,13 @@ class Root:
         resume = "auto" if generation > 1 and self.resume == "never" else self.resume
         assert self._bound is not None
         address = self.members[self.state.seats[0]].address if len(self.state.machines) > 1 else "127.0.0.1"
+        restored = self.copies.identity
+        if self.copies.loads and restored is not None and (steps := self.state.reached - restored.step) > 0:
+            work_s = steps * (self.ledger.step_s or self._step_s)
+            self._say(
+                f"host memory holds nothing newer: the job goes on from the checkpoint of step {restored.step}; {steps} steps "
+                f"are done again, {work_s:.1f} s of work"
+            )
         self.copies.begun(generation)
         self._tell_roster()
         for link in self.links:
@@ -556,6 +564,7 @@ class Root:
         self.ledger.term = won.term
         if first:
             self.ledger.follow(won.failures, won.status, now, time.time())
+            self._step_s = float(won.status.get("step_s") or 0.0)
             cause, here = self.state.cause, self.state.name(self.state.root)
             news = f"{here} has the root agent now, and restarts all {self.state.world} trainers"
             for text in [f"{cause.text}; {news}" if cause else news, *self._unsaid]:

@@ -398,6 +398,8 @@ class Agent:
                 self.ending = ending
             case messages.Roster():  # of a root with a term
                 self.roster, self.last_root = message, None
+                if self.uplink is not None:
+                    self.uplink.term = max(self.uplink.term, message.term)
             case messages.Bind(number):
                 self._bind(number)
             case messages.Begin():

@@ -185,7 +185,7 @@ def succeed_root(
         journal=journal,
         faults=Faults(request.faults, state.world, run_dir, journal),
         snapshot=request.snapshot,
-        storage=Storage.IF_NEEDED,
+        storage=Storage.AT_ONCE,  # what memory still has may be older than the last checkpoint
         selector=selector,
         now=now,
         members=roster.members,

@@ -66,3 +66,35 @@ def test_another_jobs_checkpoints_are_not_forgotten(clear, tmp_path):
     checkpoint(folder / "mine", home.job_id(tmp_path))
     clear("never", folder=str(folder / "mine"))
     assert persist.complete_checkpoints(folder / "mine") == []
+
+
+# --- what an agent that looks for a root learns from the run directory -----------------------------------------------
+
+OLD = messages.Roster(1, [messages.Member("h0", "10.0.0.1", 1), messages.Member("h1", "10.0.0.2", 2)], [0, 1], 0, 1)
+
+
+def test_the_seats_are_those_of_the_newest_term():
+    """Else a machine that trained in an older one would be a witness that the newest membership trains no more."""
+    new = beginning.newest_roster(OLD, {"term": 2, "seats": [0, 2], "names": ["h0", "h1", "h2"], "root": 0})
+    assert (new.term, new.seats, new.root) == (2, [0, 2], 0)
+    assert new.members == [*OLD.members, messages.Member("h2", "", 0)], (
+        "addresses stay; a machine that joined is known by its name"
+    )
+
+
+def test_an_older_record_or_one_without_seats_changes_nothing():
+    assert (
+        beginning.newest_roster(OLD, {}) == beginning.newest_roster(OLD, {"term": 1, "seats": [1, 0], "root": 1}) == OLD
+    )
+
+
+def test_a_job_that_ended_without_this_machine():
+    record, status = {"term": 2, "start": "a"}, {"term": 2, "state": "done", "exit_code": 0, "reason": "done"}
+    done = beginning.ended_elsewhere(record, status, "a")
+    assert done is not None and (done.kind, done.code, done.keep) == ("done", 0, False)
+    failed = beginning.ended_elsewhere(record, {**status, "state": "failed", "exit_code": 1}, "a")
+    assert failed is not None and (failed.kind, failed.code, failed.keep) == ("failed", 1, True)
+    assert beginning.ended_elsewhere(record, {**status, "state": "running"}, "a") is None
+    assert beginning.ended_elsewhere({**record, "term": 3}, status, "a") is None, "another root goes on"
+    assert beginning.ended_elsewhere(record, status, "b") is None, "an earlier start"
+    assert beginning.ended_elsewhere({"term": 2}, status, "") is None, "this machine knows no start yet"
