@@ -691,7 +691,11 @@ class Agent:
         name = self.roster.members[self.roster.root].name
         self.last_root = Lost(f"the worker agent on {name or 'its machine'} died", False, self.request.died_s)
         if self.request.joins:
-            own = [number for number, one in enumerate(self.roster.members) if (one.name, one.address) == (self.machine, self.address)]
+            own = [
+                number
+                for number, one in enumerate(self.roster.members)
+                if (one.name, one.address) == (self.machine, self.address)
+            ]
             if not own:  # it died before the root wrote of it
                 return Route(first, math.inf)
             self.number = own[0]
