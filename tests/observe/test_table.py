@@ -162,7 +162,7 @@ def test_spans(seconds, words):
 
 
 def test_a_job_is_not_healthy_before_its_copies_are_back():
-    document = {**LIVING, "root": "lives", "healthy": False}
+    document = {**LIVING, "root": "lives", "recovers_from": None, "healthy": False}
     assert "replicating" in table.head(document)[0]
     assert "replicating" not in table.head(document | {"healthy": True})[0]
     assert "replicating" not in table.head(document | {"recovers_from": "h1 is silent"})[0]

@@ -633,8 +633,8 @@ class Agent:
         self.request = request
         self.state = decisions.State(1 if request.joins else place.local_world_size, self.limits)
         self.copies = copies
-        first = self._first_route(now)
-        self.uplink = Uplink(request, self.token, first, self.journal, self.selector, now, self.term)
+        way = self._first_route(now)
+        self.uplink = Uplink(request, self.token, way, self.journal, self.selector, now, self.term)
         self._look_at_root(now)
         if stuck is not None:
             text = (
