@@ -257,13 +257,13 @@ def seats_of(settings: RecoveryConfig, machines: int) -> int:
 
 
 def replicas_of(settings: SnapshotConfig, machines: int) -> int:
-    """Copies of each shard, the own one included.
+    """Copies of each shard, the own one included: at most one for each machine.
 
     Args:
         machines: that train.
 
     Raises:
-        ConfigError: more than there are machines; or not one failure domain for each machine.
+        ConfigError: not one failure domain for each machine.
     """
     if settings.mode != "memory":
         return 1
@@ -273,15 +273,7 @@ def replicas_of(settings: SnapshotConfig, machines: int) -> int:
             f"snapshot.failure_domains: expected one name for each of the {machines} machines, in the launcher's order; "
             f"got {len(domains)}"
         )
-    if settings.replicas == "auto":
-        return min(2, machines)
-    wanted = int(settings.replicas)
-    if wanted > machines:
-        raise ConfigError(
-            f"snapshot.replicas={wanted}: expected at most one copy per machine, the own one included; this job has "
-            f"{machines} machine{'s' * (machines > 1)}. Give snapshot.replicas={machines}, or auto"
-        )
-    return wanted
+    return min(2 if settings.replicas == "auto" else int(settings.replicas), machines)
 
 
 def to_mapping(config: Config) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,25 @@ def _write_new(path: Path, text: str, mode: int) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+# Of the file systems that people name run directories on, those that lie on disks or in the memory of one machine.
+LOCAL = ("btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs")
+
+
+def local_file_system(path: Path, mounts: str) -> str:
+    """The type of the file system that ``path`` is on, if no other machine sees it; else empty. Pure.
+
+    Args:
+        path: absolute, without symbolic links. mounts: as ``/proc/self/mountinfo`` says.
+    """
+    best, found = -1, ""
+    for line in mounts.splitlines():
+        before, _, after = line.partition(" - ")
+        point = Path(re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), before.split()[4]))
+        if path.is_relative_to(point) and len(point.parts) >= best:  # of two at one point the later one is seen
+            best, found = len(point.parts), after.split()[0]
+    return found if found in LOCAL else ""
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 
 from gemini_gnn import files
 from gemini_gnn.config import Config
+from gemini_gnn.files import local_file_system
 from gemini_gnn.observe import terms
 from gemini_gnn.observe.run_directory import RunDir
 from gemini_gnn.snapshot import deepspeed_checkpoints
@@ -69,3 +70,28 @@ def test_terms_checkpoints_weights_and_results_are_there_after_a_loss_of_power(d
     deepspeed_checkpoints._end(tmp_path / "checkpoints", tag)
     complete = tmp_path / "checkpoints" / tag / deepspeed_checkpoints.COMPLETE
     assert done[1:] == [("name", complete), *(("sync", folder) for folder in complete.parents[:3])]
+
+
+MOUNTS = """\
+21 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw
+30 21 0:44 / /home rw shared:5 - nfs4 server:/home rw
+31 30 0:45 / /home/my\\040disk rw - xfs /dev/sdb1 rw
+32 21 0:46 / /data rw - ext4 /dev/sdc1 rw
+33 32 0:47 / /data rw - lustre mgs:/data rw
+34 21 0:48 / /far rw - fuse.sshfs host:/far rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/root/run", "ext4"),
+        ("/homes/run", "ext4"),
+        ("/home/me/run", ""),
+        ("/home/my disk/run", "xfs"),
+        ("/data/run", ""),
+        ("/far/run", ""),
+    ],
+)
+def test_a_file_system_of_one_machine_is_told_from_a_shared_one(path, kind):
+    assert local_file_system(Path(path), MOUNTS) == kind

@@ -20,8 +20,11 @@ when the state changes. The file is replaced as a whole. The last one stays when
     term, generation     of the newest trainers
     step            the newest that a trainer was in. total_steps: of the run, null: unknown. step_s: median time of one
     world_size      number of ranks
-    machines        list of machine (null: it never came), ranks, here (connected), here_s (here or away for so long),
-                    ready (to fork), silent_s (since its last word), memory_bytes (of snapshots)
+    healthy         the trainers run, and a snapshot of `generation` has all its copies: what was lost is made up for
+    seats           by seat the place of its machine in `machines`; a machine without a seat is a standby, or was replaced
+    machines        list of machine (null: it never came), ranks (none without a seat), root (it is the root's), here
+                    (connected), here_s (here or away for so long), ready (to fork), silent_s (since its last word),
+                    memory_bytes (of snapshots), address, port (where it answers if it becomes root)
     ranks           list of rank, machine, alive, step, phase, phase_s (in that phase), snapshot ([term, generation, step] of
                     the newest), snapshot_s (its age); what is not known is left out
     replicas        copies of each shard. recoverable: of several copies, the newest snapshot that has all; null: none has.

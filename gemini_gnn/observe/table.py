@@ -52,6 +52,8 @@ def head(document: Mapping[str, Any]) -> list[str]:
     line = f"{document.get('run_dir', '')}: {state or 'no status has been written yet'}"
     if state and document.get("root") != "ended" and document.get("state_s") is not None:
         line += f" for {span(document['state_s'])}"
+    if state == "running" and not document.get("recovers_from") and document.get("healthy") is False:
+        line += ", replicating: no snapshot of this generation has all its copies yet"
     lines = [line]
     if document.get("reason") not in (None, state):
         lines.append(f"reason: {document['reason']}")
@@ -131,8 +133,8 @@ def foot(document: Mapping[str, Any]) -> list[str]:
 def machine_rows(document: Mapping[str, Any]) -> list[list[str]]:
     return [
         [
-            one.get("machine") or f"machine {number}",
-            ", ".join(map(str, one.get("ranks", []))),
+            (one.get("machine") or f"machine {number}") + (" (root)" if one.get("root") else ""),
+            ", ".join(map(str, one.get("ranks", []))) or ("standby" if one.get("here") else "none"),
             _presence(one, LATE * document.get("heartbeat_s", 0.5)),
             "" if one.get("memory_bytes") is None else decimal(one["memory_bytes"]),
         ]

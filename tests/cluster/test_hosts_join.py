@@ -76,6 +76,7 @@ def test_a_machine_that_lost_its_power_gets_its_place_back(lab, graph, calm, tmp
     assert [one["kind"] for one in json.loads((run_dir / "result.json").read_text())["failures"]] == ["silent"]
 
 
+@pytest.mark.long
 def test_a_new_machine_waits_takes_a_place_and_leaves_it(lab, graph, calm, tmp_path):
     run_dir = tmp_path / "run"
     process = start(lab, graph, run_dir, "training.epochs=100000")

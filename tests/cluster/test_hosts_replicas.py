@@ -180,8 +180,14 @@ def test_nothing_is_left_and_that_is_an_error(lab, graph, tmp_path):
     assert len(losses(run_dir)) >= len(cut_losses) > 20 and not list(run_dir.glob("losses.*.csv"))
 
 
-def test_more_replicas_than_machines(lab, graph, tmp_path):
+def test_more_replicas_than_machines_and_no_machine_that_trains(lab, graph, tmp_path):
+    """The first is made the best of, aloud; the second ends every host with one error."""
     run_dir = tmp_path / "run"
-    process = start(lab, graph, run_dir, ["h0", "h1"], "snapshot.replicas=3")
+    process = start(lab, graph, run_dir, ["h0", "h1"], "snapshot.replicas=3", "training.epochs=3")
+    assert ended(process, run_dir, 60) == 0
+    assert "snapshot.replicas=3, but 2 machines train: 2 copies of each shard" in terminal(run_dir)
+    run_dir = tmp_path / "other"
+    process = start(lab, graph, run_dir, ["h0", "h1"], "recovery.standby_machines=2")
     assert ended(process, run_dir, 60) == 2
-    assert "snapshot.replicas=3: expected at most one copy per machine" in terminal(run_dir)
+    assert terminal(run_dir).count("standby_machines: expected fewer than the 2 machines") == 1, terminal(run_dir)
+    assert nobody_trains(lab)

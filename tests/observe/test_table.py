@@ -159,3 +159,26 @@ def test_texts_are_neither_markup_nor_orders_to_the_terminal():
 )
 def test_spans(seconds, words):
     assert table.span(seconds) == words
+
+
+def test_a_job_is_not_healthy_before_its_copies_are_back():
+    document = {**LIVING, "root": "lives", "recovers_from": None, "healthy": False}
+    assert "replicating" in table.head(document)[0]
+    assert "replicating" not in table.head(document | {"healthy": True})[0]
+    assert "replicating" not in table.head(document | {"recovers_from": "h1 is silent"})[0]
+
+
+def test_standbys_the_root_and_replaced_machines_are_named():
+    one = {"ready": True, "here_s": 9.0, "silent_s": 0.1}
+    machines = [
+        {**one, "machine": "h0", "ranks": [0, 1], "here": True},
+        {**one, "machine": "h1", "ranks": [], "here": False},
+        {**one, "machine": "h2", "ranks": [2, 3], "here": True, "root": True},
+        {**one, "machine": "h3", "ranks": [], "here": True},
+    ]
+    assert [row[:3] for row in table.machine_rows({"machines": machines})] == [
+        ["h0", "0, 1", "ready"],
+        ["h1", "none", "away for 9.0 s"],
+        ["h2 (root)", "2, 3", "ready"],
+        ["h3", "standby", "ready"],
+    ]

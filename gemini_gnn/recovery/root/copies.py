@@ -240,8 +240,16 @@ class Copies:
     def begun(self, generation: int) -> None:
         self._generation, self._copied, self._marks = generation, {}, 0
         self._persisting = persisting.generation(self._persisting)
-        if self.replicas > 1 and not self._explained:
-            self._explained = True
+        if self._explained:
+            return
+        self._explained = True
+        wanted = self.settings.replicas
+        if self.settings.mode == "memory" and wanted != "auto" and int(wanted) > self.replicas:
+            self.say(
+                f"snapshot.replicas={wanted}, but {self.seats} machine{'s' * (self.seats > 1)} "
+                f"train{'s' * (self.seats == 1)}: {self.replicas} cop{'ies' if self.replicas > 1 else 'y'} of each shard"
+            )
+        if self.replicas > 1:
             names = [self.peers[machine].name for machine in self.machines[: self.seats]]
             for line in explain(self.placement, names, self.settings.failure_domains):
                 self.say(line)
@@ -324,6 +332,11 @@ class Copies:
 
     def _shards(self) -> list[str]:
         return [shard_of(rank) for ranks in self.ranks_of for rank in ranks]
+
+    def are_whole(self, term: int, generation: int) -> bool:
+        """Whether a snapshot of this generation has all its copies: after a loss the replication factor is there again."""
+        newest = self.recoverable
+        return self.replicas == 1 or (newest is not None and newest[:2] == (term, generation))
 
     def status(self) -> dict[str, Any]:
         newest = self._persisting.newest

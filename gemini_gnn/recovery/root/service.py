@@ -684,6 +684,10 @@ class Root:
             "total_steps": self._total_steps or None,
             "step_s": round(self.ledger.step_s, 6),
             "world_size": state.world,
+            "healthy": state.phase is decisions.Phase.RUNNING
+            and current is None
+            and self.copies.are_whole(self.term, state.generation),
+            "seats": list(state.seats),
             "machines": self._machines(now),
             "ranks": self._ranks(now),
             **self.copies.status(),
@@ -700,6 +704,7 @@ class Root:
             {
                 "machine": one.name or None,
                 "ranks": sorted(self.state.ranks_of(number)),
+                "root": number == self.state.root,
                 "here": one.here,
                 "ready": one.ready,
                 "here_s": round(now - one.since_s, 3) if one.name else None,

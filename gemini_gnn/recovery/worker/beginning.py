@@ -17,6 +17,7 @@ from typing import Any
 
 from gemini_gnn.config import seats_of
 from gemini_gnn.errors import RunDirError
+from gemini_gnn.files import local_file_system
 from gemini_gnn.observe import terms
 from gemini_gnn.observe.failures import read_failures
 from gemini_gnn.observe.status import ENDED, read_status
@@ -60,6 +61,12 @@ def take_run_dir(
         return None
     claim = record_of(arena, request) | {"start": start}
     if place.machines > 1:
+        if kind := local_file_system(run_dir, Path("/proc/self/mountinfo").read_text()):
+            here = os.uname().nodename
+            say(
+                f"run_dir is on {kind} of {here}: if {here} is lost, so are losses and checkpoints, and the job cannot go on. "
+                "Give a run_dir=... on a file system that all machines share"
+            )
         claim |= {"address": place.master_addr, "port": place.master_port, "root": 0}
         claim |= {"seats": list(range(seats_of(request.recovery, request.place.machines)))}
     journal.term = terms.claim_term(run_dir, claim, say=say)
