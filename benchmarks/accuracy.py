@@ -12,6 +12,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from common import machine, write
+
 from gemini_gnn.compose import compose
 from gemini_gnn.errors import DataError
 from gemini_gnn.graph.baselines import features_only_accuracy, structure_only_accuracy
@@ -86,9 +88,7 @@ def main() -> None:
                 f"{name:<10} demanded >= {demanded}; "
                 + ", ".join(f"{k} {v:.4f}" for k, v in row.items() if "alone" in k)
             )
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(table, indent=1))
-    print(f"written to {options.output}")
+    write(options.output, {"machine": machine(), "seeds": options.seeds, "cases": table})
 
 
 if __name__ == "__main__":

@@ -6,15 +6,29 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def git(*words: str) -> str | None:
+    """What git says about this project; None without git, or of a commit that it does not know."""
+    try:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
 
 def machine() -> dict[str, Any]:
-    """The machine and the versions, for the head of a result file."""
+    """The machine, the versions, the commit and the command, for the head of a result file."""
     model = platform.processor()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []:
         if line.startswith("model name"):
@@ -36,6 +50,8 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "load_1min": os.getloadavg()[0],
+        "commit": git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -13,28 +13,16 @@ others, no more. So some copies share it, as few as can be (tests compare with a
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import combinations
 from math import comb
-from typing import NamedTuple
 
 from gemini_gnn.errors import SnapshotError
 
 MOST_LOSSES = 4  # explained at the start of a job
 MOST_NAMED = 8  # groups, or machines, in one explanation
-MOST_COUNTED = 50_000  # sets of lost machines within one group or ring; above, they are drawn at random
-DRAWS = 20_000
 
 Placement = tuple[tuple[int, ...], ...]
-
-
-class Survival(NamedTuple):
-    """A probability. ``exact``: counted; else drawn 20,000 times from a fixed seed (standard error at most 0.36 %)."""
-
-    probability: float
-    exact: bool
 
 
 def placement(machines: int, replicas: int, domains: Sequence[str] = ()) -> Placement:
@@ -116,11 +104,11 @@ def survives(holders: Placement, lost: Iterable[int]) -> bool:
     return not any(gone.issuperset(holders[machine]) for machine in gone)  # the first holder is the machine itself
 
 
-def survival(holders: Placement, lost: int) -> Survival:
+def survival(holders: Placement, lost: int) -> float:
     """The probability that ``lost`` machines, all equally likely and lost at once, leave every shard a copy.
 
     Circles (groups and the ring) share no shards. So the ways to lose some machines in each of them are counted one by one
-    and multiplied as polynomials. A ring of very many machines has too many ways: then the losses are drawn.
+    and multiplied as polynomials.
 
     Raises:
         SnapshotError: there are not so many machines.
@@ -128,17 +116,31 @@ def survival(holders: Placement, lost: int) -> Survival:
     machines = len(holders)
     if not 0 <= lost <= machines:
         raise SnapshotError(f"expected from 0 to {machines} lost machines, of {machines}; got {lost}")
-    if lost < len(holders[0]):
-        return Survival(1.0, True)
-    circles = _circles(holders)
-    if max(sum(comb(len(circle), n) for n in range(lost + 1)) for circle in circles) > MOST_COUNTED:
-        draw = random.Random(lost).sample
-        return Survival(sum(survives(holders, draw(range(machines), lost)) for _ in range(DRAWS)) / DRAWS, False)
+    replicas = len(holders[0])
+    if lost < replicas:
+        return 1.0
     ways = [1] + [0] * lost  # by number of lost machines, over the circles so far
-    for circle in circles:
-        here = [sum(survives(holders, gone) for gone in combinations(circle, n)) for n in range(lost + 1)]
-        ways = [sum(ways[n - i] * here[i] for i in range(n + 1)) for n in range(lost + 1)]
-    return Survival(ways[lost] / comb(machines, lost), True)
+    for size, many in Counter(len(circle) for circle in _circles(holders)).items():
+        here = [_ways(size, n, replicas) for n in range(min(lost, size) + 1)]
+        for _ in range(many):
+            ways = [sum(ways[n - i] * here[i] for i in range(min(n + 1, len(here)))) for n in range(lost + 1)]
+    return ways[lost] / comb(machines, lost)
+
+
+def _ways(size: int, lost: int, replicas: int) -> int:
+    """In how many ways ``lost`` of a circle of ``size`` machines are no ``replicas`` neighbors.
+
+    Begin at a machine that is left: each machine that is left has from 0 to replicas - 1 lost ones behind it. So the number
+    is the coefficient of x^lost in (1 + ... + x^(replicas-1))^left, times the ``size`` machines at which the round may
+    begin, by the ``left`` beginnings that are the same round.
+    """
+    left = size - lost
+    if not left:
+        return 0
+    terms = (
+        (-1) ** i * comb(left, i) * comb(lost - i * replicas + left - 1, left - 1) for i in range(lost // replicas + 1)
+    )
+    return size * sum(terms) // left
 
 
 def survival_closed_form(machines: int, replicas: int, lost: int) -> float:
@@ -221,9 +223,8 @@ def _listed(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
-def _percent(chance: Survival) -> str:
+def _percent(chance: float) -> str:
     """Never 100 % or 0 % of what is not certain."""
-    if chance.probability in (0.0, 1.0) and chance.exact:
-        return f"{chance.probability:.0%}".replace("%", " %")
-    words = f"{min(max(chance.probability, 0.001), 0.999) * 100:.1f} %"
-    return words if chance.exact else f"about {words}"
+    if chance in (0.0, 1.0):
+        return f"{chance:.0%}".replace("%", " %")
+    return f"{min(max(chance, 0.001), 0.999) * 100:.1f} %"
