@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,20 @@ def in_turns(
             result = call(turn)
             taken[name].append((clock() - began, result))
     return taken
+
+
+def pace(events: Sequence[Mapping[str, Any]], begin: int) -> tuple[float, float]:
+    """Seconds per step, and steps per snapshot, from the end of step ``begin`` on; of the events of a rank."""
+    steps = [event for event in events if event["kind"] == "step" and event["step"] >= begin]
+    captured = sum(event["captured"] for event in steps[1:])
+    many = len(steps) - 1
+    return (steps[-1]["t"] - steps[0]["t"]) / many, many / captured if captured else float("inf")
+
+
+def cpu_of(pids: Iterable[int]) -> float:
+    """Seconds of CPU time that living processes have taken."""
+    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(int(one[11]) + int(one[12]) for one in fields) / os.sysconf("SC_CLK_TCK")
 
 
 def median(values) -> float:

@@ -43,7 +43,7 @@ from typing import Any
 
 import numpy as np
 import recovery
-from common import in_turns, machine, median, write
+from common import cpu_of, in_turns, machine, median, pace, write
 
 from gemini_gnn.recovery import home
 from gemini_gnn.snapshot.store import arena, catalog, format
@@ -72,14 +72,6 @@ VARIANTS = {
 def slots_bytes(shard_bytes: int, replicas: int) -> int:
     """Host memory on each machine of one rank, where no rank has anything in common: three own slots, two of each other."""
     return shard_bytes * (catalog.OWN_SLOTS + catalog.FOREIGN_SLOTS * (replicas - 1))
-
-
-def pace(events: Sequence[dict], begin: int) -> tuple[float, float]:
-    """Seconds per step, and steps per snapshot, from the end of step ``begin`` on; of the events of a rank."""
-    steps = [event for event in events if event["kind"] == "step" and event["step"] >= begin]
-    captured = sum(event["captured"] for event in steps[1:])
-    many = len(steps) - 1
-    return (steps[-1]["t"] - steps[0]["t"]) / many, many / captured if captured else float("inf")
 
 
 def unchanged(a: np.ndarray, b: np.ndarray, size: int) -> float:
@@ -377,12 +369,6 @@ def wait_for(run_dir: Path, step: int, job: subprocess.Popen[bytes], deadline: f
 def replicators(run_dir: Path) -> list[int]:
     found = recovery.processes(run_dir).items()
     return [pid for pid, words in found if "gemini_gnn.recovery.worker.replicator" in words]
-
-
-def cpu_of(pids: Sequence[int]) -> float:
-    """Seconds of CPU time that living processes have taken."""
-    fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
-    return sum(int(one[11]) + int(one[12]) for one in fields) / os.sysconf("SC_CLK_TCK")
 
 
 # --- compress ---------------------------------------------------------------------------------------------------------

@@ -105,6 +105,32 @@ def recovery_lines(document: Document) -> Iterator[Line]:
             yield Line(
                 f"{row.what}: times faster", peer_s / ours, "x", f"{shown(peer_s, 's')} {row.peer}", goal, eats=eats
             )
+    for one in document.get("by_bytes", {}).get("rows", []):
+        yield from lost_machine_lines(one, document["machine"]["memory_bytes"])
+    for name, share in document.get("idle_cpu", {}).items():
+        yield Line(f"the busiest {name} without traffic: CPU time, of a core", share, "%", "", recovery.IDLE_CPU, True)
+
+
+def lost_machine_lines(row: Mapping[str, Any], memory_bytes: int) -> Iterator[Line]:
+    """With so much state per rank, beside checkpoints on the network file system."""
+    import recovery
+
+    ours, theirs, eats = row["ours"], row["checkpoints"], parts_in_words(row["ours"]["parts"])
+    at = f"a machine lost, {megabytes(row['bytes'])} per rank at {row['rate']}"
+    for name, goal in (("retrieve", None), ("recovery", recovery.TIMES_FASTER), ("wasted", recovery.WASTED_TIMES)):
+        beside = f"{shown(ours[f'{name}_s'], 's')}; checkpoints {shown(theirs[f'{name}_s'], 's')}"
+        yield Line(f"{at}: {name}, times less", row["times"][name], "x", beside, goal, eats=eats)
+    beside = f"step {shown(ours['step_s'], 's')}, between two checkpoints {shown(theirs['step_s'], 's')}"
+    yield Line(f"{at}: throughput lost before", row["lost"], "%", beside, recovery.LOST, True, beside)
+    beside = f"checkpoints {shown(theirs['goodput'], '%')}, one every {shown(theirs['interval_s'], 's')}"
+    beside += f"; assumed: a failure every {row['mtbf_s']:,.0f} s"
+    yield Line(f"{at}: goodput", ours["goodput"], "%", beside)
+    held = ours["held_bytes"]
+    yield Line(f"{at}: memory of a host for snapshots", held / memory_bytes, "%", megabytes(held))
+
+
+def recovery_notes(document: Document) -> list[str]:
+    return [f"- skipped: {reason}" for reason in document.get("by_bytes", {}).get("skipped", [])]
 
 
 def replication_lines(document: Document) -> Iterator[Line]:
@@ -451,7 +477,7 @@ class Section:
 
 
 SECTIONS = {
-    "recovery": Section(recovery_lines, plot=recovery_plot),
+    "recovery": Section(recovery_lines, plot=recovery_plot, notes=recovery_notes),
     "replication": Section(replication_lines, replication_bars),
     "snapshot": Section(snapshot_lines, snapshot_bars),
     "simulation": Section(simulation_lines, plot=simulation_plot, notes=simulation_notes),

@@ -81,7 +81,7 @@ def show(found: Iterator[news.News]) -> None:
         console.width = max(console.width, PIPE_COLUMNS)
         for one in found:
             now = one.root, one.document.get("state"), one.document.get("generation")
-            if now != before:
+            if now != before and one.root != "unknown":
                 before = now
                 console.print(picture(one.document))
         return

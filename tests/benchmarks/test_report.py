@@ -32,6 +32,13 @@ def measured(counted_s, restore_s):
     return [asdict(recovery.Measured(counted_s + 0.5, counted_s, 1, {"fork": 0.05, "restore": restore_s}))] * 3
 
 
+def lost_machine():
+    parts = {"detect": 1.5, "restore": 0.5}
+    ours = recovery.Sized(10_000_000, "1gbit", 0.5, 0.0, 0.5, 0.5, 0.5, 2.0, 1, parts)
+    theirs = recovery.Sized(10_000_000, "1gbit", 0.5, 2.0, 600.0, 2.0, 4.0, 20.0, 3, {})
+    return recovery.compared(ours, theirs, 120_000_000, 86_400.0)
+
+
 def stall(nbytes, memcpy_s):
     seconds = {"stall_s": 0.0004, "memcpy_s": memcpy_s, "async_save_s": 0.05, "save_checkpoint_s": 0.2}
     return seconds | {"bytes": nbytes, "ratios": {"stall / memcpy": 0.0004 / memcpy_s, "async_save / stall": 125.0}}
@@ -76,6 +83,8 @@ SAMPLES = {
     "recovery": {
         "rows": {"trainer": measured(0.5, 0.4), "agent": measured(0.25, 0.1), "checkpoint": measured(8.0, 1.0)},
         "counted_s": {"trainer": 0.5, "agent": 0.25, "checkpoint": 8.0},
+        "idle_cpu": {"agent": 0.03},
+        "by_bytes": {"rows": [lost_machine()], "skipped": ["1000 MB per rank do not fit"]},
     },
     "replication": {
         "push": [
@@ -168,6 +177,11 @@ SEEN = {
         "| 2 ranks: a trainer killed | 0.50 s | 1.00 s in all, 1 steps done again | <= 0.30 s | **MISSED** |",
         "- 2 ranks: a trainer killed: missed. Most of it: restore 0.40 s, fork 50 ms.",
         "| 2 ranks: the agent killed: times faster | 32.0x | 8.00 s checkpoint | >= 15.0x | met |",
+        "10 MB per rank at 1gbit: recovery, times less | 10.0x | 2.00 s; checkpoints 20.00 s | >= 15.0x | **MISSED** |",
+        "recovery, times less: missed. Most of it: detect 1.50 s, restore 0.50 s.",
+        "10 MB per rank at 1gbit: wasted, times less | 117x | 2.75 s; checkpoints 322.00 s | >= 13.0x | met |",
+        "| the busiest agent without traffic: CPU time, of a core | 3.0 % |  | <= 2.0 % | **MISSED** |",
+        "- skipped: 1000 MB per rank do not fit",
     ],
     "replication": [
         "| a copy of 200 MB over 1gbit: share of a bare socket | 90 % | 2.00 s; bare socket 1.80 s | >= 80 % | met |",
