@@ -15,12 +15,7 @@ trainers may die between any two messages: a
 closed socket is an event like the others. Messages to or from a dead process may be lost. A signal is never lost: the
 agent sees it through a descriptor that exists before the handler does.
 
-Without a root. An agent that loses its root kills its trainers at once: they can do no step that counts, and another machine may
-have their ranks soon. Its replicator falls silent. When they are reaped, it looks for a root (``succession.py``), or becomes
-one: `uplink` leads to its own root then, and `scout` goes on looking. The agent follows the first root that the scout finds. The
-scout ends when its own root holds a term. News for a lost root is dropped. After `recovery.wait_s`
-(`distributed.start_timeout_s` before the first answer) the job is given up: its snapshots stay. A request to stop that comes
-meanwhile ends the job on this machine at once.
+Without a root. See ``allegiance.py``. A request to stop that comes meanwhile ends the job on this machine at once.
 
 Only processes of the same user may send requests: the folder is 0700, the socket 0600, and the agent asks the kernel for
 the peer's uid. The agent logs a bad message and closes its connection; other connections go on.
@@ -29,11 +24,8 @@ the peer's uid. The agent logs a bad message and closes its connection; other co
 from __future__ import annotations
 
 import argparse
-import contextlib
-import math
 import mmap
 import os
-import secrets
 import selectors
 import signal
 import socket
@@ -43,20 +35,15 @@ from pathlib import Path
 from typing import Any
 
 from gemini_gnn.cluster.place import Place, check_master, check_place, launcher_variables
-from gemini_gnn.errors import ClusterError, ConfigError, GeminiError, RunDirError
-from gemini_gnn.observe import terms
-from gemini_gnn.observe.status import read_status
-from gemini_gnn.recovery import board, home, messages, processes, wire
+from gemini_gnn.errors import ConfigError, GeminiError
+from gemini_gnn.recovery import board, home, messages, processes
 from gemini_gnn.recovery.outcome import Failure, Outcome, failed
-from gemini_gnn.recovery.root.service import Root
-from gemini_gnn.recovery.root.state import Phase
 from gemini_gnn.recovery.worker import beginning, decisions, harm, out_of_memory
+from gemini_gnn.recovery.worker.allegiance import Allegiance
 from gemini_gnn.recovery.worker.children import Children, Warm
-from gemini_gnn.recovery.worker.copies import Copies, address_towards, everywhere
+from gemini_gnn.recovery.worker.copies import Copies
 from gemini_gnn.recovery.worker.decisions import Limits
 from gemini_gnn.recovery.worker.journal import Journal
-from gemini_gnn.recovery.worker.succession import Route, Target, holder_of, route
-from gemini_gnn.recovery.worker.uplink import Lost, Uplink
 
 NOBODY_S, HEIR_NOBODY_S = 30.0, 5.0  # then an agent without a job ends; of an heir the slot processes live, or are gone
 REAP_ORPHANS_S = 5.0  # until killed children are gone
@@ -82,7 +69,6 @@ class Agent:
         self.outcome: Outcome | None = None
         self.nobody = Outcome("stopped", 1, "no slot process came")  # the outcome if there is never a job
         self.nobody_s = time.monotonic() + (NOBODY_S if warm is None else HEIR_NOBODY_S)
-        self.beats: terms.Beats | None = None  # of the term that this agent claimed before its root was made
         self.arena_gone = False
         self.request: messages.Register | None = None  # of the first shim; all share most of it
         self.shims: dict[int, Shim] = {}  # by slot
@@ -103,18 +89,8 @@ class Agent:
         self.killed = out_of_memory.Counter(out_of_memory.own_cgroup())
         self.board: mmap.mmap | None = None  # of this generation's trainers
         self.ranks: list[int] = []  # of this generation's trainers, by slot
-        self.root: Root | None = None  # where this agent is root
-        self.uplink: Uplink | None = None  # to the root, once there is a job
-        self.scout: Uplink | None = None  # looks for another root while the one here has no term
-        self.watch: terms.Watch | None = None  # while this agent looks for a root
-        self.roster: messages.Roster | None = None  # of the last root
-        self.term = 0  # the newest that the run directory named when this agent took the place of another
-        self.last_root: Lost | None = None  # why it is lost
-        self.number, self.start = 0, ""  # of this machine, and the name of this start of the job
-        self.address, self.token = "127.0.0.1", b""
-        self.root_listener: socket.socket | None = None  # where the others come if this agent is root
+        self.allegiance = Allegiance(run_dir, arena, self.journal, self.selector)
         self.store: socket.socket | None = None  # of the next generation, on the machine of rank 0
-        self.reached = 0  # the newest step of the trainers here
         self.copies: Copies | None = None  # once there is a job
         self.stepped = False  # a trainer here has done a step
         self.ending = False  # a shim that comes now should ask again
@@ -155,16 +131,11 @@ class Agent:
             waits.append(0.0)
         if self.state is not None and self.state.deadline is not None:
             waits.append(self.state.deadline - now)
-        if self.uplink is not None:
-            waits.append(self.uplink.patience_s(now))
-            if self.scout is not None:
-                waits.append(self.scout.patience_s(now))
-            if self.uplink.welcome is not None:
-                waits.append(self.beaten_s + self.uplink.welcome.heartbeat_s - now)
+        waits.append(self.allegiance.patience_s(now))
+        if (welcome := self.allegiance.welcome) is not None:
+            waits.append(self.beaten_s + welcome.heartbeat_s - now)
         if self.copies is not None:
             waits.append(self.copies.patience_s(now))
-        if self.root is not None:
-            waits.append(self.root.patience_s(now))
         return max(0.0, min(waits))
 
     def _signals(self) -> bytes:
@@ -196,7 +167,8 @@ class Agent:
 
     def _look_at_term(self) -> None:
         """End the job if another start took the run directory while this agent looked dead."""
-        if self.root is not None and self.root.lost_to_another_start and self.journal.speaks_for_job:
+        root = self.allegiance.root
+        if root is not None and root.lost_to_another_start and self.journal.speaks_for_job:
             self.journal.speaks_for_job = False
             text = "another start took run_dir while this worker agent did not run or could not write there"
             self._stop(messages.Stop(text, 2, force=True))
@@ -239,122 +211,26 @@ class Agent:
     # --- the root -----------------------------------------------------------------------------------------------------
 
     def _tell(self, message: messages.Message) -> None:
-        if self.uplink is not None:
-            self.uplink.tell(message)
+        self.allegiance.tell(message)
 
     def _look_at_root(self, now: float) -> None:
-        if self.root is not None:
-            self.root.tick(now)
-        if self.uplink is None or self.outcome is not None:
+        if self.outcome is not None:
             return
-        for message in self.uplink.look(lambda: self._join(now), now):
+        for message in self.allegiance.look(lambda: self._join(now), self._fence, now):
             self._obey(message, now)
-        if (welcome := self.uplink.welcome) is not None:
-            self.number, self.start = welcome.machine, welcome.start
-        self._look_for_root(now)
-        if (news := self.uplink.news(now)) != "":
+        if (news := self.allegiance.news(now)) != "":
             self._say(news)
-        if self.outcome is None and (why := self.uplink.given_up(now)) != "":
-            self.outcome = failed(why, now)
-        welcome = self.uplink.welcome
+        self.outcome = self.outcome or self.allegiance.outcome or self.allegiance.given_up(now)
+        welcome = self.allegiance.welcome
         if welcome is not None and now - self.beaten_s >= welcome.heartbeat_s:
             self._beat(now)
 
-    def _look_for_root(self, now: float) -> None:
-        """Follow a root that was found, look for one where it was lost, or become it."""
-        assert self.uplink is not None and self.state is not None
-        if self.root is not None and self.root.resigned:
-            self._leave_root()
-            self._seek(self.uplink.lost or Lost("it has resigned", False, now, Target("", 0)), now)
-        elif self.uplink.lost is not None:
-            self._seek(self.uplink.lost, now)
-        seeking = self.scout or self.uplink
-        if self.watch is not None and self.roster is not None:
-            own = Target(self.address, self._root_port())
-            seeking.holder = holder_of(self.watch.record, seeking.term, self.start, own)
-            if self.outcome is None and (self.scout is not None or self.uplink.welcome is None):
-                self.outcome = beginning.ended_elsewhere(self.watch.record, self.watch.status, self.start)
-        if self.scout is None and self.uplink.is_next and self.roster is not None and not self.state.alive:
-            self._become_root(now)
-        if self.scout is None or self.root is None:
-            if self.uplink.welcome is not None and self.watch is not None:
-                self.watch.stop()
-                self.watch = None
-            return
-        if self.root.state.claimed:  # this agent is root now
-            self._end_scout()
-        elif self.root.state.phase is not Phase.CLAIMING:
-            found = self.scout.look(lambda: self._join(now), now)
-            if self.scout.welcome is not None:
-                self._leave_root()
-                self.uplink, self.scout = self.scout, None
-                for message in found:
-                    self._obey(message, now)
-
-    def _seek(self, lost: Lost, now: float) -> None:
-        """The root is lost. Its trainers are killed; where the next one is to be looked for, the roster says."""
-        assert self.uplink is not None and self.request is not None and self.copies is not None
-        before, self.store = self.uplink, None
-        self.journal.log("root_sought", why=lost.why, silent=lost.silent)
+    def _fence(self) -> None:
+        """The root is lost: its trainers here may do nothing more."""
+        assert self.copies is not None
+        self.store = None
         self._see(decisions.Close())
         self.copies.fence()
-        before.close()
-        self._end_scout()
-        members = self.roster.members if self.roster is not None else []
-        resigned = lost.moved is not None and not lost.moved.port  # and where the other one answers is not known
-        until_s = now if lost.silent or resigned else now + self.request.recovery.return_s
-        root = lost.moved if lost.moved is not None and lost.moved.port else before.target
-        path = route(members, self.number, root, until_s)
-        self.uplink = Uplink(self.request, self.token, path, self.journal, self.selector, now, before.term)
-        if lost.moved is None or self.last_root is None:  # else only one that could not take over
-            self.last_root = lost
-        if self.watch is None:
-            self.watch = terms.Watch(self.run_dir)
-
-    def _become_root(self, now: float) -> None:
-        """No machine before this one answers. The scout goes on looking for one."""
-        assert self.uplink is not None and self.request is not None and self.copies is not None
-        assert self.root_listener is not None and self.last_root is not None and self.roster is not None
-        self.journal.log("becomes_root", why=self.last_root.why)
-        self.scout = self.uplink
-        step = 0
-        if self.watch is not None:
-            self.roster = beginning.newest_roster(self.roster, self.watch.record)
-            step = int(self.watch.status.get("step") or 0)
-        self.root = beginning.succeed_root(
-            self.run_dir,
-            self.arena,
-            self.request,
-            self.start,
-            self.roster,
-            self.number,
-            max(self.reached, step),
-            self.last_root,
-            self.token,
-            self.root_listener,
-            self.journal,
-            self.selector,
-        )
-        self.uplink = Uplink(self.request, self.token, self.root, self.journal, self.selector, now, self.scout.term)
-
-    def _leave_root(self) -> None:
-        """Another agent is root."""
-        assert self.root is not None and self.uplink is not None
-        self.uplink.close()
-        for channel in self.root.close():
-            channel.send(messages.Refused(2, "another agent is root now; type the command again"))
-            channel.close()
-        if self.root.beats is not None:
-            self.root.beats.stop(0.0)
-        self.root, self.journal.speaks_for_job = None, False
-
-    def _end_scout(self) -> None:
-        if self.scout is not None:
-            self.scout.close()
-            self.scout = None
-
-    def _root_port(self) -> int:
-        return self.root_listener.getsockname()[1] if self.root_listener is not None else 0
 
     def _join(self, now: float) -> messages.Join | None:
         """This machine. Not while a trainer lives here: it is of a root that is lost."""
@@ -363,32 +239,33 @@ class Agent:
             return None
         place, unable = self.request.place, self.state.unable
         return messages.Join(
-            machine=self.number,
+            machine=self.allegiance.number,
             name=self.machine,
             pid=os.getpid(),
             world_size=place.world_size,
             local_world_size=place.local_world_size,
             ready=self.state.ready,
             unable=None if unable is None else _aged(unable, now),
-            address=self.address if place.machines > 1 else "",
+            address=self.allegiance.address if place.machines > 1 else "",
             port=self.copies.port,
-            root_port=self._root_port(),
-            start=self.start,
+            root_port=self.allegiance.root_port,
+            start=self.allegiance.start,
             generation=self.state.generation,
-            reached=self.reached,
+            reached=self.allegiance.reached,
         )
 
     def _bind(self, number: int) -> None:
         """The store listens before any trainer is forked: a client that came first would lose half a second."""
         if self.store is not None:
             self.store.close()
-        self.store = socket.socket(socket.AF_INET6 if ":" in self.address else socket.AF_INET)
+        address = self.allegiance.address
+        self.store = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
         try:
-            self.store.bind((self.address, 0))
+            self.store.bind((address, 0))
             self.store.listen(1024)
             self._tell(messages.Bound(number, self.store.getsockname()[1]))
         except OSError as error:
-            self._tell(messages.Bound(number, 0, f"{self.address}: {error.strerror}"))
+            self._tell(messages.Bound(number, 0, f"{address}: {error.strerror}"))
 
     def _obey(self, message: messages.Message, now: float) -> None:
         match message:
@@ -396,10 +273,6 @@ class Agent:
                 self.outcome = failed(text, now, 2)
             case messages.RootBeat(ending):
                 self.ending = ending
-            case messages.Roster():  # of a root with a term
-                self.roster, self.last_root = message, None
-                if self.uplink is not None:
-                    self.uplink.term = max(self.uplink.term, message.term)
             case messages.Bind(number):
                 self._bind(number)
             case messages.Begin():
@@ -447,7 +320,7 @@ class Agent:
             for slot, rank in enumerate(self.ranks):
                 if (seen := board.read(self.board, slot)) is not None:
                     boards[rank] = board.aged(seen, now)
-                    self.reached = max(self.reached, seen.step)
+                    self.allegiance.reached = max(self.allegiance.reached, seen.step)
         if self.copies is not None:
             self.copies.look_at_held(list(boards.values()))
         if not self.stepped and any(one.milestones[board.Milestone.STEPPED] is not None for one in boards.values()):
@@ -505,12 +378,13 @@ class Agent:
                 self._forget(channel)
 
     def _visit_root(self, channel: messages.Channel, message: messages.Message) -> None:
-        if self.root is None:
+        root = self.allegiance.root
+        if root is None:
             self._refuse(channel, "no job has begun here yet, or its root agent is on another machine; try again")
             return
         self.visitors.remove(channel)
         self.selector.unregister(channel)
-        self.root.visit(channel, message, time.monotonic())
+        root.visit(channel, message, time.monotonic())
 
     def _read_shims(self) -> None:
         for slot, shim in list(self.shims.items()):
@@ -533,15 +407,14 @@ class Agent:
         if self.request is None or not self.request.joins:
             self._stop(message)
         elif self.outcome is None:
-            if self.root is not None:
-                self._leave_root()
+            self.allegiance.leave()
             words = f"{message.reason}: {self.machine} leaves the job, which goes on without it"
             self.outcome = Outcome("stopped", message.code, words)
 
     def _stop(self, message: messages.Stop) -> None:
         """Ask the root to end the job. Without a root it ends here."""
-        if self.uplink is not None and self.uplink.reaches_root:
-            self.uplink.tell(message)
+        if self.allegiance.reaches_root:
+            self._tell(message)
         elif self.outcome is None:
             self.outcome = Outcome("stopped", message.code, message.reason, keep=message.keep)
 
@@ -560,9 +433,7 @@ class Agent:
         except GeminiError as error:
             self._refuse(channel, str(error))
             if self.state is None:
-                if self.root is not None:
-                    self.root.close()
-                    self.root = None
+                self.allegiance.refused()
                 self.nobody, self.nobody_s = Outcome("failed", 2, str(error)), time.monotonic()
             return
         if (problem := self._not_of_this_launch(request)) is not None:
@@ -603,44 +474,19 @@ class Agent:
         """
         place = request.place
         check_master(place)
-        several, first = place.machines > 1, place.rank < place.local_world_size
-        self.number = -1 if request.joins else place.rank // place.local_world_size
-        self.token = self._token() if several else b""
-        self._listen(request)
-        done = False
-        if (first and request.deaths == 0) or not several or self._was_done(request):
-            if self.beats is None:  # else of a slot process that was refused after that
-                self.start = secrets.token_hex(8)
-                self.beats = beginning.take_run_dir(
-                    self.run_dir, self.arena, request, self.start, self.journal, self._say
-                )
-            done = self.beats is None
-            self.root = beginning.make_root(
-                self.run_dir,
-                self.arena,
-                request,
-                self.start,
-                self.beats,
-                self.address,
-                self.token,
-                self.root_listener,
-                self.journal,
-                self.selector,
-            )
+        done = self.allegiance.begin(request, self._say)
         spare = {self.children.warm.pid} if self.children.warm is not None else set[int]()
         stuck = beginning.kill_leftovers(self.arena, self.journal, self.limits.reap_s, spare)
         if stuck is None and not done:
             beginning.clear(self.run_dir, self.arena, request, self.journal)
-        copies = Copies(
-            self.arena, self.job, request, self.address, self.token, self.journal, self.selector, self._tell
-        )
+        address, token = self.allegiance.address, self.allegiance.token
+        copies = Copies(self.arena, self.job, request, address, token, self.journal, self.selector, self._tell)
         # From here on there is a job. All that can refuse it is above.
         now = time.monotonic()
         self.request = request
         self.state = decisions.State(1 if request.joins else place.local_world_size, self.limits)
         self.copies = copies
-        way = self._first_route(now)
-        self.uplink = Uplink(request, self.token, way, self.journal, self.selector, now, self.term)
+        self.allegiance.serve(request, now)
         self._look_at_root(now)
         if stuck is not None:
             text = (
@@ -650,72 +496,6 @@ class Agent:
             self._see(decisions.WarmRefused(Failure(-1, 1, now, text, text)))
         elif not done:
             self._warm_up(request)
-
-    def _was_done(self, request: messages.Register) -> bool:
-        """The agent before this one was root and died while it cleaned up: the other machines may have to be told."""
-        if request.deaths == 0:
-            return False
-        record, status = terms.newest_term(self.run_dir), read_status(self.run_dir)
-        done = status.get("state") == "done" and status.get("term") == record.get("term")
-        return done and record.get("root", 0) == self.number
-
-    def _listen(self, request: messages.Register) -> None:
-        """Bind where the other machines come if this agent is root.
-
-        Raises:
-            ClusterError: the port is taken, or there is no way to the first machine.
-        """
-        place = request.place
-        if place.machines == 1 or self.root_listener is not None:
-            return
-        try:
-            self.address = address_towards(place.master_addr)
-        except ClusterError:
-            if not request.deaths:
-                raise
-            self.address = ""  # its link is cut: the root sees the address once it is back
-        if place.rank < place.local_world_size:
-            self.root_listener = wire.listen(place.master_addr, place.master_port)
-        else:
-            self.root_listener = wire.listen(self.address or everywhere(place.master_addr), 0)
-
-    def _first_route(self, now: float) -> Root | Route:
-        """The root in this process; or where it is expected: at the launcher's address, or where the last one was."""
-        assert self.request is not None
-        place = self.request.place
-        if self.root is not None:
-            return self.root
-        first = Target(place.master_addr, place.master_port)
-        with contextlib.suppress(OSError):  # once: a resolver that does not answer would hold up the loop
-            found = socket.getaddrinfo(first.address, None, type=socket.SOCK_STREAM)[0][4][0]
-            first = Target(str(found), first.port)
-        if not self.request.deaths:
-            return Route(first, math.inf)
-        self.roster, record = beginning.roster_of(self.run_dir, self.request)
-        self.start, self.term = str(record.get("start", "")), int(record.get("term", 0))
-        self.watch = terms.Watch(self.run_dir)
-        name = self.roster.members[self.roster.root].name
-        self.last_root = Lost(f"the worker agent on {name or 'its machine'} died", False, self.request.died_s)
-        if self.request.joins:
-            own = [
-                number
-                for number, one in enumerate(self.roster.members)
-                if (one.name, one.address) == (self.machine, self.address)
-            ]
-            if not own:  # it died before the root wrote of it
-                return Route(first, math.inf)
-            self.number = own[0]
-        if self.roster.root == self.number:
-            return route(self.roster.members, self.number, None, now)
-        if "port" in record:
-            first = Target(str(record["address"]), int(record["port"]))
-        return route(self.roster.members, self.number, first, now + self.request.recovery.return_s)
-
-    def _token(self) -> bytes:
-        try:
-            return terms.token(self.run_dir)
-        except PermissionError as error:
-            raise RunDirError(f"{error.filename} is another user's; give another run_dir=...") from None
 
     def _warm_up(self, request: messages.Register) -> None:
         """Have a warm parent for this job: the one that this agent began with, if it has imported the same."""
@@ -733,9 +513,7 @@ class Agent:
     def _begin_generation(self, begin: messages.Begin) -> None:
         assert self.state is not None and self.request is not None
         self.journal.write_errors(None)
-        self.ranks, self.journal.term = begin.ranks, begin.term
-        if self.uplink is not None:
-            self.uplink.term = begin.term
+        self.ranks = begin.ranks
         self._see(decisions.Begin(begin.generation, frozenset(begin.ranks)))
         self._make_board()
         assert self.copies is not None
@@ -808,13 +586,12 @@ class Agent:
             self.journal.log("children_left", reason="not reaped in time")
         self.journal.write_errors(outcome.failure, set(self.ranks))
         status: dict[str, Any] = {}
-        beats = self.beats if self.root is None else self.root.beats
-        if self.root is not None:
-            status = self.root.status(time.monotonic())
-            self.visitors += self.root.close()
+        root = self.allegiance.root
+        if root is not None:
+            status = root.status(time.monotonic())
+        visitors, beats = self.allegiance.close()
+        self.visitors += visitors
         self.listener.close()
-        if self.root_listener is not None:
-            self.root_listener.close()
         status |= {"state": "failed" if outcome.kind == "lost" else outcome.kind}
         self.journal.status(**status | {"reason": outcome.reason, "exit_code": outcome.code})
         self.journal.flush(JOURNAL_S)  # before the snapshots are removed: the next agent must see that the work is done
@@ -842,7 +619,7 @@ class Agent:
             machine=self._machine_of(failure.rank) if failure else "",
             kept_files=kept,
             dropped_bytes=dropped[1],
-            told=self.told and self.root is None,
+            told=self.told and root is None,
             away=self.away if self.request is not None and self.request.place.machines > 1 else [],
         )
         for channel in [shim.channel for shim in self.shims.values()] + self.visitors:
@@ -850,9 +627,10 @@ class Agent:
 
     def _machine_of(self, rank: int) -> str:
         """Where this machine knows it, and the job has several."""
-        if self.root is None or len(self.root.state.machines) == 1 or rank < 0:
+        root = self.allegiance.root
+        if root is None or len(root.state.machines) == 1 or rank < 0:
             return ""
-        return self.root.state.name(self.root.state.machine_of(rank))
+        return root.state.name(root.state.machine_of(rank))
 
     # --- saying what happens ------------------------------------------------------------------------------------------
 
