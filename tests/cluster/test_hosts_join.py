@@ -71,7 +71,7 @@ def test_a_machine_that_lost_its_power_gets_its_place_back(lab, graph, calm, tmp
     back = joins(lab, "h1", run_dir, tmp_path / "h1")
     done(lab, run_dir, process)
     assert back.wait(30) == 0, terminal(tmp_path / "h1")
-    assert "h1 has joined the job in its place, ranks 1" in terminal(tmp_path / "h1")
+    assert "h1 has joined the job: rank 1" in terminal(tmp_path / "h1")
     assert losses(run_dir) == calm
     assert [one["kind"] for one in json.loads((run_dir / "result.json").read_text())["failures"]] == ["silent"]
 
@@ -81,7 +81,7 @@ def test_a_new_machine_waits_takes_a_place_and_leaves_it(lab, graph, calm, tmp_p
     run_dir = tmp_path / "run"
     process = start(lab, graph, run_dir, "training.epochs=100000")
     new = joins(lab, "h2", run_dir, tmp_path / "h2")
-    wait_until(lambda: "h2 has joined the job as a standby" in terminal(tmp_path / "h2"), run_dir)
+    wait_until(lambda: "h2 has joined the job: a standby" in terminal(tmp_path / "h2"), run_dir)
     again = joins(lab, "h2", run_dir, tmp_path / "again")
     assert again.wait(30) == 2 and "already running on h2" in terminal(tmp_path / "again")
     wait_until(lambda: read_status(run_dir)["machines"][2]["ready"], run_dir)
@@ -90,7 +90,7 @@ def test_a_new_machine_waits_takes_a_place_and_leaves_it(lab, graph, calm, tmp_p
     goes_on(run_dir, process)
     lab.power_on("h1")
     back = joins(lab, "h1", run_dir, tmp_path / "h1")
-    wait_until(lambda: "h1 has joined the job as a standby" in terminal(tmp_path / "h1"), run_dir)
+    wait_until(lambda: "h1 has joined the job: a standby" in terminal(tmp_path / "h1"), run_dir)
     wait_until(lambda: read_status(run_dir)["machines"][1]["ready"], run_dir)
     lab.run("h2", ["pkill", "-INT", "-f", "^[^ ]*python[^ ]* launch/train.py --join"])
     assert new.wait(30) == 130 and "h2 leaves the job, which goes on" in terminal(tmp_path / "h2")

@@ -222,7 +222,7 @@ def _seat(state: State, now: float) -> Step:
             continue
         ranks = state.ranks_of(number)
         seats = (*state.seats[:seat], free[0], *state.seats[seat + 1 :])
-        words = f"{state.name(free[0])} takes the place of {state.name(number)} ({_ranks(state, number)})"
+        words = f"{state.name(free[0])} takes the place of {state.name(number)} ({held_by(state, number)})"
         state = _anew(replace(state, seats=seats, alive=state.alive - ranks, claimed=False))
         actions.append(Say(words))
     return state, actions
@@ -477,7 +477,7 @@ def _away(state: State) -> str:
         machine = state.machines[number]
         if not machine.here:
             name = machine.name or f"machine {number + 1} in the order of the hostfile"
-            words.append(f"{name} ({_ranks(state, number)})")
+            words.append(f"{name} ({held_by(state, number)})")
     return " and ".join(words)
 
 
@@ -487,8 +487,10 @@ def waits_for(state: State, now: float) -> str:
     return f"waiting up to {left_s:.0f} s for {_away(state)}" if _away(state) else ""
 
 
-def _ranks(state: State, machine: int) -> str:
-    return f"rank{'s' if state.local > 1 else ''} {', '.join(map(str, sorted(state.ranks_of(machine))))}"
+def held_by(state: State, machine: int) -> str:
+    """For people: "rank 1", "ranks 2, 3" or "a standby"."""
+    ranks = sorted(state.ranks_of(machine))
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}" if ranks else "a standby"
 
 
 def _names(state: State) -> str:

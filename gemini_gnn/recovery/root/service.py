@@ -246,9 +246,7 @@ class Root:
             self._leaving.discard(link.machine)
         elif link.machine is not None:
             self.faults.lost(link.machine, self.state.name(link.machine))
-            ranks = ", ".join(map(str, sorted(self.state.ranks_of(link.machine))))
-            holds = f"ranks {ranks}" if ranks else "a standby"
-            words = f"the worker agent on {self.state.name(link.machine)} ({holds}) {how}"
+            words = f"the worker agent on {self.state.name(link.machine)} ({decisions.held_by(self.state, link.machine)}) {how}"
             self.journal.log("worker_lost", machine=link.machine, text=words)
             self._see(job.Gone(link.machine, kind, words), now)
 
@@ -344,8 +342,7 @@ class Root:
         if join.unable is not None:
             self._see(job.Unable(number, replace(join.unable, time_s=now - join.unable.time_s)), now)
         if join.machine < 0:
-            ranks = ", ".join(map(str, sorted(self.state.ranks_of(number))))
-            words = f"{join.name} has joined the job {f'in its place, ranks {ranks}' if ranks else 'as a standby'}"
+            words = f"{join.name} has joined the job: {decisions.held_by(self.state, number)}"
             for one in {number, self.state.root}:
                 self._send(one, messages.Say(words))
         if join.ready:
