@@ -35,7 +35,7 @@ from gemini_gnn.observe.failures import add_to_result
 from gemini_gnn.recovery import messages, wire
 from gemini_gnn.recovery.board import Board, dated
 from gemini_gnn.recovery.outcome import Outcome
-from gemini_gnn.recovery.root import decisions, hangs
+from gemini_gnn.recovery.root import decisions, hangs, report
 from gemini_gnn.recovery.root import state as job
 from gemini_gnn.recovery.root.claiming import Claim, Won
 from gemini_gnn.recovery.root.copies import Copies
@@ -668,6 +668,8 @@ class Root:
         if self._last is not None:
             return self._last
         state, current = self.state, self.ledger.current
+        heard_s = {link.machine: link.heard_s for link in self.links if link.machine is not None}
+        beats = {link.machine: link.beat for link in self.links if link.machine is not None and link.beat is not None}
         replaces = state.phase is job.Phase.FORMING and current is not None  # a root that died
         return {
             "state": "recovering" if replaces else STATES[state.phase],
@@ -681,52 +683,18 @@ class Root:
             "total_steps": self._total_steps or None,
             "step_s": round(self.ledger.step_s, 6),
             "world_size": state.world,
-            "healthy": state.phase is decisions.Phase.RUNNING
+            "healthy": state.phase is job.Phase.RUNNING
             and current is None
             and self.copies.are_whole(self.term, state.generation),
             "seats": list(state.seats),
-            "machines": self._machines(now),
-            "ranks": self._ranks(now),
+            "machines": report.machines(state, heard_s, beats, self.members, now),
+            "ranks": report.ranks(state, self._boards(), now),
             **self.copies.status(),
             "recovers_from": current.cause if current else None,
             "failures": self.ledger.failures[-SHOWN:],
             **self.ledger.totals(now),
             "began_s": None if self.ledger.began_s is None else round(now - self.ledger.began_s, 3),
         }
-
-    def _machines(self, now: float) -> list[dict[str, Any]]:
-        links = {link.machine: link for link in self.links}
-        beats = {number: link.beat for number, link in links.items() if link.beat is not None}
-        return [
-            {
-                "machine": one.name or None,
-                "ranks": sorted(self.state.ranks_of(number)),
-                "root": number == self.state.root,
-                "here": one.here,
-                "ready": one.ready,
-                "here_s": round(now - one.since_s, 3) if one.name else None,
-                "silent_s": round(now - links[number].heard_s, 3) if number in links else None,
-                "memory_bytes": beats[number].memory_bytes if number in beats else None,
-                "address": self.members[number].address if number in self.members else None,
-                "port": self.members[number].port if number in self.members else None,
-            }
-            for number, one in enumerate(self.state.machines)
-        ]
-
-    def _ranks(self, now: float) -> list[dict[str, Any]]:
-        """Of the newest generation; of a rank whose trainer has not been heard of, what is known."""
-        boards, found = self._boards(), []
-        for rank in range(self.state.world):
-            one: dict[str, Any] = {"rank": rank, "machine": self.state.name(self.state.machine_of(rank))}
-            one["alive"] = rank in self.state.alive
-            board = boards.get(rank)
-            if board is not None:
-                one |= {"step": board.step, "phase": board.phase.word, "phase_s": round(now - board.since_s, 3)}
-            if board is not None and board.snapshot is not None:
-                one["snapshot"] = list(board.snapshot[:3])
-                one["snapshot_s"] = round(now - board.snapshot.when_s, 3)
-            found.append(one)
-        return found
 
     def close(self) -> list[messages.Channel]:
         """Let go of the workers, which are on their own now. Returns the visitors' connections: the end is still to be said."""
