@@ -205,8 +205,11 @@ def test_the_roster_has_the_seats_of_the_term_not_those_that_are_planned(root):
     root.state = replace(root.state, seats=(0, 2), machines=(*root.state.machines, job.Machine()), claimed=False)
     worker = worker_of(root, 1)
     root._tell_roster()
+    assert not worker.receive()
+    root.state = replace(root.state, claimed=True, trained=(0, 2))
+    root._tell_roster()
     (roster,) = worker.receive()
-    assert (roster.term, roster.seats) == (2, [0, 1])
+    assert (roster.term, roster.seats) == (2, [0, 2])
     worker.close()
 
 
