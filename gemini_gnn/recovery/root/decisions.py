@@ -162,6 +162,8 @@ def _joined(state: State, joined: Joined, now: float) -> Step:
         state = replace(state, generation=max(state.generation, joined.generation))
     if joined.machine in state.trained and not first and state.outcome is None:  # it may have been a witness elsewhere
         state = replace(state, claimed=False)
+    if state.phase is Phase.RUNNING and joined.machine not in state.seats and not first:
+        actions.append(Say(f"{joined.name} is back: it stands by"))
     state, more = _next(_anew(state), now)  # it may hold what was missed
     return state, actions + more
 

@@ -130,7 +130,9 @@ def test_a_machine_that_joins_later_is_a_standby_and_takes_a_seat_that_waits():
 def test_a_machine_that_comes_back_while_its_successor_trains_is_a_standby():
     state, _ = play(lost(running(), 1), Planned())
     assert state.phase is Phase.RUNNING and state.seats == (0, 2)
-    again, actions = play(state, joined(1), Ready(1), now=30.0)
+    back, actions = play(state, joined(1), now=30.0)
+    assert actions == [Say("h2 is back: it stands by")]
+    again, actions = play(back, Ready(1), now=30.0)
     assert actions == [] and again.phase is Phase.RUNNING and again.seats == (0, 2) and again.claimed
     third, actions = play(again, gone(2, "silent"), exited(0, generation=2), now=40.0)
     assert third.seats == (0, 1) and actions[-1] == Begin(3)
