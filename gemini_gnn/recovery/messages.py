@@ -80,7 +80,7 @@ class Register:
     cores: list[int]
     launch: str
     pid: int
-    code: str
+    code: str = ""
     joins: bool = False
 
 

@@ -205,11 +205,11 @@ EXAMPLES = [
     messages.Register(
         Place(0, 1, 0, 1, "m", "h0", 1, "plain"), "m:f", {"a": [1, None, 2.5]}, ["m"], "auto", RecoveryConfig(), SnapshotConfig(),
         FaultsConfig(), 30.0, 0, 0.0,
-        {"A": "\udc80"}, "/", ["/x"], ["c"], [0, 1], "token", 7,
+        {"A": "\udc80"}, "/", ["/x"], ["c"], [0, 1], "token", 7, "code", True,
     ),
     messages.Stop("why", 130, keep=False, force=True),
     messages.Accepted("/log", 7),
-    messages.Follow("/log", 7),
+    messages.Follow("/log"),
     messages.Refused(2, "no"),
     messages.Ending(),
     messages.Stepped(),

@@ -99,7 +99,7 @@ def told(text, state):
 
 
 def test_each_machine_of_a_split_is_told_who_is_on_the_other_side():
-    state = replace(STATE, machines=tuple(replace(HERE, name=f"h{i}") for i in range(4)))
+    state = replace(STATE, machines=tuple(replace(HERE, name=f"h{i}") for i in range(4)), seats=(0, 1, 2, 3))
     sides = [(0, "h0,h3 from h1"), (3, "h0,h3 from h1"), (1, "h1 from h0,h3")]
     assert told("split h0,rank:7,h3 from h1", state) == sides
     away = replace(state, machines=(*state.machines[:2], replace(HERE, name="h2", here=False), state.machines[3]))
