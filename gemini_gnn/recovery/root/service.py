@@ -49,6 +49,7 @@ STRANGERS = 64  # connections at once that have not joined
 DONE_S = 1.0  # for the last word in status.json
 PERSIST_S = 20.0  # for the last snapshot to get to storage; a launcher gives its slot processes 30 s
 CLAIM_POLL_S = 0.005
+WAITS_S = 1.0  # then people hear for which machine the job waits: an heir comes sooner
 FENCE_SILENCES = 2.0  # after so many times `silence_s` a worker that has lost its root has killed its trainers
 STATUS_S = 1.0  # between two versions of status.json while nothing changes
 STATES = {  # the words of observe/status.py for a job that has not ended
@@ -135,6 +136,7 @@ class Root:
         self._claim: Claim | None = None
         self._claim_again: bool | None = None  # the seats have changed since the claim began; with a witness?
         self._bound: tuple[int, int] | None = None  # of the generation that is planned: number of the ask, and port
+        self._said_waits = False
         self._planned: bool | None = None  # the planning is over: has it found a snapshot?
         self.away: list[str] = []  # machines that did not hear of the end
         ended = state.phase is job.Phase.ENDED
@@ -194,6 +196,8 @@ class Root:
         if self.resigned:
             return
         self._see(job.Tick(), now)
+        if self.state.phase is job.Phase.WAITING and not self._said_waits and now - self._phase_s >= WAITS_S:
+            self._say_waits(now)
         self.copies.answer_visitors(now)
         if now - self._beaten_s >= self.settings.heartbeat_s:
             self._beat(now)
@@ -408,8 +412,7 @@ class Root:
         for action in actions:
             self._act(action, now)
         if self.state.phase is not before.phase:
-            if self.state.phase is job.Phase.WAITING:
-                self._say_waits(now)
+            self._said_waits = False
             self._report(now)
         if decisions.may_be_ending(self.state) is not decisions.may_be_ending(before):
             self._beat(now)
@@ -620,6 +623,7 @@ class Root:
             self.journal.writer.submit(add_to_result, self.journal.run_dir, failures, self.ledger.totals(now))
 
     def _say_waits(self, now: float) -> None:
+        self._said_waits = True
         if (words := decisions.waits_for(self.state, now)) != "":
             run_dir = self.journal.run_dir
             self._say(f"{words}; `python launch/train.py --join run_dir={run_dir}`, there or on another host, goes on")
