@@ -34,7 +34,13 @@ CUT = ["cut-link h1 for 8 s @ step 5"]
     [
         (KILLS, [], {"started": 1, "claimed": 2, "warm_died": 1}, ["starting another", "takes its place"]),
         (HANGING, HANGS, {"hang": 1}, ["as generation 2"]),
-        (CUT, ["faults.allow=true", "recovery.heartbeat_s=0.5"], {"worker_lost": 1}, ["as generation 2"]),
+        pytest.param(
+            CUT,
+            ["faults.allow=true", "recovery.heartbeat_s=0.5"],
+            {"worker_lost": 1},
+            ["as generation 2"],
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["kills", "hangs", "cut"],
 )

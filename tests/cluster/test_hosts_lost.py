@@ -142,7 +142,7 @@ def test_the_root_of_the_job_and_another_machine_lose_power_at_once(lab, small, 
     assert (
         "takes the place of h0 (rank 0)" in said
         and "the root agent on h0 is gone (silent for" in said
-        and "another one is on h2 now" in said
+        and "h2 has the root agent now" in said
     ), said[-6000:]
     shows = {line[:3] for line in said.splitlines() if " epoch " in line or ": epoch" in line}
     assert len(shows) > 1, "what rank 0 prints goes on on another host's screen"
@@ -185,6 +185,7 @@ def test_cut_off_split_and_beyond_all_copies(lab, small, calm_of, tmp_path):
     assert {one["kind"] for one in result["failures"]} <= {"silent", "root agent"}
 
 
+@pytest.mark.long
 def test_without_a_standby_the_job_ends_with_all_that_it_knew(lab, small, calm_of, tmp_path):
     """Also with the shards of the lost machine. The same command goes on from there, though every memory is gone by then."""
     epochs = "training.epochs=240"

@@ -58,6 +58,7 @@ PHASES = ["sampling", "exchange", "forward", "backward", "agreement", "reduction
 PHASES += ["step", "capture", "evaluation", "writing"]
 
 
+@pytest.mark.long
 def test_kills_in_every_phase_on_four_hosts(lab, graph, calm_run, tmp_path):
     """Also in a recovery: the last one strikes the first start after step 27 was done."""
     run_dir = tmp_path / "run"
@@ -97,6 +98,7 @@ def test_random_failures_of_one_job(lab, graph, tmp_path, request, count=100, ep
         assert lab.run(host, ["ls", "/dev/shm"]).stdout == ""
 
 
+@pytest.mark.long
 def test_a_port_that_is_taken(lab, graph, tmp_path):
     """The machine of rank 0 says so at once, and how to choose another."""
     run_dir = tmp_path / "run"
