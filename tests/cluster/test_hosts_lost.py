@@ -70,7 +70,8 @@ class Run:
         """So many steps more, none of them twice."""
         done = len(self.steps)
         self.until(lambda: len(self.steps) >= done + steps)
-        assert self.steps == list(range(1, len(self.steps) + 1))
+        steps = self.steps  # once: it grows
+        assert steps == list(range(1, len(steps) + 1))
 
     def trains(self, seats, after=""):
         """Wait until ``seats`` train, and every shard has its copies."""
