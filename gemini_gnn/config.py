@@ -86,6 +86,8 @@ class SamplingConfig:
 @dataclass
 class FeaturesConfig:
     in_ram: bool = True  # copy own rows out of the mapped file; False: read them through the page cache
+    # auto: only the values that are not zero are stored, sent and multiplied, where that takes a quarter of the memory
+    layout: str = _one_of("auto", "dense", "sparse")
 
 
 @dataclass

@@ -1,9 +1,9 @@
-"""A sampled block as torch tensors on one device. No arithmetic here; the products are in :mod:`gemini_gnn.models.csr`."""
+"""A sampled block, and sparse features, as torch tensors on one device. The products are in :mod:`gemini_gnn.models.csr`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -65,3 +65,59 @@ def moved(block: BlockTensors, device: torch.device) -> BlockTensors:
 def _each(block: BlockTensors, change: Callable[[Tensor], Tensor]) -> BlockTensors:
     values = {f.name: getattr(block, f.name) for f in fields(block)}
     return BlockTensors(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+
+
+@dataclass(frozen=True)
+class SparseFeatures:
+    """Features ``[rows, width]`` of which only the stored values exist: the ``x`` of models with ``takes_sparse = True``.
+
+    Attributes:
+        ptr: int64 ``[rows + 1]``, begins with 0; row r is ``index[ptr[r]:ptr[r + 1]]``.
+        index: int32 ``[stored]``, columns, ascending within a row.
+        value: ``[stored]``, float32 or bfloat16; None: every stored value is 1.
+        width: columns. dtype: of the values, also where they are left out.
+    """
+
+    ptr: Tensor
+    index: Tensor
+    value: Tensor | None
+    width: int
+    dtype: torch.dtype = torch.float32
+
+    requires_grad = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.ptr) - 1, self.width
+
+    @property
+    def stored(self) -> int:
+        return len(self.index)
+
+    @property
+    def device(self) -> torch.device:
+        return self.ptr.device
+
+    def __len__(self) -> int:
+        return len(self.ptr) - 1
+
+    def to(self, to: torch.device | str | torch.dtype, non_blocking: bool = False) -> SparseFeatures:
+        """On another device, or with values of another floating-point type."""
+        if isinstance(to, torch.dtype):
+            return replace(self, value=None if self.value is None else self.value.to(to), dtype=to)
+        move = lambda tensor: tensor.to(to, non_blocking=non_blocking)  # noqa: E731
+        value = None if self.value is None else move(self.value)
+        return replace(self, ptr=move(self.ptr), index=move(self.index), value=value)
+
+    def pin_memory(self) -> SparseFeatures:
+        value = None if self.value is None else self.value.pin_memory()
+        return replace(self, ptr=self.ptr.pin_memory(), index=self.index.pin_memory(), value=value)
+
+    def dense(self) -> Tensor:
+        """``[rows, width]`` on the same device. Each place is written at most once, so two runs agree bit for bit."""
+        rows = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        lengths = self.ptr[1:] - self.ptr[:-1]
+        row = torch.repeat_interleave(torch.arange(len(self), device=self.device), lengths, output_size=self.stored)
+        value = torch.ones((), dtype=self.dtype, device=self.device) if self.value is None else self.value
+        rows[row, self.index.long()] = value
+        return rows
