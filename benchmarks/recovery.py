@@ -800,8 +800,13 @@ def main() -> None:
     parser.add_argument("--mtbf", type=float, default=86_400.0, help="assumed seconds between failures of the job")
     parser.add_argument("--idle", type=float, default=25.0, help="seconds in which the CPU time of agents is measured")
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "recovery.json")
-    parser.add_argument("--picture", type=Path, default=ROOT / "results" / "recovery.png")
+    parser.add_argument("--picture", type=Path, help="default: beside the output")
     options = parser.parse_args()
+    options.output = options.output.resolve()
+    options.picture = (options.picture or options.output.with_suffix(".png")).resolve()
+    for file in (options.output, options.picture):  # now, not after half an hour
+        file.parent.mkdir(parents=True, exist_ok=True)
+    os.chdir(ROOT)
     if options.quick:
         options.rounds, options.states, options.steps, options.idle = 1, [1e6], 6, 5.0
         options.compute, options.rates = 0.1, options.rates[:1]

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and all tests on a fresh machine: `bash launch/test.sh [pytest arguments]`.
 # `bash launch/test.sh --long [--seed N] [--kills N] [pytest arguments]`: only the campaigns of kills in tests/chaos.
+# `bash launch/test.sh --coverage [pytest arguments]`: all tests, and which lines they run. Tracing takes as long again.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$ROOT"
 setup "[dev]"
@@ -33,5 +34,10 @@ if [ -z "${GEMINI_GNN_DATA:-}" ] && [ -d "$ROOT/../shared/data" ]; then
     GEMINI_GNN_DATA="$(cd "$ROOT/../shared/data" && pwd)"
     export GEMINI_GNN_DATA
 fi
+traced=()
+if [ "${1:-}" = --coverage ]; then
+    traced=(--cov --cov-report=term:skip-covered --cov-fail-under=70)
+    shift
+fi
 # Two at a time: most of the time is waiting for processes to start and to die. `-n 0`: one after the other, with a debugger.
-python -m pytest -n 2 --dist worksteal --cov --cov-report=term:skip-covered --cov-fail-under=70 "$@"
+python -m pytest -n 2 --dist worksteal "${traced[@]}" "$@"

@@ -37,7 +37,7 @@ from gemini_gnn.recovery.screen import POLL_S, Screen
 AGENT_START_S = 60.0  # until an agent listens, on a busy machine with a slow file system
 HEIR_S = 0.3  # for the dead agent's warm parent to take its place
 ANSWER_S = 60.0  # until the agent of an earlier start is gone and ours answers
-MAX_DEATHS = 4  # so many agents in a row may not die before a step is done: something else is wrong
+STARTS = 4  # agents that one slot process starts at most, until one listens
 AGENT = "gemini_gnn.recovery.worker.agent"
 NO_FAULTS, IN_MEMORY = FaultsConfig(), SnapshotConfig()
 UNKNOWN_SCRIPT = RecoveryConfig(hang_factor=0.0)  # it may do anything between two steps, for any time
@@ -135,9 +135,10 @@ def run(
                     now = time.monotonic()
                     in_a_row = 1 if stepped else in_a_row + 1
                     until_s = now + ANSWER_S
-                    if in_a_row == MAX_DEATHS:
+                    if in_a_row >= recovery.same_step_failures:
                         raise RecoveryError(
-                            f"the worker agent died {MAX_DEATHS} times before a step was done; {_see(run_dir)}"
+                            f"the worker agent died {in_a_row} times before a step was done "
+                            f"(recovery.same_step_failures={recovery.same_step_failures}); {_see(run_dir)}"
                         )
                     resume = "auto" if request.resume == "never" else request.resume
                     request = replace(request, deaths=request.deaths + 1, died_s=now, resume=resume)
@@ -189,7 +190,7 @@ def reach_agent(arena: Path, run_dir: Path, heir_s: float = 0.0) -> messages.Cha
     """
     begin, started = time.monotonic(), 0
     deadline = begin + AGENT_START_S
-    while time.monotonic() < deadline and started < MAX_DEATHS:
+    while time.monotonic() < deadline and started < STARTS:
         channel = messages.connect(arena / home.AGENT_SOCKET)
         if channel is not None:
             return channel

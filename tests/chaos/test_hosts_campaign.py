@@ -98,7 +98,7 @@ def test_a_hundred_failures_of_one_job(lab, tmp_path, request, seed):
     run.until(lambda: run.status.get("checkpoint"))
     for number, failure in enumerate(plan(seed, count, HOSTS, STANDBYS), 1):
         if failure.waits:
-            step = run.status.get("step", 0)
+            step = len(run.steps)
             run.until(lambda step=step: len(run.steps) > step, PATIENCE_S)
         time.sleep(failure.delay_s)  # not waiting for an event: the instant is the test
         assert run.lives(), f"seed {seed}\n{terminal(run.run_dir)[-8000:]}"

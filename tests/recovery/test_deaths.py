@@ -67,6 +67,17 @@ def test_a_killed_agent_takes_its_trainers_along_and_is_replaced(job):
     run.assert_nothing_left()
 
 
+def test_agents_that_die_before_a_step_are_limited(job):
+    run = job()
+    launch = run.launch(2, "train", recovery={"same_step_failures": 2})
+    for term in (1, 2):
+        run.training(2, term=term)
+        os.kill(run.pid_of("agent"), signal.SIGKILL)
+    code, _, err = run.end(launch)
+    assert code == 2 and "died 2 times before a step was done (recovery.same_step_failures=2)" in err
+    wait_for(lambda: not run.processes(), "the end of all processes")
+
+
 def test_an_agent_whose_heir_does_not_come_is_replaced_by_the_slots(job):
     run = job()
     launch = run.launch(2, "train")
