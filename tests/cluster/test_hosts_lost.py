@@ -14,7 +14,7 @@ from gemini_gnn.cluster.launcher import DEEPSPEED
 from gemini_gnn.observe.run_directory import read_losses
 from gemini_gnn.observe.status import read_status
 from gemini_gnn.snapshot.store.identity import from_json
-from tests.cluster.test_hosts_recovery import agent_events
+from tests.cluster.test_hosts_recovery import PHASES, agent_events
 from tests.cluster.test_hosts_train import terminal, train, wait_until
 from tests.lab.lab import kill_group
 from tests.launch.test_resume import same_run
@@ -207,3 +207,21 @@ def test_without_a_standby_the_job_ends_with_all_that_it_knew(lab, small, calm_o
     run.ends()
     run.is_as(calm)
     assert agent_events(run.run_dir, "load"), "no memory held anything"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [1, 0], ids=["seat", "root"])
+@pytest.mark.parametrize("phase", [*PHASES, "start-up"])
+def test_a_machine_loses_power_in_every_phase(lab, small, calm_of, tmp_path, phase, rank):
+    """Its trainer stands still in the phase when the plug is pulled. "start-up": of a recovery, after a kill."""
+    epochs = "training.epochs=40"
+    faults = [f"stop-rank {rank} @ step {5 if phase == 'start-up' else 20} in {phase}"]
+    if phase == "start-up":
+        faults.insert(0, "kill-rank 1 @ step 20")
+    settings = [*small, epochs, "faults.allow=true", f"faults.at=[{', '.join(faults)}]"]
+    run = Run(lab, settings, tmp_path / "run", ["h0", "h1", "h2"], 1)
+    run.until(lambda: list((run.run_dir / "faults").glob("stop-rank*")))
+    lab.power_off(f"h{rank}")
+    run.ends()
+    result = run.is_as(calm_of(2, epochs))
+    assert result["failures"][-1]["kind"] in ("silent", "root agent"), result["failures"]
