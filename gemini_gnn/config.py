@@ -259,13 +259,13 @@ def seats_of(settings: RecoveryConfig, machines: int) -> int:
 
 
 def replicas_of(settings: SnapshotConfig, machines: int) -> int:
-    """Copies of each shard, the own one included: at most one for each machine.
+    """Copies of each shard, the own one included.
 
     Args:
         machines: that train.
 
     Raises:
-        ConfigError: not one failure domain for each machine.
+        ConfigError: more copies than machines, or not one failure domain for each machine.
     """
     if settings.mode != "memory":
         return 1
@@ -275,7 +275,14 @@ def replicas_of(settings: SnapshotConfig, machines: int) -> int:
             f"snapshot.failure_domains: expected one name for each of the {machines} machines, in the launcher's order; "
             f"got {len(domains)}"
         )
-    return min(2 if settings.replicas == "auto" else int(settings.replicas), machines)
+    if settings.replicas == "auto":
+        return min(2, machines)
+    if int(settings.replicas) > machines:
+        raise ConfigError(
+            f"snapshot.replicas: expected at most one copy for each of the {machines} machine{'s' * (machines > 1)} that "
+            f"train{'s' * (machines == 1)}; got {settings.replicas}. Set snapshot.replicas=auto, or start on more machines"
+        )
+    return int(settings.replicas)
 
 
 def to_mapping(config: Config) -> dict[str, Any]:

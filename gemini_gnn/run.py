@@ -17,15 +17,17 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from gemini_gnn.cluster import launcher
 from gemini_gnn.cluster.place import Place, discover
-from gemini_gnn.compose import exit_with
-from gemini_gnn.config import RecoveryConfig
+from gemini_gnn.compose import compose, exit_with
+from gemini_gnn.config import Config, replicas_of, seats_of
 from gemini_gnn.errors import ConfigError
 
+SETTINGS = ("recovery.", "snapshot.")  # of launch/train.py, which --set takes too
 ALWAYS = ["torch", "torch.distributed"]  # the store needs them
 
 _store: Any = None  # the process groups' store, served by rank 0 for as long as it lives
@@ -90,6 +92,13 @@ def main(arguments: list[str]) -> int:
         "default 0: never, as an evaluation between two steps may take any time",
     )
     parser.add_argument("--hang-floor", type=float, default=30.0, metavar="SECONDS", help="default 30")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SETTING=VALUE",
+        help="a setting of launch/train.py that begins with recovery. or snapshot., like snapshot.replicas=3",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher puts it in front
     parser.add_argument("script", type=Path)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
@@ -105,6 +114,13 @@ def main(arguments: list[str]) -> int:
             refuse(f"expected a Python script; {options.script} is no file")
         if not (options.hang_factor == 0 or options.hang_factor > 1) or not options.hang_floor > 0:
             refuse("expected --hang-factor above 1, or 0 (never), and --hang-floor above 0")
+        if strange := [one for one in options.set if not one.startswith(SETTINGS)]:
+            refuse(f"--set: expected a setting that begins with {' or '.join(SETTINGS)}; got {strange[0]!r}")
+        config = compose(options.set) if options.set else Config()  # 4 s of Hydra: only where it is asked for
+        replicas_of(config.snapshot, seats_of(config.recovery, place.machines))
+    given: dict[str, Any] = {"same_step_failures": options.same_step_failures}
+    given |= {"hang_factor": options.hang_factor, "hang_floor_s": options.hang_floor}
+    given = {name: value for name, value in given.items() if not any(name in one for one in options.set)}
     from gemini_gnn.observe.progress import say
     from gemini_gnn.recovery import shim
     from gemini_gnn.recovery.outcome import STOPPED
@@ -125,11 +141,8 @@ def main(arguments: list[str]) -> int:
         resume=options.resume,
         terminal=True,
         arena_root=options.arena,
-        recovery=RecoveryConfig(
-            hang_factor=options.hang_factor,
-            hang_floor_s=options.hang_floor,
-            same_step_failures=options.same_step_failures,
-        ),
+        recovery=replace(config.recovery, **given),
+        snapshot=config.snapshot,
     )
     if code not in (0, STOPPED):
         launcher.free_launcher(place)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ __all__ = ["job"]  # the fixture
 
 pytestmark = pytest.mark.processes
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPT = """
 import os, sys
 import torch
@@ -102,6 +104,23 @@ def test_a_missing_script_is_an_error_of_use():
         [sys.executable, "-m", "gemini_gnn.run", "no_such.py"], capture_output=True, text=True, timeout=PATIENCE_S
     )
     assert ended.returncode == 2 and "no_such.py is no file" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (
+            "dataset.name=cora",
+            r"--set: expected a setting that begins with recovery. or snapshot.; got 'dataset.name=cora'",
+        ),
+        ("snapshot.replicas=3", r"snapshot.replicas: expected at most one copy for each of the 1 machine"),
+        ("recovery.silence=1", r"recovery.silence"),
+    ],
+)
+def test_settings_are_checked_before_anything_starts(setting, said):
+    command = [sys.executable, "-m", "gemini_gnn.run", "--set", setting, os.fspath(EXAMPLES / "plain_ddp.py")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert ended.returncode == 2 and re.search(said, ended.stderr), ended.stderr
 
 
 ZERO = """

@@ -243,12 +243,6 @@ class Copies:
         if self._explained:
             return
         self._explained = True
-        wanted = self.settings.replicas
-        if self.settings.mode == "memory" and wanted != "auto" and int(wanted) > self.replicas:
-            self.say(
-                f"snapshot.replicas={wanted}, but {self.seats} machine{'s' * (self.seats > 1)} "
-                f"train{'s' * (self.seats == 1)}: {self.replicas} cop{'ies' if self.replicas > 1 else 'y'} of each shard"
-            )
         if self.replicas > 1:
             names = [self.peers[machine].name for machine in self.machines[: self.seats]]
             for line in explain(self.placement, names, self.settings.failure_domains):
