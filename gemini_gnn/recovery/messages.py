@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import array
 import json
+import math
 import os
 import re
 import select
@@ -969,6 +970,10 @@ class Channel:
 
     def fileno(self) -> int:
         return self.sock.fileno()
+
+    def acknowledged_s(self) -> float:
+        """Seconds since the peer's machine showed that it lives; inf: this kind of socket does not tell."""
+        return math.inf
 
     def send(self, message: Message, timeout_s: float = 0.0) -> bool:
         """Whether the kernel took all of it. The peer gets copies of the message's descriptors."""

@@ -37,11 +37,13 @@ import contextlib
 import errno
 import functools
 import hmac
+import math
 import os
 import re
 import secrets
 import select
 import socket
+import struct
 import time
 from collections.abc import Sequence
 from importlib import metadata
@@ -56,12 +58,26 @@ MAC_BYTES = 16
 _READ_AHEAD = 1 << 16
 _WAKE_BYTES = 512 << 10  # of raw bytes, that a receiver waits for before it reads
 
+STALLS = 2.0  # times as long may a peer say nothing whose kernel acknowledges all: its machine lives, and is busy
+_LAST_ACK = 56  # of struct tcp_info (linux/tcp.h): uint32, milliseconds
+
 FIRST_WORD = b"gemini_gnn "
 HELLO = re.compile(
     b"(?P<hello>" + FIRST_WORD + rb"(?P<protocol>\d{1,9}) (?P<version>[0-9A-Za-z.+!_-]{1,64}) [0-9a-f]{64})"
     rb"(?: (?P<proof>[0-9a-f]{64}))?"
 )
 OWN_PORT = "deepspeed --master_port N ..., or MASTER_PORT=N srun ..."
+
+
+def is_silent(channel: messages.Channel, quiet_s: float, silence_s: float) -> bool:
+    """Whether a peer that has said nothing for ``quiet_s`` counts as silent.
+
+    A machine without power or network acknowledges nothing. A process that is starved or stopped for a moment says nothing
+    either, but the kernel of its machine goes on acknowledging heartbeats.
+    """
+    if quiet_s <= silence_s:
+        return False
+    return quiet_s > STALLS * silence_s or channel.acknowledged_s() > silence_s
 
 
 class Stranger(ValueError):
@@ -115,6 +131,14 @@ class Wire(messages.Channel):
 
     def fileno(self) -> int:
         return -1 if self._epoll.closed else self._epoll.fileno()
+
+    def acknowledged_s(self) -> float:
+        """Seconds since the peer's kernel acknowledged anything."""
+        try:
+            about = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_ACK + 4)
+        except OSError:
+            return math.inf
+        return struct.unpack_from("=I", about, _LAST_ACK)[0] / 1000
 
     def close(self) -> None:
         self._epoll.close()

@@ -300,6 +300,23 @@ def test_a_peer_that_goes_while_we_prove_ourselves(opened):
 # --- nobody makes us wait or keep much --------------------------------------------------------------------------------
 
 
+def test_a_peer_that_does_not_run_is_told_from_a_machine_that_is_gone(opened):
+    """Its kernel acknowledges what it does not read."""
+    a, b = wires(opened)
+    shake(a, b)
+    deadline = time.monotonic() + FAR_S
+    while a.acknowledged_s() < 0.05:  # nothing is sent: it grows
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert a.send(Say("are you there?"))
+    while a.acknowledged_s() > 0.04:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert not wire.is_silent(a, 1.9, 1.0) and wire.is_silent(a, 2.1, 1.0)
+    a.sock.close()
+    assert wire.is_silent(a, 1.1, 1.0) and not wire.is_silent(a, 0.9, 1.0)
+
+
 def test_one_without_proof_can_make_us_keep_little(opened):
     theirs, ours = tcp()
     one = opened(Wire(ours, EXPECTS, TOKEN, opens=False, within_s=FAR_S))

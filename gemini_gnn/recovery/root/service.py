@@ -15,7 +15,9 @@ another machine has its seat. A message to a lost worker is lost: whoever joins 
 lost, repeated or reordered.
 
 Who is silent. The root hears a beat from each worker every `heartbeat_s`. A worker that says nothing for `silence_s` counts as
-gone, and its connection is closed. A root that was itself late (stopped, or starved of the processor) extends that by as much.
+gone, and its connection is closed. It gets twice as long while the kernel of its machine acknowledges what it is sent: that
+machine has power and network, only no time for its agent. A root that was itself late (stopped, or starved of the processor)
+extends that by as much.
 
 Why no two halves of a job ever train: see ``decisions.py``.
 """
@@ -50,7 +52,9 @@ DONE_S = 1.0  # for the last word in status.json
 PERSIST_S = 20.0  # for the last snapshot to get to storage; a launcher gives its slot processes 30 s
 CLAIM_POLL_S = 0.005
 WAITS_S = 1.0  # then people hear for which machine the job waits: an heir comes sooner
-FENCE_SILENCES = 2.0  # after so many times `silence_s` a worker that has lost its root has killed its trainers
+FENCE_SILENCES = (
+    1.0 + wire.STALLS
+)  # after so many times `silence_s` a worker that has lost its root has killed its trainers
 STATUS_S = 1.0  # between two versions of status.json while nothing changes
 STATES = {  # the words of observe/status.py for a job that has not ended
     job.Phase.FORMING: "starting",
@@ -186,8 +190,13 @@ class Root:
                 complaint = link.channel.complaint
                 self._lost(link, "agent", "is gone" if complaint is None else f"is gone ({complaint})", now)
         for link in list(self.links):
-            if now - link.heard_s > self.settings.silence_s and link in self.links and not link.visits:
-                self._lost(link, "silent", f"is silent for {now - link.heard_s:.1f} s (recovery.silence_s)", now)
+            quiet_s = now - link.heard_s
+            if (
+                link in self.links
+                and not link.visits
+                and wire.is_silent(link.channel, quiet_s, self.settings.silence_s)
+            ):
+                self._lost(link, "silent", f"is silent for {quiet_s:.1f} s (recovery.silence_s)", now)
         if self._fresh:
             self._read_boards(now)
         for problem in self.faults.look(self._boards().values(), self.state, self._agents()):

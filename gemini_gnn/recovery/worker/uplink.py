@@ -5,8 +5,9 @@ the same loop (:class:`Local`); elsewhere it is a ``wire.Wire``. An uplink that 
 agent makes another, with the route by which it looks for the next root (``succession.py``).
 
 Interruptions. The connection may end at any time. What is told meanwhile is dropped: Join, the first message on the next
-connection, says how things stand. A root that says nothing for `silence_s` counts as gone, as it would the other way round;
-time in which this process did not run itself does not count. A root of an older term than one that was heard is refused.
+connection, says how things stand. A root that says nothing for `silence_s` counts as gone, as it would the other way round
+(``wire.is_silent``); time in which this process did not run itself does not count. A root of an older term than one that
+was heard is refused.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class Uplink:
                     said.append(message)
         if self._channel is not None:
             silent_s = now - self._heard_s
-            if self.welcome is not None and silent_s > self.welcome.silence_s:
+            if self.welcome is not None and wire.is_silent(self._channel, silent_s, self.welcome.silence_s):
                 self._lose(f"silent for {silent_s:.1f} s", True, now)
             elif self._channel.closed:
                 self._lose(self._channel.complaint or "connection closed", False, now)
