@@ -2,8 +2,6 @@
 
 import os
 import re
-import secrets
-import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +13,7 @@ from gemini_gnn.cluster.launcher import DEEPSPEED
 from gemini_gnn.observe.errors import first_error
 from gemini_gnn.observe.run_directory import read_losses
 from tests.lab.lab import kill_group
+from tests.lab.slurm import absent, slurm_up
 from tests.trainers import trained
 
 ROOT = Path(__file__).parents[2]
@@ -95,55 +94,11 @@ def test_hosts_give_the_losses_of_one_machine_bit_for_bit(lab, graph, losses_her
     assert terminal(run_dir).count("done: test accuracy") == 1, "rank 0 speaks, and only rank 0"
 
 
-SLURM = """
-ClusterName=lab
-SlurmctldHost=h0
-SlurmUser=root
-AuthInfo=socket=/run/munge.socket
-StateSaveLocation=/run/slurmctld
-SlurmdSpoolDir=/run/slurmd
-SlurmctldPidFile=/run/slurmctld.pid
-SlurmdPidFile=/run/slurmd.pid
-SlurmctldLogFile=/run/slurmctld.log
-SlurmdLogFile=/run/slurmd.log
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-MpiDefault=none
-SlurmdParameters=config_overrides
-NodeName=h[0-1] CPUs=2
-PartitionName=all Nodes=ALL Default=YES
-"""
-
-# argv: folder with slurm.conf and the key; /run is each host's own. munged and the daemons go to the background.
-START_SLURM = """
-set -e
-munged --force --key-file="$0/munge.key" --socket=/run/munge.socket --pid-file=/run/munged.pid \
-    --log-file=/run/munged.log --seed-file=/run/munged.seed
-mkdir -p /run/slurmctld /run/slurmd
-if [ "$(hostname)" = h0 ]; then slurmctld -f "$0/slurm.conf"; fi
-slurmd -f "$0/slurm.conf"
-"""
-
-
 def test_srun_gives_the_losses_of_one_machine_bit_for_bit(lab, graph, losses_here, tmp_path):
     """No hostfile, no ssh: a real SLURM between two hosts starts the ranks, and its variables say who they are. One is killed."""
-    absent = [tool for tool in ("slurmctld", "slurmd", "srun", "sinfo", "munged") if not shutil.which(tool)]
-    if absent:
-        pytest.skip(f"needs {', '.join(absent)}: apt-get install slurmctld slurmd slurm-client munge")
-    (tmp_path / "slurm.conf").write_text(SLURM)
-    (tmp_path / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # the one that wants nothing until it is used
-    (tmp_path / "munge.key").touch(0o600)
-    (tmp_path / "munge.key").write_bytes(secrets.token_bytes(128))
-    for name in ("h0", "h1"):
-        begun = lab.run(name, ["sh", "-c", START_SLURM, str(tmp_path)], 60)
-        assert begun.returncode == 0, begun.stdout
-    conf = {"SLURM_CONF": str(tmp_path / "slurm.conf")}
-    idle = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
-    deadline = time.monotonic() + 60
-    while lab.run("h0", idle, env={**os.environ, **conf}).stdout.strip() != "2":
-        assert time.monotonic() < deadline, lab.run("h0", ["sh", "-c", "cat /run/slurmctld.log /run/slurmd.log"]).stdout
-        time.sleep(0.1)
-
+    if reason := absent():
+        pytest.skip(reason)
+    conf = slurm_up(lab, tmp_path, ["h0", "h1"])
     run_dir = tmp_path / "run"
     launcher = ["srun", "-N", "2", "--ntasks-per-node", "2", PYTHON]
     killed = "faults.at=[kill-rank 3 @ step 5]"

@@ -1,0 +1,80 @@
+# Sourced by ibex_cpu.sbatch and ibex_gpu.sbatch, on the first node of an allocation: trains with what SLURM gave, and
+# has the job requeued when its time is over. The same run directory in every requeue: training goes on where it was.
+#
+# Settings, as environment variables of `sbatch`:
+#   RUN_DIR   default runs/slurm-<job>; of a job array runs/slurm-<array job>-<task>
+#   SPARES    so many nodes train nothing and take the place of lost ones; default 0
+#   STAGE     folder of a partitioned graph, copied to $LOCAL (default /tmp) of every node before training
+#   SWEEP     file with settings; task n of a job array adds those in line n, from 1. Without it a task adds seed=n
+#
+# The order of an end. SLURM sends USR1 to this script before the time limit (--signal), and TERM when other jobs need the
+# nodes (preemption) or somebody types `scancel --batch --signal=TERM JOB`. Then `launch/stop.py` asks the job to end: its
+# newest snapshot goes to storage. Then the job is requeued. `scancel JOB` without a signal ends it for good.
+set -u
+
+die() { echo "error: $*" >&2; exit 2; }
+
+[ -n "${SLURM_JOB_ID:-}" ] || die "expected to run under SLURM; type: sbatch launch/ibex_cpu.sbatch dataset=cora"
+cd "${SLURM_SUBMIT_DIR:-.}" && [ -f launch/train.py ] ||
+    die "expected to be submitted from the root of the repository; got $PWD. cd there and type sbatch again"
+for name in SLURM_JOB_NUM_NODES SLURM_NTASKS; do
+    [ -n "${!name:-}" ] || die "$name is not set: expected sbatch with --nodes and --ntasks-per-node, as in launch/ibex_cpu.sbatch"
+done
+spares="${SPARES:-0}"
+case "$spares" in *[!0-9]* | "") die "SPARES: expected a number of nodes; got '$spares'" ;; esac
+[ "$spares" -lt "$SLURM_JOB_NUM_NODES" ] ||
+    die "SPARES: expected fewer than the $SLURM_JOB_NUM_NODES nodes of the job; got $spares. Ask for more: sbatch --nodes=N"
+if [ -z "${SLURM_MEM_PER_NODE:-}${SLURM_MEM_PER_CPU:-}${SLURM_MEM_PER_GPU:-}" ]; then
+    echo "remark: no --mem was asked for; the snapshots in /dev/shm count against what SLURM gives by default"
+fi
+
+run_dir="${RUN_DIR:-runs/slurm-$SLURM_JOB_ID}"
+settings=()
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    run_dir="${RUN_DIR:-runs/slurm-$SLURM_ARRAY_JOB_ID}-$SLURM_ARRAY_TASK_ID"
+    if [ -n "${SWEEP:-}" ]; then
+        line="$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SWEEP")" && [ -n "$line" ] ||
+            die "$SWEEP: expected settings in line $SLURM_ARRAY_TASK_ID, for this task of the array; got none"
+        read -r -a settings <<< "$line"
+    else
+        settings=("seed=$SLURM_ARRAY_TASK_ID")
+    fi
+fi
+[ "$spares" = 0 ] || settings+=("recovery.standby_machines=$spares")
+
+each_node() { srun --no-kill --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" "$@"; }
+
+if [ -n "${STAGE:-}" ]; then
+    [ -d "$STAGE" ] || die "STAGE: expected a folder with a partitioned graph; there is no $STAGE"
+    local_graph="${LOCAL:-/tmp}/gemini_gnn-$SLURM_JOB_ID"
+    echo "copying $STAGE to $local_graph of $SLURM_JOB_NUM_NODES nodes"
+    each_node cp -r "$STAGE/." "$local_graph" || die "could not copy $STAGE to $local_graph of every node: is there room?"
+    settings+=("partition.folder=$local_graph")
+fi
+
+again=0
+end_in_order() {
+    again=1
+    echo "$(date +%T) $1: the newest snapshot goes to storage, then the job is requeued"
+    python launch/stop.py "run_dir=$run_dir"
+}
+trap 'end_in_order "the time limit is near"' USR1
+trap 'end_in_order "SLURM wants the nodes"' TERM
+
+# A node that dies must not end the others: --no-kill; nor a task that exits: --kill-on-bad-exit=0.
+srun --no-kill --kill-on-bad-exit=0 --wait=0 python launch/train.py "run_dir=$run_dir" ${settings[@]+"${settings[@]}"} "$@" &
+step=$!
+code=0
+while kill -0 "$step" 2>/dev/null; do # a trap ends a wait
+    wait "$step"
+    code=$?
+done
+[ -z "${STAGE:-}" ] || each_node rm -rf "$local_graph"
+if [ "$again" = 1 ] && [ "$code" != 0 ]; then
+    # Other nodes may get the job: what it holds in memory would stay on these. Its newest snapshot is on storage.
+    stored="$(python launch/status.py --json "run_dir=$run_dir" |
+        python -c 'import json, sys; found = json.load(sys.stdin); print(found.get("checkpoint") == found.get("recoverable"))')"
+    [ "$stored" != True ] || each_node python launch/stop.py "run_dir=$run_dir" keep=false
+    scontrol requeue "$SLURM_JOB_ID" || die "could not requeue; type: sbatch again with RUN_DIR=$run_dir"
+fi
+exit "$code"

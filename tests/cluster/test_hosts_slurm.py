@@ -1,0 +1,76 @@
+"""Batch jobs under a real SLURM on the lab's hosts: submitted, interrupted, requeued, with the losses of ranks on localhost."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from tests.cluster.test_hosts_train import ROOT, graph, losses, nobody_trains, wait_until
+from tests.lab.slurm import absent, slurm_up
+from tests.launch.test_resume import same_run
+from tests.trainers import trained
+
+__all__ = ["graph"]  # the fixture
+
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(400), pytest.mark.skipif(bool(absent()), reason=absent())]
+EPOCHS = ["training.epochs=60", "training.threads=1", "evaluation.every=5"]
+
+
+class Batch:
+    """A batch job on nodes of the lab; what it prints is in ``log``."""
+
+    def __init__(self, lab, conf, folder, options, settings, variables=None):
+        self.lab, self.run_dir, self.log = lab, folder / "run", folder / "log"
+        self.environ = {
+            **os.environ,
+            "DS_ACCELERATOR": "cpu",
+            **conf,
+            "RUN_DIR": str(self.run_dir),
+            **(variables or {}),
+        }
+        command = ["sbatch", "--parsable", f"--output={self.log}", *options, "launch/ibex_cpu.sbatch", *settings]
+        self.job = self.typed(*command).strip()
+
+    def typed(self, *command):
+        done = self.lab.run("h0", command, 60, env=self.environ, cwd=ROOT)
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    def shows(self, field):
+        """A field of `scontrol show job`."""
+        said = self.typed("scontrol", "show", "job", self.job)
+        return dict(part.split("=", 1) for part in said.split() if "=" in part)[field]
+
+    def until(self, condition, timeout_s=120.0):
+        wait_until(condition, self.run_dir, timeout_s)
+
+    def trains(self, steps):
+        self.until(lambda: (self.run_dir / "losses.csv").exists() and len(losses(self.run_dir)) >= steps)
+
+    def ends(self, state="COMPLETED"):
+        self.until(lambda: self.shows("JobState") not in ("PENDING", "RUNNING", "COMPLETING"))
+        assert self.shows("JobState") == state, self.log.read_text()[-6000:]
+
+
+@pytest.fixture(scope="module")
+def calm(graph, tmp_path_factory):
+    made = tmp_path_factory.mktemp("calm") / "run"
+    trained(4, made, *graph, *EPOCHS)
+    return made
+
+
+SMALL = ["--ntasks-per-node=2", "--cpus-per-task=1", "--mem=0", "--time=10"]
+
+
+def test_a_batch_job_is_requeued_before_its_time_limit(lab, graph, calm, tmp_path):
+    conf = slurm_up(lab, tmp_path, ["h0", "h1"])
+    batch = Batch(lab, conf, tmp_path, ["--nodes=2", *SMALL], [*graph, *EPOCHS])
+    batch.trains(20)
+    batch.typed("scancel", "--batch", "--signal=USR1", batch.job)  # as --signal=B:USR1@300 does before the limit
+    batch.ends()
+    assert batch.shows("Restarts") == "1", batch.log.read_text()[-6000:]
+    same_run(batch.run_dir, calm)
+    assert nobody_trains(lab)
+    for host in ("h0", "h1"):
+        assert lab.run(host, ["ls", "/dev/shm"]).stdout == ""
