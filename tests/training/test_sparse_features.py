@@ -1,5 +1,7 @@
 """Bag-of-words features, sparse from the partitioned graph to the model, beside the same features dense."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,11 @@ import gemini_gnn
 from gemini_gnn.compose import compose
 from gemini_gnn.graph.graph import Graph, from_edges
 from gemini_gnn.graph.partition.folder import PartitionedGraph
+from gemini_gnn.graph.sparse import SparseRows, sparse
 from gemini_gnn.models.csr import destinations
-from gemini_gnn.models.tensors import SparseFeatures
+from gemini_gnn.models.tensors import SparseFeatures, moved_features, needs_dense
 from gemini_gnn.training import groups
+from gemini_gnn.training.data import BatchSource, features_said, in_layout
 from tests.ranks import run_ranks
 from tests.trainers import logs, train_ranks, trained
 
@@ -67,12 +71,68 @@ def settings_of(folders, world, layout, *more, method="hash"):
     return [*SETTINGS, f"partition.folder={folders[world, method]}", f"features.layout={layout}", *more]
 
 
+# -- decisions ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_layout_is_the_folders_unless_another_is_asked_for():
+    ones = np.eye(3, 8, dtype=np.float32)
+    rows = sparse(ones)
+    assert in_layout(ones, "auto", 2) is in_layout(ones, "dense", 2) is ones
+    assert in_layout(rows, "auto", 2) is in_layout(rows, "sparse", 2) is rows and rows.value is None
+    assert np.array_equal(in_layout(rows, "dense", 2), ones)
+    assert in_layout(ones, "sparse", 1).value is None
+    beside = in_layout(
+        ones, "sparse", 2
+    )  # another rank's part may hold other values than 1: then all ranks send values
+    assert beside.value.tolist() == [1, 1, 1] and np.array_equal(beside.dense(), ones)
+
+
+@pytest.mark.parametrize(
+    ("held", "given", "device", "made_dense", "said"),
+    [
+        ("dense", "dense", "cpu", True, []),
+        ("sparse", "sparse", "cpu", False, ["features: sparse, 4.0 MB in memory of rank 0 (dense: 50.0 MB); "]),
+        ("sparse", "dense", "cpu", True, ["features: sparse, 4.0 MB", "model Bag takes dense features: rows are made"]),
+        (
+            "sparse",
+            "sparse",
+            "cuda",
+            True,
+            ["features: sparse, 4.0 MB", "on the GPU the features of each batch are dense"],
+        ),
+        ("dense", "sparse", "cpu", True, ["features: dense, 50.0 MB in memory of rank 0 (sparse: 4.0 MB); "]),
+    ],
+)
+def test_the_start_says_the_layout_and_both_sizes(held, given, device, made_dense, said):
+    ptr = np.linspace(0, 487_500, 12_501).astype(np.int64)
+    rows = SparseRows(ptr, np.zeros(487_500, np.int32), np.ones(487_500, np.float32), 1000)
+    forms = {"dense": np.zeros((2, 2), np.float32), "sparse": rows}
+    source = SimpleNamespace(
+        x=forms[held],
+        part=SimpleNamespace(x=forms[given]),
+        graph=SimpleNamespace(parts=2),
+        rank=0,
+        device=torch.device(device),
+        dense=made_dense,
+    )
+    lines = features_said(source, Bag(3, 1, 2, 1))
+    assert len(lines) == len(said) and all(line.startswith(begin) for line, begin in zip(lines, said, strict=True))
+
+
+def test_only_a_declared_model_on_the_cpu_gets_sparse_features():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert not needs_dense(SparseBag(3, 1, 2, 1), cpu)
+    assert needs_dense(SparseBag(3, 1, 2, 1), cuda) and needs_dense(Bag(3, 1, 2, 1), cpu)
+    x = SparseFeatures(torch.tensor([0, 1, 3]), torch.tensor([2, 0, 1], dtype=torch.int32), None, 4)
+    assert moved_features(x, cpu, dense=True).tolist() == [[0, 0, 1, 0], [1, 1, 0, 0]]
+    there = moved_features(x, torch.device("meta"), dense=True)  # reads nothing back from the device
+    assert there.shape == (2, 4) and there.device.type == "meta"
+
+
 # -- batches -----------------------------------------------------------------------------------------------------------
 
 
 def same_batches(rank, world, folder, precision):
-    from gemini_gnn.training.data import BatchSource  # after the fork server's imports, as in a trainer
-
     group = torch.distributed.new_group() if world > 1 else None
     place = groups.Groups(rank, world, "gloo", torch.device("cpu"), group, None, None, None)
     sources = [
@@ -85,17 +145,17 @@ def same_batches(rank, world, folder, precision):
     ]
     sources[2].dense = True
     for key in sources[0].step_keys(0) + sources[0].step_keys(1):
-        dense, sparse, made_dense = (source.make(key) for source in sources)
-        assert isinstance(sparse.x, SparseFeatures) and sparse.x.dtype == dense.x.dtype
-        assert torch.equal(sparse.x.dense(), dense.x) and torch.equal(made_dense.x, dense.x)
+        dense, stored, made_dense = (source.make(key).x for source in sources)
+        assert isinstance(stored, SparseFeatures) and stored.dtype == dense.dtype
+        assert torch.equal(stored.dense(), dense) and torch.equal(made_dense, dense)
     return sources[0].remote_bytes, sources[1].remote_bytes
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(("world", "method"), [(1, "hash"), (2, "hash"), (2, "metis")])
 def test_batches_hold_the_same_bits_in_both_layouts(folders, world, method, precision):
-    for dense, sparse in run_ranks(same_batches, world, folders[world, method], precision):
-        assert (dense, sparse) == (0, 0) if world == 1 else 0 < 5 * sparse < dense
+    for whole, stored in run_ranks(same_batches, world, folders[world, method], precision):  # bytes received
+        assert (whole, stored) == (0, 0) if world == 1 else 0 < 5 * stored < whole
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -108,7 +168,7 @@ def test_losses_of_both_layouts_agree_on_one_and_two_ranks(folders, tmp_path, mo
     dense, expected = trained(1, tmp_path / "dense", *settings_of(folders, 1, "dense", f"model={model}"))
     assert dense[-1] < dense[0]
     for world, method in ((1, "hash"), (2, "metis")):
-        more = [f"model={model}", f"sampling.batch_size={16 // world}"]
+        more = [f"model={model}", f"sampling.batch_size={16 // world}", f"deepspeed=zero{world + 1}"]
         run = tmp_path / f"sparse-{world}"
         losses, result = trained(world, run, *settings_of(folders, world, "sparse", *more, method=method))
         np.testing.assert_allclose(losses, dense, rtol=1e-5)
