@@ -84,7 +84,8 @@ def joined(own: SparseFeatures, own_at: np.ndarray, far: SparseFeatures, far_at:
                 copy_ranges(part.value, begin, value, ptr[at], length[at])
         both = SparseFeatures(torch.from_numpy(ptr), index, value, own.width, own.dtype)
     if both.stored:
-        low, high = (int(bound) for bound in torch.aminmax(both.index))
+        columns = both.index.numpy()  # torch would start threads for this, beside those that train
+        low, high = int(columns.min()), int(columns.max())
         if low < 0 or high >= both.width:
             raise DataError(
                 f"sparse features: expected columns in 0..{both.width - 1}; got {low}..{high}. The files, memory or the "
