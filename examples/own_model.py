@@ -7,6 +7,9 @@
 The class is called with ``in_features, hidden, num_classes, layers`` and ``model.kwargs``; the model with ``x`` ``[inputs,
 in_features]``, the features of all nodes of the batch, and one block per layer, the farthest hop first. The destinations of
 a block are the first of its sources, and those of the last block are the seed nodes. Returns logits ``[seeds, num_classes]``.
+
+Where the features are sparse, ``x`` is made dense, unless the class says ``takes_sparse = True``: then it is a
+``gemini_gnn.models.tensors.SparseFeatures``, with ``ptr``, ``index``, ``value`` and ``dense()``.
 """
 
 import torch

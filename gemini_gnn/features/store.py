@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from gemini_gnn.errors import DataError
+from gemini_gnn.features import ragged
+from gemini_gnn.graph.sparse import SparseRows
 from gemini_gnn.halo import plan
 from gemini_gnn.halo.exchange import HaloExchange, Rows
 from gemini_gnn.halo.rows import copy_rows, empty_rows
+from gemini_gnn.models.tensors import SparseFeatures
 
 
 @dataclass
@@ -19,7 +21,8 @@ class Counts:
     """Rows gathered since :meth:`FeatureStore.take_counts`.
 
     Attributes:
-        own, remote: rows of either kind; remote_bytes: features received for the latter (ids not included).
+        own, remote: rows of either kind; remote_bytes: features received for the latter (ids and, of sparse rows,
+            lengths not included).
     """
 
     own: int = 0
@@ -33,11 +36,12 @@ class Prepared:
 
     Attributes:
         split: which rows are where.
-        rows: ``[inputs, features]`` in host memory (pinned if they go to a GPU), own rows filled in.
+        rows: ``[inputs, features]`` in host memory (pinned if they go to a GPU), own rows filled in; of sparse features
+            the own rows alone.
     """
 
     split: plan.Split
-    rows: torch.Tensor
+    rows: torch.Tensor | SparseFeatures
 
 
 class FeatureStore:
@@ -47,7 +51,8 @@ class FeatureStore:
     of it runs in the prefetcher's thread, with NCCL the training thread calls ``complete``.
 
     Args:
-        local: float32 ``[owned, features]``, maybe memory-mapped.
+        local: float32 ``[owned, features]``, dense or sparse on all ranks, maybe memory-mapped. Sparse rows have values on
+            all ranks or on none.
         begin, end: the range of the exchange's bounds that this rank owns.
         exchange: used from one thread at a time.
         in_ram: copy a mapping into memory once; False reads rows through the page cache at every gather.
@@ -59,7 +64,7 @@ class FeatureStore:
 
     def __init__(
         self,
-        local: np.ndarray,
+        local: np.ndarray | SparseRows,
         begin: int,
         end: int,
         exchange: HaloExchange,
@@ -77,13 +82,17 @@ class FeatureStore:
                 f"{exchange.begin}..{exchange.end - 1}"
             )
         self.width, self.dtype, self.exchange = local.shape[1], dtype, exchange
-        self._local = _held(local, in_ram, dtype)
+        self._sparse: SparseFeatures | None = None
+        if isinstance(local, SparseRows):
+            self._sparse = ragged.held(local, in_ram, dtype)
+        else:
+            self._local = _held(local, in_ram, dtype)
         self._counts = Counts()
 
-    def gather(self, input_nodes: np.ndarray) -> torch.Tensor:
+    def gather(self, input_nodes: np.ndarray) -> torch.Tensor | SparseFeatures:
         """Features of ``input_nodes`` (unique new ids, any order): ``[inputs, features]`` on the exchange's device.
 
-        Bit for bit what is on disk (for bfloat16: its rounding). Collective.
+        Sparse if ``local`` is. Bit for bit what is on disk (for bfloat16: its rounding). Collective.
 
         Raises:
             ExchangeError: another rank failed, died or did not come in time; ValueError: an id outside the graph.
@@ -93,6 +102,8 @@ class FeatureStore:
     def prepare(self, input_nodes: np.ndarray) -> Prepared:
         """Split the nodes and read own rows. Not collective: a failure here reaches the others with this rank's end."""
         split = plan.split(input_nodes, self.exchange.bounds, self.exchange.rank)
+        if self._sparse is not None:
+            return Prepared(split, ragged.read(self._sparse, split.own_local))
         if self.exchange.device.type == "cuda":
             rows = torch.empty((len(split), self.width), dtype=self.dtype, pin_memory=True)
         else:
@@ -103,16 +114,39 @@ class FeatureStore:
             copy_rows(self._converted(split.own_local), np.arange(len(split.own)), rows, split.own)
         return Prepared(split, rows)
 
-    def complete(self, prepared: Prepared) -> torch.Tensor:
+    def complete(self, prepared: Prepared) -> torch.Tensor | SparseFeatures:
         """Fetch the remote rows into their places; ``[inputs, features]`` on the exchange's device. Collective."""
-        split = prepared.split
-        rows = prepared.rows.to(self.exchange.device, non_blocking=True)
-        local: Rows = self._local if self._local.dtype == self.dtype else self._converted
-        self.exchange.fetch(split, local, rows)
+        split, rows = prepared.split, prepared.rows
+        if isinstance(rows, SparseFeatures):
+            assert self._sparse is not None
+            rows = ragged.joined(rows, split.own, self._asked(self._sparse, split), split.remote)
+            if self.exchange.device.type == "cuda":
+                rows = rows.pin_memory().to(self.exchange.device, non_blocking=True)
+        else:
+            rows = rows.to(self.exchange.device, non_blocking=True)
+            local: Rows = self._local if self._local.dtype == self.dtype else self._converted
+            self.exchange.fetch(split, local, rows)
+            self._counts.remote_bytes += len(split.remote) * self.width * self.dtype.itemsize
         self._counts.own += len(split.own)
         self._counts.remote += len(split.remote)
-        self._counts.remote_bytes += len(split.remote) * self.width * self.dtype.itemsize
         return rows
+
+    def _asked(self, local: SparseFeatures, split: plan.Split) -> SparseFeatures:
+        """The remote rows, in the order of ``split.remote``. Collective."""
+        kinds: list[type] = [np.int32]
+        if local.value is not None:
+            kinds.append(np.int16 if self.dtype == torch.bfloat16 else np.float32)  # numpy has no bfloat16
+
+        def answer(ids: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+            rows = ragged.read(local, ids - self.exchange.begin)
+            values = [] if rows.value is None else [rows.value.view(torch.uint8).numpy().view(kinds[1])]
+            return np.diff(rows.ptr.numpy()), [rows.index.numpy(), *values]
+
+        lengths, (index, *values) = self.exchange.ask(split.remote_ids, answer, kinds)
+        self._counts.remote_bytes += index.nbytes + sum(value.nbytes for value in values)
+        value = torch.from_numpy(values[0]).view(self.dtype) if values else None
+        ptr = torch.from_numpy(ragged.offsets(lengths))
+        return SparseFeatures(ptr, torch.from_numpy(index), value, self.width, self.dtype)
 
     def take_counts(self) -> Counts:
         """The counters, which start again at zero. Call it where no gather is under way."""
@@ -128,10 +162,7 @@ class FeatureStore:
 
 def _held(local: np.ndarray, in_ram: bool, dtype: torch.dtype) -> torch.Tensor:
     """``local`` as the tensor to gather from: itself, or its copy in ``dtype``."""
-    with warnings.catch_warnings():
-        # torch has no read-only tensors and says so; nothing here writes into this one.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        given = torch.from_numpy(np.ascontiguousarray(local))
+    given = ragged.as_tensor(local)
     if not in_ram:
         return given
     if given.dtype == dtype and not isinstance(local, np.memmap):

@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gemini_gnn import memory
 from gemini_gnn.sampling.blocks import Block
 
 
@@ -115,9 +116,24 @@ class SparseFeatures:
 
     def dense(self) -> Tensor:
         """``[rows, width]`` on the same device. Each place is written at most once, so two runs agree bit for bit."""
-        rows = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        if self.device.type == "cpu":
+            rows = memory.empty(self.shape, self.dtype).zero_()
+        else:
+            rows = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         lengths = self.ptr[1:] - self.ptr[:-1]
         row = torch.repeat_interleave(torch.arange(len(self), device=self.device), lengths, output_size=self.stored)
         value = torch.ones((), dtype=self.dtype, device=self.device) if self.value is None else self.value
         rows[row, self.index.long()] = value
         return rows
+
+
+def needs_dense(model: nn.Module, device: torch.device) -> bool:
+    """Whether sparse features are made dense for ``model``: it does not declare ``takes_sparse = True``, or it is on a GPU,
+    where the sparse products are not ours."""
+    return device.type == "cuda" or not getattr(model, "takes_sparse", False)
+
+
+def moved_features(x: Tensor | SparseFeatures, device: torch.device, dense: bool) -> Tensor | SparseFeatures:
+    """``x`` on ``device``, and there as a tensor if ``dense`` says so."""
+    x = x.to(device, non_blocking=True)
+    return x.dense() if dense and isinstance(x, SparseFeatures) else x

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,9 @@ from gemini_gnn.config import Config
 from gemini_gnn.errors import DataError, PartitionError
 from gemini_gnn.features.store import FeatureStore, Prepared
 from gemini_gnn.graph.partition.folder import PartitionedGraph
+from gemini_gnn.graph.sparse import SparseRows, sparse
 from gemini_gnn.halo.exchange import HaloExchange
-from gemini_gnn.models.tensors import BlockTensors, moved, pinned, to_tensors
+from gemini_gnn.models.tensors import BlockTensors, SparseFeatures, moved, moved_features, pinned, to_tensors
 from gemini_gnn.recovery import board
 from gemini_gnn.sampling.batches import BatchPlan
 from gemini_gnn.sampling.in_edges import InEdges, ReplicatedInEdges
@@ -56,13 +57,14 @@ class MicroBatch:
     """A batch as the model takes it.
 
     Attributes:
-        x: ``[inputs, features]``, y: ``[seeds]`` int64 or ``[seeds, classes]`` float32, blocks: input side first.
+        x: ``[inputs, features]``, dense, or sparse for a model that takes it so, y: ``[seeds]`` int64 or ``[seeds, classes]``
+        float32, blocks: input side first.
         sample_s, fetch_s: seconds spent on sampling and on the features, the exchange included, of which
         transfer_s: moving data between ranks, meet_s: waiting for the slowest rank to come to the exchange.
     """
 
     key: Key
-    x: torch.Tensor
+    x: torch.Tensor | SparseFeatures
     y: torch.Tensor
     blocks: list[BlockTensors]
     edges: int
@@ -74,6 +76,10 @@ class MicroBatch:
 
 class BatchSource:
     """Makes the micro-batches of one rank. One thread at a time may call :meth:`make`.
+
+    Attributes:
+        x: the features of the owned nodes, in the form that ``features.layout`` asks for.
+        dense: give the rows of sparse features to the model as a dense tensor. The loop says so, once it has the model.
 
     Raises:
         PartitionError: the graph has not one part per rank.
@@ -99,6 +105,8 @@ class BatchSource:
         self.graph, self.rank, self.device = graph, groups.rank, groups.device
         self.remote_bytes = 0  # received by the halo exchange so far; written by the thread that makes batches
         self.part = graph.part(groups.rank)
+        self.x = in_layout(self.part.x, config.features.layout, graph.parts)
+        self.dense = False
         self.exchange = make_exchange(graph, config, groups, groups.halo)
         self._partitioned = config.sampling.topology == "partitioned"
         self.sampler = NeighborSampler(
@@ -106,7 +114,7 @@ class BatchSource:
         )
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
         self.store = FeatureStore(
-            self.part.x, self.part.begin, self.part.end, self.exchange, in_ram=config.features.in_ram, dtype=dtype
+            self.x, self.part.begin, self.part.end, self.exchange, in_ram=config.features.in_ram, dtype=dtype
         )
         seeds = [graph.train_seeds(p) for p in range(graph.parts)]
         self.plan = BatchPlan(seeds, graph.original, config.sampling.batch_size, config.sampling.order, config.seed)
@@ -148,7 +156,7 @@ class BatchSource:
         """Fetch the remote rows, and move all of it to the device. Collective."""
         began = time.perf_counter()
         board.doing(board.Phase.EXCHANGE)
-        x = self.store.complete(prepared.rows).to(self.device, non_blocking=True)
+        x = moved_features(self.store.complete(prepared.rows), self.device, self.dense)
         y = prepared.y.to(self.device, non_blocking=True)
         blocks = [moved(block, self.device) for block in prepared.blocks]
         fetch_s = prepared.prepare_s + time.perf_counter() - began
@@ -181,6 +189,39 @@ class BatchSource:
         if self._partitioned:
             return (lambda key: key), self.make
         return self.prepare, self.complete
+
+
+def in_layout(x: np.ndarray | SparseRows, layout: str, parts: int) -> np.ndarray | SparseRows:
+    """The features of one of ``parts`` parts as ``features.layout`` asks for them; auto: as the folder holds them."""
+    if isinstance(x, SparseRows):
+        return x.dense() if layout == "dense" else x
+    if layout != "sparse":
+        return x
+    rows = sparse(x)
+    # Ranks exchange values or they do not, all of them. One part cannot know whether all values of the others are 1.
+    return rows if parts == 1 else replace(rows, value=rows.values())
+
+
+def features_said(source: BatchSource, model: torch.nn.Module) -> list[str]:
+    """Which form the features of this rank have, and what that saves; nothing where the other form was never counted."""
+    rows = next((x for x in (source.x, source.part.x) if isinstance(x, SparseRows)), None)
+    if rows is None:
+        return []
+    mb = {"sparse": rows.nbytes / 1e6, "dense": rows.dense_bytes / 1e6}
+    form, other = ("sparse", "dense") if rows is source.x else ("dense", "sparse")
+    where = "in memory" if source.graph.parts == 1 else f"in memory of rank {source.rank}"
+    said = [
+        f"features: {form}, {mb[form]:,.1f} MB {where} ({other}: {mb[other]:,.1f} MB); "
+        f"features.layout={other} chooses the other"
+    ]
+    if form == "sparse" and source.device.type == "cuda":
+        said.append("on the GPU the features of each batch are dense")
+    elif form == "sparse" and source.dense:
+        said.append(
+            f"model {type(model).__name__} takes dense features: rows are made dense per batch; "
+            "declare takes_sparse = True to get SparseFeatures"
+        )
+    return said
 
 
 def make_exchange(graph: PartitionedGraph, config: Config, groups: Groups, group: Any) -> HaloExchange:

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from gemini_gnn.features.store import FeatureStore
+from gemini_gnn.graph.sparse import SparseRows
 from gemini_gnn.halo.exchange import HaloExchange
-from gemini_gnn.models.tensors import BlockTensors, to_tensors
+from gemini_gnn.models.tensors import BlockTensors, SparseFeatures, moved_features, needs_dense, to_tensors
 from gemini_gnn.sampling.sampler import NeighborSampler
 
 KEPT_EDGES = 20_000_000  # blocks of all layers are the same; keep them between layers and evaluations up to this size
@@ -24,7 +26,8 @@ class Evaluation:
 
     Args:
         sampler: fanouts of evaluation, hop 1 first; ``[-1]`` for the exact layer-wise mode.
-        x: float32 ``[owned, features]``, the features of nodes ``begin..end-1`` (new ids), maybe memory-mapped.
+        x: float32 ``[owned, features]``, dense or sparse, the features of nodes ``begin..end-1`` (new ids), maybe
+            memory-mapped.
         largest_part: nodes of the largest part of any rank, by which all ranks take the same number of rounds.
     """
 
@@ -32,7 +35,7 @@ class Evaluation:
         self,
         sampler: NeighborSampler,
         exchange: HaloExchange,
-        x: np.ndarray,
+        x: np.ndarray | SparseRows,
         begin: int,
         end: int,
         largest_part: int,
@@ -42,6 +45,7 @@ class Evaluation:
     ):
         self.sampler, self.exchange, self.device, self.exact = sampler, exchange, device, exact
         self.x, self.begin, self.end, self.batch_size = x, begin, end, batch_size
+        self.features = FeatureStore(x, begin, end, exchange, in_ram=False)
         self.rounds = -(-largest_part // batch_size)
         self._kept: list[tuple[np.ndarray, list[BlockTensors]]] = []
 
@@ -53,31 +57,38 @@ class Evaluation:
         try:
             if self.exact and hasattr(model, "layers") and hasattr(model, "layer"):
                 return self._layer_by_layer(model, len(model.layers) - (1 if embeddings else 0))
-            return self._by_batches(model.embed if embeddings else model)
+            return self._by_batches(model, model.embed if embeddings else model)
         finally:
             model.train(was_training)
 
     def _layer_by_layer(self, model: Any, layers: int) -> torch.Tensor:
-        h: Any = self._rows_of_x
-        width = self.x.shape[1]
+        if layers == 0:
+            return torch.from_numpy(self.x.dense() if isinstance(self.x, SparseRows) else np.array(self.x))
         owned = self.end - self.begin
+        h: torch.Tensor | None = None  # of all owned nodes, from the layer before
         for i in range(layers):
-            width = model.out_features(i)
-            out = torch.empty(owned, width)
+            out = torch.empty(owned, model.out_features(i))
             for r in range(self.rounds):
                 input_nodes, blocks = self._round(r)
-                h_src = self.exchange.rows(input_nodes, h).to(self.device)
+                if h is None:
+                    h_src = self._features(model, input_nodes)
+                else:
+                    h_src = self.exchange.rows(input_nodes, h).to(self.device)
                 first = min(r * self.batch_size, owned)
                 out[first : first + blocks[-1].num_dst] = model.layer(i, blocks[-1], h_src).cpu()
             h = out
-        return h if isinstance(h, torch.Tensor) else h(np.arange(owned))
+        assert h is not None
+        return h
 
-    def _by_batches(self, call: Any) -> torch.Tensor:
+    def _by_batches(self, model: torch.nn.Module, call: Any) -> torch.Tensor:
         parts = []
         for r in range(self.rounds):
             input_nodes, blocks = self._round(r)
-            parts.append(call(self.exchange.rows(input_nodes, self._rows_of_x).to(self.device), blocks).float().cpu())
+            parts.append(call(self._features(model, input_nodes), blocks).float().cpu())
         return torch.cat(parts)
+
+    def _features(self, model: torch.nn.Module, nodes: np.ndarray) -> torch.Tensor | SparseFeatures:
+        return moved_features(self.features.gather(nodes), self.device, needs_dense(model, self.device))
 
     def _round(self, r: int) -> tuple[np.ndarray, list[BlockTensors]]:
         if r < len(self._kept):
@@ -92,6 +103,3 @@ class Evaluation:
         if len(self._kept) == r and kept_edges + batch.num_edges <= KEPT_EDGES:
             self._kept.append(made)
         return made
-
-    def _rows_of_x(self, local: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self.x[local]))

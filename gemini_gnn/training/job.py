@@ -35,6 +35,7 @@ from gemini_gnn.recovery.outcome import STOPPED
 from gemini_gnn.snapshot import context as snapshot_context
 from gemini_gnn.training import engine
 from gemini_gnn.training import groups as process_groups
+from gemini_gnn.training.data import features_said
 from gemini_gnn.training.loop import NoSnapshots, Run, build_run, train
 from gemini_gnn.training.report import Report, model_card
 
@@ -145,6 +146,8 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
             f"edge cut {graph.meta.quality.edge_cut:.3f}); "
             f"{groups.world_size} ranks on {groups.backend}, {job.source.steps_per_epoch} steps per epoch"
         )
+        for line in features_said(job.source, job.model):
+            say(line)
         one_way = one_way_share(graph.colptr, graph.row, graph.original)
         if one_way > 0.5:
             say(

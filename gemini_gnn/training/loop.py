@@ -29,6 +29,7 @@ from gemini_gnn.config import Config
 from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.hashing import DROPOUT, stream
 from gemini_gnn.models.build import build_model
+from gemini_gnn.models.tensors import needs_dense
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.progress import Progress
 from gemini_gnn.recovery import board
@@ -204,6 +205,7 @@ def build_run(
     """Build source, model, engine and evaluation for this rank. Collective."""
     source = BatchSource(graph, config, groups)
     model = build_model(config.model, graph.x.shape[1], graph.num_classes, config.seed)
+    source.dense = needs_dense(model, groups.device)
     engine = deepspeed_engine.build_engine(
         model.to(groups.device), config, config.training.epochs * source.steps_per_epoch
     )
@@ -215,7 +217,7 @@ def build_run(
     evaluation = Evaluation(
         NeighborSampler(source.in_edges_over(exchange), fanouts, config.seed, config.sampling.weighted and not exact),
         exchange,
-        source.part.x,
+        source.x,
         source.part.begin,
         source.part.end,
         int(np.diff(graph.bounds).max()),

@@ -16,7 +16,7 @@ import yaml  # noqa: F401
 import gemini_gnn.snapshot.session
 import gemini_gnn.training.job  # noqa: F401
 from gemini_gnn.config import ModelConfig
-from gemini_gnn.halo.rows import copy_rows
+from gemini_gnn.halo.rows import copy_ranges, copy_rows
 from gemini_gnn.models.build import build_model
 from gemini_gnn.models.tensors import to_tensors
 from gemini_gnn.sampling.in_edges import ReplicatedInEdges
@@ -31,6 +31,8 @@ def _warm_up() -> None:
     x = torch.zeros(2, 2)
     index = np.zeros(1, dtype=np.int64)
     copy_rows(x, index, torch.zeros(2, 2), index)
+    for dtype in (torch.int32, torch.bfloat16):  # columns and float32 values; bfloat16 values
+        copy_ranges(torch.zeros(1, dtype=dtype), index, torch.zeros(1, dtype=dtype), index, index)
     model = build_model(ModelConfig(hidden=2, layers=2), 2, 2, seed=0).eval()
     with torch.no_grad():
         model(x[: batch.blocks[0].num_src], [to_tensors(block, "cpu") for block in batch.blocks])

@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gemini_gnn.errors import DataError
+from gemini_gnn.errors import DataError, ExchangeError
 from gemini_gnn.features.store import FeatureStore
+from gemini_gnn.graph.sparse import SparseRows, sparse
 from gemini_gnn.halo.exchange import HaloExchange
-from gemini_gnn.halo.rows import copy_rows
+from gemini_gnn.halo.rows import copy_ranges, copy_rows
 from gemini_gnn.training.prefetch import prefetch
 from tests.ranks import run_ranks
 
@@ -83,6 +84,63 @@ def test_strides_that_mean_nothing_do_not_matter():
     assert target.flatten().tolist() == [2, 0, 0]
 
 
+def bags(ones=False):
+    """Sparse rows as they are cut out of larger ones, the second of them empty."""
+    x = features()
+    x[np.random.default_rng(4).random(x.shape) < 0.7] = 0
+    x[1] = 0
+    if ones:
+        x = (x != 0).astype(np.float32)
+    rows = sparse(np.concatenate([x[:9], x]))[9:]
+    assert rows.ptr[0] > 0 and (rows.value is None) == ones
+    return rows
+
+
+def test_ranges_are_copied_whatever_their_length():
+    source = torch.arange(20)
+    for dtype in (torch.int64, torch.float32, torch.bfloat16, torch.uint8):
+        target = torch.zeros(9, dtype=dtype)
+        begin, first, length = np.array([17, 4, 0]), np.array([0, 3, 4]), np.array([3, 0, 4])
+        copy_ranges(source.to(dtype), begin, target, first, length)
+        assert target.tolist() == [17, 18, 19, 0, 0, 1, 2, 3, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("in_ram", [True, False])
+@pytest.mark.parametrize("ones", [True, False])
+def test_mapped_sparse_rows_are_read_or_copied(tmp_path, in_ram, dtype, ones):
+    rows, mapped = bags(ones), {}
+    for name in ("ptr", "index", "value"):
+        if getattr(rows, name) is not None:
+            np.save(tmp_path / f"{name}.npy", getattr(rows, name))
+            mapped[name] = np.load(tmp_path / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+    store = alone(in_ram, dtype, SparseRows(mapped["ptr"], mapped["index"], mapped.get("value"), WIDTH))
+    ids = np.random.default_rng(0).permutation(NODES)[:77]
+    for numbers in (ids, ids[:0]):
+        got = store.gather(numbers)
+        assert (got.dtype, got.value is None) == (dtype, ones) and got.stored == rows[numbers].stored
+        assert torch.equal(got.dense(), torch.from_numpy(rows[numbers].dense()).to(dtype))
+    assert np.shares_memory(store._sparse.index.numpy(), mapped["index"]) == (not in_ram)
+    assert store.take_counts().own == 77
+
+
+def test_damaged_sparse_rows_are_refused():
+    rows = bags()
+    with pytest.raises(DataError, match="offsets that ascend within 9 stored values"):
+        alone(x=SparseRows(rows.ptr, rows.index[:9], rows.value[:9], WIDTH))
+    ptr = rows.ptr.copy()
+    ptr[5] = ptr[-1] + 1
+    with pytest.raises(DataError, match="partition the graph again"):
+        alone(x=SparseRows(ptr, rows.index, rows.value, WIDTH))
+    for column in (-1, WIDTH):
+        index = rows.index.copy()
+        index[rows.ptr[3]] = column
+        store = alone(x=SparseRows(rows.ptr, index, rows.value, WIDTH))
+        store.gather(np.arange(3))
+        with pytest.raises(DataError, match=rf"expected columns in 0\.\.6; got .*{column}"):
+            store.gather(np.arange(4))
+
+
 # -- ranks -------------------------------------------------------------------------------------------------------------
 
 
@@ -97,9 +155,10 @@ def gathers(rank, world, bounds):
         return rng.permutation(NODES)[: rng.integers(0, 120)]
 
     for dtype in (torch.float32, torch.bfloat16):
-        for in_ram in (True, False):
-            store = FeatureStore(x[begin:end], begin, end, halo, in_ram, dtype)
-            full = torch.from_numpy(x).to(dtype)
+        for local, in_ram in ((x, True), (x, False), (bags(), True), (bags(), False), (bags(ones=True), True)):
+            is_sparse = isinstance(local, SparseRows)
+            store = FeatureStore(local[begin:end], begin, end, halo, in_ram, dtype)
+            full = torch.from_numpy(local.dense() if is_sparse else local).to(dtype)
             # The exchange in the background thread while this thread reduces on another group, and the exchange in this
             # thread while the background prepares.
             in_background = (lambda key, store=store: store.gather(ids_of(key)), None)
@@ -111,12 +170,22 @@ def gathers(rank, world, bounds):
                             gradient = torch.full((1000,), float(rank + key))
                             dist.all_reduce(gradient)
                             assert gradient[0] == world * key + world * (world - 1) / 2
-                            assert rows.dtype == dtype and torch.equal(rows, full[ids_of(key)])
+                            ids = ids_of(key)
+                            assert rows.dtype == dtype
+                            assert torch.equal(rows.dense() if is_sparse else rows, full[ids])
+                            if is_sparse:  # as one rank would read them: the same columns in the same order
+                                alone = local[ids]
+                                assert np.array_equal(rows.ptr.numpy(), alone.ptr)
+                                assert np.array_equal(rows.index.numpy(), alone.index)
             counts = store.take_counts()
             asked = np.concatenate([ids_of(key) for key in range(8)] * 4)
-            remote = int(((asked < begin) | (asked >= end)).sum())
-            assert (counts.own, counts.remote) == (len(asked) - remote, remote)
-            assert counts.remote_bytes == remote * WIDTH * dtype.itemsize
+            far = asked[(asked < begin) | (asked >= end)]
+            assert (counts.own, counts.remote) == (len(asked) - len(far), len(far))
+            per_value = dtype.itemsize
+            if is_sparse:
+                per_value = 4 + (0 if local.value is None else dtype.itemsize)
+            values = local[far].stored if is_sparse else len(far) * WIDTH
+            assert counts.remote_bytes == values * per_value
 
 
 @pytest.mark.parametrize(
@@ -146,3 +215,17 @@ def broken_out_early(rank, world):
 
 def test_breaking_out_early_keeps_the_ranks_in_step():
     assert run_ranks(broken_out_early, 3) == [21] * 3
+
+
+def mixed_forms(rank, world):
+    """Dense rows beside sparse ones, and values beside none, are an error on both ranks."""
+    bounds = np.linspace(0, NODES, world + 1).astype(np.int64)
+    begin, end = int(bounds[rank]), int(bounds[rank + 1])
+    for forms in ((features(), bags()), (bags(), bags(ones=True))):
+        halo = HaloExchange(dist.new_group(backend="gloo"), bounds, rank, chunk_bytes=999, timeout_s=20)
+        with pytest.raises(ExchangeError, match="on every rank"):
+            FeatureStore(forms[rank][begin:end], begin, end, halo).gather(np.arange(NODES))
+
+
+def test_ranks_that_hold_different_forms_are_told():
+    run_ranks(mixed_forms, 2)

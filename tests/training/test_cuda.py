@@ -77,7 +77,10 @@ def test_losses_are_those_of_the_cpu(tmp_path, model):
     assert abs(result["test_accuracy"] - expected["test_accuracy"]) < 0.01
 
 
-@pytest.mark.parametrize("other", ["model=sage", "training.precision=bf16", "model=gat", "model.aggregator=max"])
+@pytest.mark.parametrize(
+    "other",
+    ["model=sage", "training.precision=bf16", "model=gat", "model.aggregator=max", "features.layout=sparse"],
+)
 def test_two_runs_agree_bit_for_bit_with_and_without_prefetching(tmp_path, other):
     first, _ = trained(tmp_path / "first", *SMALL, other)
     again, _ = trained(tmp_path / "again", *SMALL, other, "sampling.prefetch=0")

@@ -4,6 +4,7 @@ The first, a middle or the last rank owns a few nodes without edges, so it has n
 unlabelled (no seeds, nothing to count), or seeds without neighbors. The same graph on one rank tells the right result.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import gemini_gnn
 from gemini_gnn.config import ModelConfig
 from gemini_gnn.graph.graph import Graph, from_edges
 from gemini_gnn.graph.partition.write import write_partitioned
+from gemini_gnn.graph.sparse import sparse
 from gemini_gnn.halo.exchange import HaloExchange
 from gemini_gnn.models.build import build_model
 from gemini_gnn.sampling.in_edges import ReplicatedInEdges
@@ -153,15 +155,15 @@ def evaluates(rank, world, poor, model, exact, partitioned):
     fanouts = [-1] if exact else [-1, -1]
     net = build_model(ModelConfig(name=model, hidden=8), 5, 4, seed=0)
 
-    def evaluation(in_edges, exchange, begin, end, batch_size):
+    def evaluation(in_edges, exchange, begin, end, batch_size, x=graph.x):
         sampler = NeighborSampler(in_edges, fanouts, seed=0)
-        rows, largest = graph.x[begin:end], int(np.diff(exchange.bounds).max())
+        rows, largest = x[begin:end], int(np.diff(exchange.bounds).max())
         return Evaluation(sampler, exchange, rows, begin, end, largest, batch_size, torch.device("cpu"), exact)
 
     alone = HaloExchange(None, np.array([0, n]), 0, chunk_bytes=1 << 20, timeout_s=1)
     expected = evaluation(whole, alone, 0, n, n)
-    mine = evaluation(part if partitioned else whole, exchange, begin, end, 7)
-    for embeddings in (False, True):
+    for x, embeddings in itertools.product((graph.x, sparse(graph.x)), (False, True)):
+        mine = evaluation(part if partitioned else whole, exchange, begin, end, 7, x)
         got = mine.logits(net, embeddings)
         torch.testing.assert_close(got, expected.logits(net, embeddings)[begin:end])
         assert torch.equal(got, mine.logits(net, embeddings)), "from kept blocks"
