@@ -55,7 +55,7 @@ fi
 again=0
 end_in_order() {
     again=1
-    echo "$(date +%T) $1: the newest snapshot goes to storage, then the job is requeued"
+    echo "$(date +%T) $1: the newest snapshot goes to storage"
     python launch/stop.py "run_dir=$run_dir"
 }
 trap 'end_in_order "the time limit is near"' USR1
@@ -70,11 +70,14 @@ while kill -0 "$step" 2>/dev/null; do # a trap ends a wait
     code=$?
 done
 [ -z "${STAGE:-}" ] || each_node rm -rf "$local_graph"
-if [ "$again" = 1 ] && [ "$code" != 0 ]; then
+# Somebody who typed `scancel` wants no requeue.
+if [ "$again" = 1 ] && [ "$code" != 0 ] && [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ]; then
     # Other nodes may get the job: what it holds in memory would stay on these. Its newest snapshot is on storage.
     stored="$(python launch/status.py --json "run_dir=$run_dir" |
         python -c 'import json, sys; found = json.load(sys.stdin); print(found.get("checkpoint") == found.get("recoverable"))')"
-    [ "$stored" != True ] || each_node python launch/stop.py "run_dir=$run_dir" keep=false
+    [ "$stored" != True ] || each_node python launch/stop.py "run_dir=$run_dir" keep=false > /dev/null
+    trap - USR1 TERM
+    echo "the job is requeued, and goes on in $run_dir"
     scontrol requeue "$SLURM_JOB_ID" || die "could not requeue; type: sbatch again with RUN_DIR=$run_dir"
 fi
 exit "$code"

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from gemini_gnn.observe.status import read_status
 from tests.cluster.test_hosts_train import ROOT, graph, losses, nobody_trains, wait_until
 from tests.lab.slurm import absent, slurm_up
 from tests.launch.test_resume import same_run
@@ -67,6 +68,7 @@ def test_a_batch_job_is_requeued_before_its_time_limit(lab, graph, calm, tmp_pat
     conf = slurm_up(lab, tmp_path, ["h0", "h1"])
     batch = Batch(lab, conf, tmp_path, ["--nodes=2", *SMALL], [*graph, *EPOCHS])
     batch.trains(20)
+    assert len(losses(batch.run_dir)) < 60
     batch.typed("scancel", "--batch", "--signal=USR1", batch.job)  # as --signal=B:USR1@300 does before the limit
     batch.ends()
     assert batch.shows("Restarts") == "1", batch.log.read_text()[-6000:]
@@ -74,3 +76,64 @@ def test_a_batch_job_is_requeued_before_its_time_limit(lab, graph, calm, tmp_pat
     assert nobody_trains(lab)
     for host in ("h0", "h1"):
         assert lab.run(host, ["ls", "/dev/shm"]).stdout == ""
+
+
+@pytest.mark.long
+def test_a_job_that_is_cancelled_is_not_requeued(lab, graph, tmp_path):
+    conf = slurm_up(lab, tmp_path, ["h0", "h1"])
+    batch = Batch(lab, conf, tmp_path, ["--nodes=2", *SMALL], [*graph, "training.epochs=100000"])
+    batch.trains(20)
+    batch.typed("scancel", batch.job)
+    batch.ends("CANCELLED")
+    assert batch.shows("Restarts") == "0"
+    batch.until(lambda: nobody_trains(lab))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("way", ["limit", "preemption"])
+def test_a_batch_job_goes_on_where_slurm_ended_it(lab, graph, calm, tmp_path, way):
+    conf = slurm_up(lab, tmp_path, ["h0", "h1"])
+    options = ["--nodes=2", *SMALL]
+    if way == "limit":
+        options += ["--time=2", "--signal=B:USR1@60"]
+    slow = [
+        "faults.allow=true",
+        "faults.at=[stop-rank 1 @ step 30]",
+        "recovery.hang_floor_s=1e6",
+    ]  # waits for the signal
+    batch = Batch(lab, conf, tmp_path, options, [*graph, *EPOCHS, *slow])
+    batch.trains(29)
+    if way == "preemption":
+        batch.typed("sbatch", "--partition=urgent", "--nodes=2", "--output=/dev/null", "--wrap=sleep 5")
+    batch.ends()
+    assert batch.shows("Restarts") == "1", batch.log.read_text()[-6000:]
+    same_run(batch.run_dir, calm)
+    assert nobody_trains(lab)
+
+
+@pytest.mark.long
+def test_a_node_that_loses_power_costs_a_batch_job_nothing(lab, graph, calm, tmp_path):
+    conf = slurm_up(lab, tmp_path, ["h0", "h1", "h2"])
+    batch = Batch(lab, conf, tmp_path, ["--nodes=3", *SMALL], [*graph, *EPOCHS], {"SPARES": "1"})
+    batch.trains(20)
+    lab.power_off("h1")
+    batch.ends()
+    assert batch.shows("Restarts") == "0", batch.log.read_text()[-6000:]
+    same_run(batch.run_dir, calm)
+    assert read_status(batch.run_dir)["state"] == "done"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"SPARES": "2"}, "error: SPARES: expected fewer than the 2 nodes of the job; got 2"),
+        ({"SPARES": "x"}, "error: SPARES: expected a number of nodes; got 'x'"),
+        ({"STAGE": "/no/such"}, "error: STAGE: expected a folder with a partitioned graph; there is no /no/such"),
+    ],
+)
+def test_settings_of_a_batch_job_are_checked(lab, graph, tmp_path, variables, said):
+    conf = slurm_up(lab, tmp_path, ["h0", "h1"])
+    batch = Batch(lab, conf, tmp_path, ["--nodes=2", *SMALL], graph, variables)
+    batch.ends("FAILED")
+    assert said in batch.log.read_text()
