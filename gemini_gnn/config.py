@@ -39,7 +39,7 @@ class DatasetConfig:
     ids: str = _one_of("int", "str")
     first_id: int = 0  # 1 for 1-based integer ids
     skip_lines: int = 0
-    features: str | None = None  # .npy [nodes, features] or .csv `id,f0,f1,...`; None: see featureless
+    features: str | None = None  # .npy [nodes, features], .npz of scipy.sparse, or .csv; None: see featureless
     labels: str | None = None  # .npy [nodes] / [nodes, classes] or .csv `id,label`
     splits: str | None = None  # .csv `id,train|val|test`
     featureless: str = "degree"  # degree | random:<width>: what a graph without features gets
