@@ -1,5 +1,7 @@
 """Features of which only the values that are not zero are given: the readers, what they refuse, and the form they take."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import scipy.sparse
@@ -9,6 +11,7 @@ from torch_geometric.data import Data
 from gemini_gnn.config import DatasetConfig
 from gemini_gnn.errors import ConfigError, DataError
 from gemini_gnn.graph import sparse as sparse_module
+from gemini_gnn.graph.baselines import features_only_accuracy, moments, standardised
 from gemini_gnn.graph.datasets import fingerprint, from_folder, from_pyg, load_dataset
 from gemini_gnn.graph.datasets.assemble import RawGraph, assemble
 from gemini_gnn.graph.datasets.export import summary
@@ -78,6 +81,24 @@ def test_normalised_ones_need_values_and_may_be_dense_again():
     x = np.zeros((N, WIDTH), dtype=np.float32)
     x[:, :9] = 1  # 44 of 200 bytes as ones, 80 with values
     assert isinstance(assemble(raw(x)).x, SparseRows) and isinstance(assemble(raw(x), normalize="l1").x, np.ndarray)
+
+
+@pytest.mark.parametrize("ones", [True, False])
+def test_the_baseline_never_makes_sparse_features_dense(ones, monkeypatch):
+    x = words(ones)
+    y = x.sum(axis=1) > 2
+    graph = assemble(replace(raw(x), y=y.astype(int)), layout="dense")
+    mean, deviation = moments(x)
+    assert deviation == pytest.approx(x.astype(np.float64).std()) and np.allclose(
+        mean, x.mean(axis=0, dtype=np.float64)
+    )
+    wanted, found = (standardised(form, *moments(form), np.float64) for form in (x, sparse(x)))
+    right, left = np.random.default_rng(0).random((WIDTH, 3)), np.random.default_rng(0).random((N, 3))
+    assert np.allclose(found @ right, wanted @ right, atol=1e-12)
+    assert np.allclose(found.T @ left, wanted.T @ left, atol=1e-12)
+    accuracy = features_only_accuracy(graph)
+    monkeypatch.delattr(SparseRows, "dense")
+    assert features_only_accuracy(replace(graph, x=sparse(x))) == accuracy > 0.5
 
 
 def bad(ptr, index, value, width=WIDTH, rows=N):
