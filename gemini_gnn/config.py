@@ -63,7 +63,8 @@ class PartitionConfig:
     plot: bool = False
     # A job begins by reading all arrays but the features once and comparing checksums (rank 0; a recovery does not repeat
     # it): a damaged edge would otherwise be trained on, or read foreign memory. The features are tens of GB and hold
-    # no address (the columns of sparse ones do, and are read); `launch/partition.py --check` reads them too. False: for graphs that take minutes to read.
+    # no address (the columns of sparse ones do, and are read); `launch/partition.py --check` reads them too. False: for
+    # graphs that take minutes to read.
     verify: bool = True
     timeout_s: float = 3600.0  # how long other ranks wait while rank 0 partitions
 

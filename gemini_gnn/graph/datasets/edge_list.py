@@ -2,7 +2,7 @@
 
     edges      source,target[,weight]      comma, tab, semicolon or blanks; gzip too; leading # and % lines are skipped
     features   .npy [nodes, features]      or .csv  id,f0,f1,...
-               .npz of scipy.sparse        or .csv  id,feature:value ...   only values that are not 0; features from 0 on
+               .npz of scipy.sparse        or .csv  id,feature:value ...   values that are not 0; features 0..the largest
     labels     .npy [nodes(, classes)]     or .csv  id,label
     splits                                    .csv  id,train|val|test
 

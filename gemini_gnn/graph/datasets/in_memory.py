@@ -53,16 +53,19 @@ def from_pyg(data: torch_geometric.data.Data, name: str = "data", **settings: An
             raise DataError(f"{name}: expected {key} as a dense tensor; got {got}. Give `data.{key} = {dense}`")
         return numpy_of(value)
 
+    x = sparse_of(name, getattr(data, "x", None))
+    # Where nobody said it, PyG takes the rows of x for the nodes; but it does not know those of SciPy's matrices.
+    num_nodes = int(data.num_nodes) if x is None or "num_nodes" in data else len(x)
     source, target = edge_index.detach().cpu().numpy()
     masks = {part: mask for part in PARTS if (mask := array(f"{part}_mask")) is not None}
     return assemble(
         RawGraph(
             name=name,
-            num_nodes=int(data.num_nodes),
+            num_nodes=num_nodes,
             source=source,
             target=target,
             weight=array("edge_weight"),
-            x=array("x") if (sparse := sparse_of(name, getattr(data, "x", None))) is None else sparse,
+            x=array("x") if x is None else x,
             y=array("y"),
             masks=masks,
             notes={"made": "from a PyG Data"},

@@ -144,6 +144,15 @@ def test_the_matrices_of_scipy_and_torch(kind):
         assert (graph.x.value is None) == bool((x[x != 0] == 1).all())
 
 
+def test_the_rows_of_a_matrix_count_the_nodes():
+    given = Data(edge_index=torch.tensor([[0, 1], [1, 0]]), y=torch.arange(N) % 2)
+    given.x = scipy.sparse.csr_array(words())
+    assert from_pyg(given).num_nodes == N
+    given.num_nodes = 2
+    with pytest.raises(DataError, match=r"expected one feature row per node, \[2, width\]; got \[60, 50\]"):
+        from_pyg(given)
+
+
 class Pairs:  # what is used of torch-sparse's SparseTensor
     def __init__(self, x, value):
         self.x, self.value = torch.from_numpy(x).to_sparse_csr(), value
