@@ -145,11 +145,11 @@ class SparseRows:
 def from_csr(ptr: np.ndarray, index: np.ndarray, value: np.ndarray | None, width: int) -> SparseRows:
     """Somebody else's CSR arrays, of any types of numbers; nothing is checked.
 
-    Columns that do not fit an int32 stay as they are, for :meth:`SparseRows.validate` to name them.
+    What does not fit int32 columns and float32 values stays as it is, for :meth:`SparseRows.validate` to name it.
     """
     if index.dtype.kind in "iu" and (not len(index) or (index.min() >= 0 and index.max() < 2**31)):
         index = index.astype(np.int32, copy=False)
-    if value is not None:
+    if value is not None and value.dtype.kind in "fiub":
         with np.errstate(over="ignore"):  # what is too large becomes infinite, and that is refused
             value = value.astype(np.float32, copy=False)
     return without_ones(SparseRows(ptr.astype(np.int64, copy=False), index, value, width))

@@ -199,7 +199,7 @@ def separator_of_sparse(path: Path, ids: str) -> str | None:
     """The separator behind the ids of a file of ``id,feature:value ...``; None of another file."""
     for at, (_, line) in enumerate(data_lines(path)):
         fields = split_line(line)
-        if any(fields[1:]) and not (at == 0 and is_header(fields, ids)):  # an id alone tells nothing
+        if any(fields[1:]) and not (at == 0 and is_sparse_header(fields, ids)):  # an id alone tells nothing
             return separator_of(line) if any(":" in field for field in fields[1:]) else None
     return None
 
@@ -215,7 +215,7 @@ def read_sparse_features(path: Path, ids: str, first_id: int, separator: str) ->
     ends, columns, values = array("q", [0]), array("i"), array("f")
     for at, (number, line) in enumerate(data_lines(path)):
         name, *rest = split_line(line, separator)
-        if at == 0 and is_header([name, *rest], ids):
+        if at == 0 and is_sparse_header([name, *rest], ids):
             continue
         try:
             check_id(name, ids, first_id)
@@ -305,6 +305,11 @@ def is_header(fields: list[str], ids: str) -> bool:
     """Whether the first line of a file of one line per node names its columns."""
     # With integer ids, a line without any number is one; text ids look like one themselves.
     return fields[0].lower() in NODE_HEADERS or (ids == "int" and not any(is_number(field) for field in fields))
+
+
+def is_sparse_header(fields: list[str], ids: str) -> bool:
+    """:func:`is_header`, where a feature and its value count as two fields."""
+    return is_header([fields[0], *" ".join(fields[1:]).replace(":", " ").split()], ids)
 
 
 def with_lone_nodes(edges: EdgeList, ids: str, first_id: int, tables: list[NodeTable]) -> EdgeList:

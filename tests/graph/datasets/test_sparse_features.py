@@ -15,7 +15,7 @@ from gemini_gnn.graph.baselines import features_only_accuracy, moments, standard
 from gemini_gnn.graph.datasets import fingerprint, from_folder, from_pyg, load_dataset
 from gemini_gnn.graph.datasets.assemble import RawGraph, assemble
 from gemini_gnn.graph.datasets.export import summary
-from gemini_gnn.graph.sparse import SparseRows, dense, laid_out, sparse
+from gemini_gnn.graph.sparse import SparseRows, dense, from_csr, laid_out, sparse
 
 N, WIDTH = 60, 50
 
@@ -118,6 +118,10 @@ def bad(ptr, index, value, width=WIDTH, rows=N):
         (bad([0], np.array([], np.int32), None, rows=59), r"one feature row per node, \[60, width\]; got \[59, 50\]"),
         (bad([0, 2], np.array([1], np.int32), None), "expected row offsets within 1 stored values; got 2"),
         (bad([0, 1], np.array([1.0]), None), "expected int32 columns and float32 values; got float64"),
+        (
+            from_csr(np.append(0, np.ones(60, int)), np.array([1]), np.array([1j]), 50),
+            "float32 values; got int32 and complex",
+        ),
         (bad([0, 1], np.array([1, 2], np.int32), [1.0]), "one value for each stored column"),
     ],
 )
@@ -323,6 +327,11 @@ def test_a_line_that_does_not_fit_is_named(tmp_path, line, said):
         DataError, match=rf"x\.csv, line 2: expected `id,feature:value \.\.\. .*`; got '{line}' \(.*{said}"
     ):
         load_dataset(edge_list(tmp_path, f"0,3:1\n{line}\n"))
+
+
+def test_a_first_line_with_values_is_no_header(tmp_path):
+    with pytest.raises(DataError, match=r"x\.csv, line 1: .*got 'x0,3:1' \('x0' is no integer"):
+        load_dataset(edge_list(tmp_path, "x0,3:1\n1,3:1\n"))
 
 
 def test_a_line_about_another_node_is_refused(tmp_path):
