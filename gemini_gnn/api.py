@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from gemini_gnn.graph.graph import Graph
 from gemini_gnn.graph.partition.assign import partition_nodes
 from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.graph.partition.write import write_partitioned
+from gemini_gnn.graph.sparse import laid_out
 from gemini_gnn.observe.run_directory import read_config
 
 READING = (
@@ -36,13 +37,14 @@ def as_graph(data: Any, name: str = "graph", **reading: Any) -> Graph:
     """A :class:`Graph` from a PyG ``Data``, a NetworkX graph, a folder of ``.npy`` files, a PartitionedGraph or a Graph.
 
     Args:
-        reading: ``undirected, normalize, split, seed, featureless`` as in the settings ``dataset.*``; and
-            ``require_labels=False`` for a graph that is not to be trained on.
+        reading: ``undirected, normalize, split, seed, featureless`` as in the settings ``dataset.*``; ``layout`` as in
+            ``features.layout``; and ``require_labels=False`` for a graph that is not to be trained on. A graph that was
+            read already keeps its form, unless ``layout`` is "dense" or "sparse".
 
     Raises:
         DataError: another type, or data that is malformed. ConfigError: ``reading`` that does not apply.
     """
-    if unknown := reading.keys() - {*READING, "require_labels"}:
+    if unknown := reading.keys() - {*READING, "layout", "require_labels"}:
         raise ConfigError(
             f"dataset.{min(unknown)}: expected only {', '.join(READING)} for data given from Python; leave it out"
         )
@@ -52,7 +54,9 @@ def as_graph(data: Any, name: str = "graph", **reading: Any) -> Graph:
                 f"dataset.{min(given)}: does not apply to a graph that was read already; leave it out, or give the "
                 "data it was made from"
             )
-        return data if isinstance(data, Graph) else data.as_graph()
+        graph = data if isinstance(data, Graph) else data.as_graph()
+        layout = reading.get("layout", "auto")
+        return graph if layout == "auto" else replace(graph, x=laid_out(graph.x, layout))
     if isinstance(data, (str, Path)):
         return datasets.from_folder(Path(data), **reading)
     pyg = sys.modules.get("torch_geometric.data")  # slow to import: where nobody did, `data` is not of it
@@ -146,7 +150,7 @@ def train(data: Any, run_dir: str | Path, settings: Mapping[str, Any] | None = N
             f"dataset.{min(reading)}: does not apply to a graph that is partitioned already; leave it out"
         )
     if not ours:
-        graph = as_graph(data, **reading)
+        graph = as_graph(data, layout=config.features.layout, **reading)
         if folder.exists():  # of an earlier call, maybe with other data
             shutil.rmtree(folder)
         partition(graph, folder, parts=1, method="hash")

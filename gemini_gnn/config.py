@@ -39,7 +39,7 @@ class DatasetConfig:
     ids: str = _one_of("int", "str")
     first_id: int = 0  # 1 for 1-based integer ids
     skip_lines: int = 0
-    features: str | None = None  # .npy [nodes, features] or .csv `id,f0,f1,...`; None: see featureless
+    features: str | None = None  # .npy [nodes, features], .npz of scipy.sparse, or .csv; None: see featureless
     labels: str | None = None  # .npy [nodes] / [nodes, classes] or .csv `id,label`
     splits: str | None = None  # .csv `id,train|val|test`
     featureless: str = "degree"  # degree | random:<width>: what a graph without features gets
@@ -63,7 +63,8 @@ class PartitionConfig:
     plot: bool = False
     # A job begins by reading all arrays but the features once and comparing checksums (rank 0; a recovery does not repeat
     # it): a damaged edge would otherwise be trained on, or read foreign memory. The features are tens of GB and hold
-    # no address; `launch/partition.py --check` reads them too. False: for graphs that take minutes to read.
+    # no address (the columns of sparse ones do, and are read); `launch/partition.py --check` reads them too. False: for
+    # graphs that take minutes to read.
     verify: bool = True
     timeout_s: float = 3600.0  # how long other ranks wait while rank 0 partitions
 

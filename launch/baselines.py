@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     config = compose(arguments)
     kept = cache_folder(config.dataset) / "baselines" / f"{datasets.fingerprint(config.dataset)}.json"
     if not kept.exists():
-        graph = datasets.load_dataset(config.dataset)
+        graph = datasets.load_dataset(config.dataset, layout=config.features.layout)
         found = {
             "features alone": features_only_accuracy(graph),
             "structure alone": structure_only_accuracy(graph),

@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     if config.dataset.name == "partitioned":
         graph = PartitionedGraph.open(str(config.partition.folder)).as_graph()
     else:
-        graph = datasets.load_dataset(config.dataset, say, require_labels=False)
+        graph = datasets.load_dataset(config.dataset, say, require_labels=False, layout=config.features.layout)
     out = Path(named.get("out") or run_dir / "evaluation")
     out.mkdir(parents=True, exist_ok=True)
     found = api.predict(run_dir, graph)

@@ -51,7 +51,7 @@ def make(config: Config) -> int:
     def load() -> Graph:
         nonlocal how
         how = "made now"
-        return datasets.load_dataset(config.dataset, say, require_labels=False)
+        return datasets.load_dataset(config.dataset, say, require_labels=False, layout=config.features.layout)
 
     if config.dataset.name == "partitioned":
         if not config.partition.folder:
@@ -67,12 +67,14 @@ def make(config: Config) -> int:
     took_s = time.monotonic() - began
     meta = pg.meta
     print(f"{meta.graph}: {pg.num_nodes:,} nodes, {pg.num_edges:,} edges, {pg.parts} parts by {meta.method}")
+    print(f"features: {quality.described(pg.x)}")
     print(quality.table(meta.quality))
     sampling = config.sampling
     if sum(meta.train) and pg.num_edges * pg.parts * len(sampling.fanouts) <= MOST_EDGES:
         with ticking("predicting the traffic of sampled batches", say):
             predicted = quality.sampled_epoch_bytes(
-                pg.bounds, pg.colptr, pg.row, pg.train_mask, sampling.fanouts, sampling.batch_size, 4 * pg.x.shape[1]
+                *(pg.bounds, pg.colptr, pg.row, pg.train_mask),
+                *(sampling.fanouts, sampling.batch_size, quality.row_bytes(pg.x)),
             )
         print(
             f"predicted with fanouts {sampling.fanouts} and {sampling.batch_size} seeds per rank: "
@@ -94,7 +96,7 @@ def check(config: Config, folder: str) -> int:
     pg = PartitionedGraph.open(folder)
     source = None
     if datasets.fingerprint(config.dataset) == pg.meta.fingerprint:
-        source = datasets.load_dataset(config.dataset, say, require_labels=False)
+        source = datasets.load_dataset(config.dataset, say, require_labels=False, layout=config.features.layout)
     check_partitioned(pg, source, say)
     against = "equal to the source graph bit for bit" if source else "edge hash equal to that of the source graph"
     print(

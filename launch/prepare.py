@@ -23,13 +23,14 @@ def main(arguments: list[str]) -> int:
     from gemini_gnn.graph.datasets.export import export_edges, summary
 
     overrides, extras = take(arguments, "export")
-    config = compose(overrides).dataset
+    settings = compose(overrides)
+    config = settings.dataset
 
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
     began = time.monotonic()
-    graph = load_dataset(config, progress, require_labels=False)
+    graph = load_dataset(config, progress, require_labels=False, layout=settings.features.layout)
     rows = (
         {"graph": f"{graph.name} [{fingerprint(config)}]"}
         | summary(graph)

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 
 from gemini_gnn.errors import PartitionError
 from gemini_gnn.files import sync
+from gemini_gnn.graph.sparse import SparseRows
 
 Progress = Callable[[str], None]  # told one line of text now and then
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -93,7 +94,7 @@ def write_json(folder: Path, value: Mapping[str, Any], name: str) -> None:
         os.fsync(file.fileno())
 
 
-def read_json(folder: Path, name: str, what: str, version: int) -> dict[str, Any]:
+def read_json(folder: Path, name: str, what: str, versions: Sequence[int]) -> dict[str, Any]:
     try:
         value = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -104,9 +105,10 @@ def read_json(folder: Path, name: str, what: str, version: int) -> dict[str, Any
     except (OSError, ValueError) as error:
         raise PartitionError(f"{folder / name} cannot be read ({error}); delete the folder and make it again") from None
     found = value.get("format_version") if isinstance(value, dict) else None
-    if found != version:
+    if found not in versions:
+        expected = " or ".join(map(str, versions))
         raise PartitionError(
-            f"{folder}: expected format version {version}; got {found}; delete the folder and make it again"
+            f"{folder}: expected format version {expected}; got {found}; delete the folder and make it again"
         )
     return value
 
@@ -118,6 +120,35 @@ def map_array(folder: Path, name: str) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         raise PartitionError(f"{path} is missing or damaged ({error}); delete the folder and make it again") from None
     return array.view(np.ndarray)  # np.memmap's own slicing costs microseconds
+
+
+def map_shaped(folder: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    array = map_array(folder, name)
+    if array.shape != shape:
+        raise PartitionError(
+            f"{folder / name}.npy: expected shape {list(shape)} as the other files say; got {list(array.shape)}; "
+            "delete the folder and make it again"
+        )
+    return array
+
+
+def map_features(folder: Path, names: Container[str], rows: int, width: int) -> np.ndarray | SparseRows:
+    """The features of a folder that holds the arrays ``names``: ``x``, or those of :func:`feature_arrays`."""
+    if "x_ptr" not in names:
+        return map_shaped(folder, "x", (rows, width))
+    ptr = map_shaped(folder, "x_ptr", (rows + 1,))
+    stored = (int(ptr[-1]),)
+    index = map_shaped(folder, "x_index", stored)
+    return SparseRows(ptr, index, map_shaped(folder, "x_value", stored) if "x_value" in names else None, width)
+
+
+def feature_arrays(x: np.ndarray | SparseRows) -> dict[str, np.ndarray]:
+    """Features as named arrays: ``x``; or ``x_ptr``, ``x_index`` and, unless all values are 1, ``x_value``."""
+    if not isinstance(x, SparseRows):
+        return {"x": x}
+    rows = x.packed()
+    arrays = {"x_ptr": rows.ptr, "x_index": rows.index}
+    return arrays if rows.value is None else arrays | {"x_value": rows.value}
 
 
 def verify_arrays(folder: Path, checksums: Mapping[str, str]) -> None:

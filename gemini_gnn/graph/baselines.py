@@ -6,10 +6,13 @@ no randomness.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from gemini_gnn.errors import DataError
 from gemini_gnn.graph.graph import Graph
+from gemini_gnn.graph.sparse import SparseRows
 
 
 def features_only_accuracy(graph: Graph, penalties: tuple[float, ...] = (1e-2, 1e-1, 1.0)) -> float:
@@ -22,14 +25,14 @@ def features_only_accuracy(graph: Graph, penalties: tuple[float, ...] = (1e-2, 1
         DataError: multi-label graph, or an empty test split.
     """
     require_single_label(graph)
-    x = np.asarray(graph.x[graph.train_mask], dtype=np.float64)
-    mean, deviation = x.mean(axis=0), x.std()  # one scale for all columns: rescaling columns would change the features
-    x = (x - mean) / (deviation or 1.0)
+    train = graph.x[graph.train_mask]
+    mean, deviation = moments(train)
+    x = standardised(train, mean, deviation, np.float64)
 
     def accuracies(weights: np.ndarray) -> tuple[float, float]:
         predicted = {}
         for part, mask in (("val", graph.val_mask), ("test", graph.test_mask)):
-            scaled = (graph.x[mask] - mean.astype(np.float32)) / np.float32(deviation or 1.0)
+            scaled = standardised(graph.x[mask], mean, deviation, np.float32)
             predicted[part] = (scaled @ weights[:-1].astype(np.float32) + weights[-1].astype(np.float32)).argmax(axis=1)
         return accuracy(graph, predicted["val"], graph.val_mask), accuracy(graph, predicted["test"], graph.test_mask)
 
@@ -41,8 +44,42 @@ def features_only_accuracy(graph: Graph, penalties: tuple[float, ...] = (1e-2, 1
     return max(results)[1] if graph.val_mask.any() else results[-1][1]
 
 
-def logistic_regression(x: np.ndarray, y: np.ndarray, start: np.ndarray, penalty: float) -> np.ndarray:
-    """Weights ``[features + 1, classes]`` (the last row is the bias) that minimise mean cross-entropy + L2 penalty."""
+def moments(x: np.ndarray | SparseRows) -> tuple[np.ndarray, float]:
+    """Mean of each column, and the deviation of all values: rescaling columns each by its own would change the features."""
+    if not isinstance(x, SparseRows):
+        x = np.asarray(x, dtype=np.float64)
+        return x.mean(axis=0), float(x.std())
+    values, count = x.values().astype(np.float64), len(x) * x.width
+    mean = np.bincount(x.columns(), weights=values, minlength=x.width) / len(x)
+    return mean, float(np.sqrt(max(values @ values / count - (values.sum() / count) ** 2, 0.0)))
+
+
+def standardised(x: np.ndarray | SparseRows, mean: np.ndarray, deviation: float, kind: type[np.floating]) -> Any:
+    """``(x - mean) / deviation``, to multiply with: an array, or an operator, because without its mean x has no zeros."""
+    deviation = deviation or 1.0
+    if not isinstance(x, SparseRows):
+        return (np.asarray(x, dtype=kind) - mean.astype(kind)) / kind(deviation)
+    from scipy.sparse import csr_array
+    from scipy.sparse.linalg import LinearOperator
+
+    x = x.packed()
+    rows = csr_array((x.values(), x.index, x.ptr), shape=x.shape)
+
+    def times(w: np.ndarray) -> np.ndarray:
+        return (rows @ w - mean @ w) / deviation
+
+    def transposed_times(e: np.ndarray) -> np.ndarray:
+        return (rows.T @ e - np.outer(mean, e.sum(axis=0))) / deviation
+
+    return LinearOperator(x.shape, matvec=times, matmat=times, rmatmat=transposed_times, dtype=np.float64)
+
+
+def logistic_regression(x: Any, y: np.ndarray, start: np.ndarray, penalty: float) -> np.ndarray:
+    """Weights ``[features + 1, classes]`` (the last row is the bias) that minimise mean cross-entropy + L2 penalty.
+
+    Args:
+        x: ``[rows, features]``, an array or what :func:`standardised` makes of sparse rows.
+    """
     from scipy.optimize import minimize
     from threadpoolctl import threadpool_limits
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gemini_gnn.errors import DataError
+from gemini_gnn.graph.sparse import SparseRows
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Graph:
         colptr: int64 ``[nodes + 1]``; the in-edges of node ``v`` are ``row[colptr[v]:colptr[v + 1]]``.
         row: int32 or int64 ``[edges]``, source of each in-edge, ascending within a column (the canonical order:
             what a sampler draws is a position in it, so it must not depend on how the graph was read).
-        x: float32 ``[nodes, features]``.
+        x: float32 ``[nodes, features]``, dense or :class:`SparseRows`.
         y: int64 ``[nodes]`` with -1 for unlabelled nodes, or uint8 ``[nodes, classes]`` (multi-label).
         num_classes: number of classes (columns of a multi-label ``y``).
         train_mask, val_mask, test_mask: bool ``[nodes]``.
@@ -30,7 +31,7 @@ class Graph:
     name: str
     colptr: np.ndarray
     row: np.ndarray
-    x: np.ndarray
+    x: np.ndarray | SparseRows
     y: np.ndarray
     num_classes: int
     train_mask: np.ndarray
@@ -80,8 +81,10 @@ class Graph:
             raise DataError(f"{self.name}: expected features [{n}, width]; got {list(self.x.shape)}")
         if self.x.dtype != np.float32:
             raise DataError(f"{self.name}: expected float32 features; got {self.x.dtype}")
-        finite = np.isfinite(self.x).all(axis=1)
-        if not finite.all():
+        if isinstance(self.x, SparseRows):
+            ids = range(n) if self.node_ids is None else self.node_ids
+            self.x.validate(f"{self.name}: features", lambda node: str(ids[node]))
+        elif not (finite := np.isfinite(self.x).all(axis=1)).all():
             bad = int(np.argmin(finite))
             raise DataError(
                 f"{self.name}: features of {int((~finite).sum())} nodes are NaN or infinite, first node {bad}"

@@ -7,14 +7,15 @@ arithmetic are zeros. A :class:`SparseRows` stands where a dense ``[rows, width]
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gemini_gnn.errors import DataError
 
 SMALLER = 4.0  # ``auto`` takes sparse rows where they are so many times smaller than dense ones
+CHUNK_BYTES = 16 << 20  # of dense rows that a pass over all rows holds at a time
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ class SparseRows:
         at = np.arange(ptr[-1]) + np.repeat(begin - ptr[:-1], length)
         return SparseRows(ptr, self.index[at], None if self.value is None else self.value[at], self.width)
 
+    def packed(self) -> SparseRows:
+        """These rows with arrays of their own range: ``ptr`` begins with 0, and ``index`` ends where ``ptr`` does."""
+        value = None if self.value is None else self.values()
+        return SparseRows(self.ptr - self.ptr[0], self.columns(), value, self.width)
+
     def columns(self) -> np.ndarray:
         """``index`` of these rows alone."""
         return self.index[self.ptr[0] : self.ptr[-1]]
@@ -104,13 +110,16 @@ class SparseRows:
             DataError: naming the first row that breaks one.
         """
         ptr = self.ptr
-        if ptr.dtype != np.int64 or ptr.ndim != 1 or not len(ptr) or np.any(np.diff(ptr) < 0):
+        if ptr.dtype != np.int64 or ptr.ndim != 1 or not len(ptr) or np.any(ptr[1:] < ptr[:-1]):
             raise DataError(f"{where}: expected row offsets int64 that never decrease")
-        if ptr[0] < 0 or ptr[-1] > len(self.index) or (self.value is not None and len(self.value) != len(self.index)):
-            raise DataError(f"{where}: the row offsets do not fit {len(self.index)} stored columns and their values")
+        if self.index.ndim != 1 or (self.value is not None and self.value.shape != self.index.shape):
+            raise DataError(f"{where}: expected one value for each stored column")
+        if ptr[0] < 0 or ptr[-1] > len(self.index):
+            raise DataError(f"{where}: expected row offsets within {len(self.index)} stored values; got {ptr[-1]}")
         columns = self.columns()
-        if columns.dtype != np.int32:
-            raise DataError(f"{where}: expected int32 columns; got {columns.dtype}")
+        if columns.dtype.kind not in "iu" or (self.value is not None and self.value.dtype != np.float32):
+            got = columns.dtype if self.value is None else f"{columns.dtype} and {self.value.dtype}"
+            raise DataError(f"{where}: expected int32 columns and float32 values; got {got}")
 
         def refuse(bad: np.ndarray, expected: str) -> None:
             if bad.any():
@@ -122,19 +131,83 @@ class SparseRows:
                 raise DataError(f"{where}: expected {expected}; row {name_of(row)} has {found}")
 
         refuse((columns < 0) | (columns >= self.width), f"columns in 0..{self.width - 1}")
-        if len(columns):
-            follows = np.concatenate([[False], np.diff(columns) <= 0])
-            starts = ptr[:-1][np.diff(ptr) > 0] - ptr[0]
-            follows[starts] = False
-            refuse(follows, "columns that ascend within a row, each once")
+        if columns.dtype != np.int32:  # beyond 2^31 columns, or somebody else's arrays
+            raise DataError(f"{where}: expected int32 columns; got {columns.dtype}")
+        follows = np.zeros(len(columns), dtype=bool)
+        np.less_equal(columns[1:], columns[:-1], out=follows[1:])
+        starts = ptr[:-1][ptr[1:] > ptr[:-1]] - ptr[0]
+        follows[starts] = False
+        refuse(follows, "columns that ascend within a row, each once")
         if self.value is not None:
             refuse(~np.isfinite(self.values()), "finite values")
 
 
+def from_csr(ptr: np.ndarray, index: np.ndarray, value: np.ndarray | None, width: int) -> SparseRows:
+    """Somebody else's CSR arrays, of any types of numbers; nothing is checked.
+
+    What does not fit int32 columns and float32 values stays as it is, for :meth:`SparseRows.validate` to name it.
+    """
+    if index.dtype.kind in "iu" and (not len(index) or (index.min() >= 0 and index.max() < 2**31)):
+        index = index.astype(np.int32, copy=False)
+    if value is not None and value.dtype.kind in "fiub":
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, and that is refused
+            value = value.astype(np.float32, copy=False)
+    return without_ones(SparseRows(ptr.astype(np.int64, copy=False), index, value, width))
+
+
+def without_ones(rows: SparseRows) -> SparseRows:
+    """``rows``, without ``value`` if all of them are 1."""
+    return replace(rows, value=None) if rows.value is not None and (rows.values() == 1).all() else rows
+
+
+def row_chunks(x: np.ndarray | SparseRows) -> Iterator[slice]:
+    """Ranges of rows that take :data:`CHUNK_BYTES` when they are dense."""
+    step = max(1, CHUNK_BYTES // max(1, 4 * x.shape[1]))
+    return (slice(begin, min(begin + step, len(x))) for begin in range(0, len(x), step))
+
+
 def sparse(dense: np.ndarray) -> SparseRows:
-    """The values of ``dense`` ``[rows, width]`` that are not zero; without ``value`` if all of them are 1."""
-    rows, columns = np.nonzero(dense)
+    """The values of ``dense`` ``[rows, width]``, of any type of numbers, that are not zero; -0.0 is."""
     ptr = np.zeros(len(dense) + 1, dtype=np.int64)
-    np.cumsum(np.bincount(rows, minlength=len(dense)), out=ptr[1:])
-    value = np.asarray(dense[rows, columns], dtype=np.float32)
-    return SparseRows(ptr, columns.astype(np.int32), None if (value == 1).all() else value, dense.shape[1])
+    for rows in row_chunks(dense):
+        ptr[rows.start + 1 : rows.stop + 1] = np.count_nonzero(dense[rows], axis=1)
+    np.cumsum(ptr, out=ptr)
+    index, value = np.empty(ptr[-1], dtype=np.int32), np.empty(ptr[-1], dtype=np.float32)
+    for rows in row_chunks(dense):
+        at, piece = slice(ptr[rows.start], ptr[rows.stop]), dense[rows]
+        row, index[at] = np.nonzero(piece)
+        with np.errstate(over="ignore"):
+            value[at] = piece[row, index[at]]
+    return without_ones(SparseRows(ptr, index, value, dense.shape[1]))
+
+
+def dense(x: np.ndarray | SparseRows) -> np.ndarray:
+    """``x`` as an array."""
+    return x.dense() if isinstance(x, SparseRows) else x
+
+
+def laid_out(x: np.ndarray | SparseRows, layout: str) -> np.ndarray | SparseRows:
+    """``x`` in the form that ``features.layout`` names; ``x`` itself where it has that form.
+
+    Args:
+        layout: "dense", "sparse", or "auto": sparse where it is :data:`SMALLER` times smaller, else dense.
+    """
+    if layout == "auto":
+        layout = "sparse" if _much_smaller(x) else "dense"
+    if layout == "dense":
+        return dense(x)
+    return x if isinstance(x, SparseRows) else sparse(x)
+
+
+def _much_smaller(x: np.ndarray | SparseRows) -> bool:
+    """Whether sparse rows would be :data:`SMALLER` times smaller than dense ones."""
+    if isinstance(x, SparseRows):
+        return x.nbytes * SMALLER <= x.dense_bytes
+    most, stored, ones = 4 * len(x) * x.shape[1] / SMALLER - 8 * (len(x) + 1), 0, True
+    for rows in row_chunks(x):
+        count = int(np.count_nonzero(x[rows]))
+        stored += count
+        ones = ones and np.count_nonzero(x[rows] == 1) == count
+        if stored * (4 if ones else 8) > most:  # a large dense file is not read to its end for that
+            return False
+    return True

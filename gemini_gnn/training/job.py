@@ -22,7 +22,7 @@ from gemini_gnn.errors import ConfigError, RunDirError, SnapshotError
 from gemini_gnn.faults import injection, schedule
 from gemini_gnn.files import write_if_new
 from gemini_gnn.graph.datasets import fingerprint, load_dataset
-from gemini_gnn.graph.graph import one_way_share
+from gemini_gnn.graph.graph import Graph, one_way_share
 from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.graph.partition.on_demand import open_or_make
 from gemini_gnn.observe.errors import forget_errors, record_error
@@ -265,8 +265,11 @@ def partitioned_graph(config: Config, groups: process_groups.Groups) -> Partitio
         parts = config.partition.parts or groups.world_size
         identity = fingerprint(config.dataset)
 
+        def load() -> Graph:
+            return load_dataset(config.dataset, say, layout=config.features.layout)
+
         def get(verify: bool) -> PartitionedGraph:
-            return open_or_make(config, parts, lambda: load_dataset(config.dataset, say), identity, say, verify)
+            return open_or_make(config, parts, load, identity, say, verify)
 
     # Not in a recovery, which would take longer for it: this job has read the files already.
     here = snapshot_context.installed()

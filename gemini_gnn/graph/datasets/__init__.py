@@ -51,13 +51,18 @@ ALWAYS_USED = {"name", "root", "cache", "normalize", "undirected", "split", "see
 
 
 def load_dataset(
-    config: DatasetConfig, progress: Callable[[str], None] | None = None, *, require_labels: bool = True
+    config: DatasetConfig,
+    progress: Callable[[str], None] | None = None,
+    *,
+    require_labels: bool = True,
+    layout: str = "auto",
 ) -> Graph:
     """The graph that ``config`` names: validated, in canonical order, with its features normalised and one split.
 
     Args:
         progress: told a line now and then while something takes long.
         require_labels: False accepts a graph without labels, to partition or to sample it: ``y`` is -1, the masks empty.
+        layout: form of the features, the setting ``features.layout``. It is no part of the fingerprint.
 
     Raises:
         ConfigError: unknown name, a setting this data set does not use, a split it does not have.
@@ -71,6 +76,7 @@ def load_dataset(
         split=config.split,
         seed=config.seed,
         featureless=config.featureless,
+        layout=layout,
         require_labels=require_labels,
     )
 
@@ -121,7 +127,7 @@ def fingerprint(config: DatasetConfig) -> str:
         files["imported"] = imported(config).name.rpartition("-")[2]
     for setting in FILES:
         if (path := user_file(config, setting)) is not None:
-            files[setting] = digest_of_files(sorted(path.glob("*.npy")) if path.is_dir() else [path])
+            files[setting] = digest_of_files(sorted(path.glob("*.np[yz]")) if path.is_dir() else [path])
     text = json.dumps([FORMAT_VERSION, facts, files], sort_keys=True)
     return xxhash.xxh3_64_hexdigest(text.encode())
 

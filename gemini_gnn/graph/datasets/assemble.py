@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
@@ -10,6 +11,7 @@ from gemini_gnn.errors import DataError
 from gemini_gnn.graph.datasets.features import degree_features, normalized, random_features
 from gemini_gnn.graph.datasets.splits import choose_split
 from gemini_gnn.graph.graph import Graph, from_edges
+from gemini_gnn.graph.sparse import SparseRows, laid_out
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class RawGraph:
     Attributes:
         source, target: integer ``[edges]``, ids 0..num_nodes-1.
         weight: ``[edges]`` or None.
-        x: ``[nodes, features]`` or None; y: ``[nodes]``, ``[nodes, 1]`` or ``[nodes, classes]`` or None.
+        x: ``[nodes, features]``, an array or SparseRows, or None; y: ``[nodes]``, ``[nodes, 1]`` or ``[nodes, classes]`` or None.
         masks: "train", "val", "test" -> bool ``[nodes]`` or ``[nodes, splits]``; empty without an official split.
         default_split: what ``dataset.split=default`` means here.
         symmetric: the edges are already stored in both directions, once each.
@@ -30,7 +32,7 @@ class RawGraph:
     source: np.ndarray
     target: np.ndarray
     weight: np.ndarray | None = None
-    x: np.ndarray | None = None
+    x: np.ndarray | SparseRows | None = None
     y: np.ndarray | None = None
     masks: dict[str, np.ndarray] = field(default_factory=dict)
     node_ids: np.ndarray | None = None
@@ -47,6 +49,7 @@ def assemble(
     split: str = "default",
     seed: int = 0,
     featureless: str = "degree",
+    layout: str = "auto",
     require_labels: bool = True,
 ) -> Graph:
     """The validated graph in canonical order.
@@ -55,6 +58,8 @@ def assemble(
     per direction, so that making an undirected graph undirected changes nothing; of merged weights the largest stays.
 
     Args:
+        layout: "auto" | "dense" | "sparse", the form of the features (``features.layout``). Features that are made here,
+            and those of ``normalize="zscore"``, are dense.
         require_labels: False accepts a graph without labels (``y`` is -1 and all masks are empty).
 
     Raises:
@@ -73,13 +78,19 @@ def assemble(
         source, target, weight = source[order], target[order], weight[order]
     colptr, row, weight = from_edges(source, target, n, weight)
 
+    x: np.ndarray | SparseRows
+    scaled = normalize
     if raw.x is not None:
-        x, made = checked_features(raw), "as stored"
+        x, made = checked_features(raw, "dense" if normalize == "zscore" else layout), "as stored"
+        if normalize == "zscore" and (isinstance(raw.x, SparseRows) or layout == "sparse"):
+            scaled = "zscore, which makes the features dense"
     elif featureless == "degree":
         x, made = degree_features(colptr, row), "log in-degree, log out-degree, 1 (the graph has no features)"
     else:
         x, made = random_features(featureless, n, seed), f"{featureless} (the graph has no features)"
     x = normalized(x, normalize)
+    if isinstance(x, SparseRows):
+        x = laid_out(x, layout)  # features that were all 1 have values now, and may no longer be much smaller
 
     if raw.y is None and require_labels:
         raise DataError(
@@ -110,7 +121,7 @@ def assemble(
         test_mask=masks["test"],
         edge_weight=weight,
         node_ids=raw.node_ids,
-        notes={**raw.notes, "features": made, "normalize": normalize, "split": chosen},
+        notes={**raw.notes, "features": made, "normalize": scaled, "split": chosen},
     )
     graph.validate(labels=require_labels)
     return graph
@@ -178,17 +189,27 @@ def mirrored(
     return np.concatenate([low, high[other]]), np.concatenate([high, low[other]]), both
 
 
-def checked_features(raw: RawGraph) -> np.ndarray:
-    """``x`` as float32 ``[nodes, features]``.
+def checked_features(raw: RawGraph, layout: str) -> np.ndarray | SparseRows:
+    """``x`` as float32 ``[nodes, features]`` in the form that ``layout`` names (see :func:`assemble`).
 
     Raises:
-        DataError: wrong shape, not numbers, or NaN/infinite.
+        DataError: wrong shape, not numbers, NaN or infinite; columns of sparse rows out of range, unsorted or repeated.
     """
-    x = np.asanyarray(raw.x)  # a memory-mapped array stays one
-    if x.ndim != 2 or len(x) != raw.num_nodes:
-        raise DataError(f"{raw.name}: expected one feature row per node, [{raw.num_nodes}, width]; got {list(x.shape)}")
-    if x.dtype.kind not in "fiub":
-        raise DataError(f"{raw.name}: expected numbers as features; got {x.dtype}")
+    given = raw.x if isinstance(raw.x, SparseRows) else np.asanyarray(raw.x)  # a memory-mapped array stays one
+    if given.ndim != 2 or len(given) != raw.num_nodes:
+        raise DataError(
+            f"{raw.name}: expected one feature row per node, [{raw.num_nodes}, width]; got {list(given.shape)}"
+        )
+    if given.dtype.kind not in "fiub":
+        raise DataError(f"{raw.name}: expected numbers as features; got {given.dtype}")
+    name_of = partial(shown_id, raw)
+    if isinstance(given, SparseRows):
+        given.validate(f"{raw.name}: features", name_of)
+    x = laid_out(given, layout)
+    if isinstance(x, SparseRows):
+        if x is not given:
+            x.validate(f"{raw.name}: features", name_of)
+        return x
     x = x if x.dtype == np.float32 else x.astype(np.float32)
     finite = np.isfinite(x).all(axis=1)
     if not finite.all():

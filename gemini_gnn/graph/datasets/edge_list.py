@@ -2,6 +2,7 @@
 
     edges      source,target[,weight]      comma, tab, semicolon or blanks; gzip too; leading # and % lines are skipped
     features   .npy [nodes, features]      or .csv  id,f0,f1,...
+               .npz of scipy.sparse        or .csv  id,feature:value ...   values that are not 0; features 0..the largest
     labels     .npy [nodes(, classes)]     or .csv  id,label
     splits                                    .csv  id,train|val|test
 
@@ -13,19 +14,26 @@ edges is taken for the mistake it usually is.
 from __future__ import annotations
 
 import logging
+from array import array
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gemini_gnn.errors import ConfigError, DataError
 from gemini_gnn.graph.datasets.assemble import RawGraph
-from gemini_gnn.graph.datasets.files import load_npy
+from gemini_gnn.graph.datasets.files import load_npy, load_npz
 from gemini_gnn.graph.datasets.splits import PARTS
-from gemini_gnn.graph.datasets.tables import blame, first_lines, read_table, split_line
+from gemini_gnn.graph.datasets.tables import blame, data_lines, first_lines, read_table, separator_of, split_line
+from gemini_gnn.graph.sparse import SparseRows, from_csr
 
 log = logging.getLogger(__name__)
+
+WIDEST = 2**31 - 1  # features of which the columns are int32
+LARGEST = float(np.finfo(np.float32).max)
 
 # First lines that are no edges. With integer ids any header is found out; text ids need to know some, and only such as
 # are hardly the names of two nodes: an edge from u to v is one.
@@ -49,8 +57,8 @@ class NodeTable(NamedTuple):
 
     path: Path
     ids: np.ndarray
-    values: np.ndarray
-    all_nodes: bool  # a .npy: row i is node i, none may be missing
+    values: np.ndarray | SparseRows
+    all_nodes: bool  # a .npy or .npz: row i is node i, none may be missing
 
 
 def load_edge_list(path: str | Path, ids: str = "int", first_id: int = 0, skip_lines: int = 0) -> EdgeList:
@@ -104,8 +112,8 @@ def read_edge_list(
     for table in tables:
         if ids == "str" and table.all_nodes:
             raise ConfigError(
-                f"{table.path}: expected a .csv whose first column is the id, since dataset.ids=str; got a .npy, whose "
-                "rows have no ids"
+                f"{table.path}: expected a .csv whose first column is the id, since dataset.ids=str; got a "
+                f"{table.path.suffix}, whose rows have no ids"
             )
     edges = with_lone_nodes(edges, ids, first_id, tables)
     x = None if x_table is None else placed(x_table, edges, first_id, path, missing=None)
@@ -166,6 +174,12 @@ def read_edges(path: Path, ids: str, first_id: int, skip_lines: int):
 
 
 def read_features(path: Path, ids: str, first_id: int) -> NodeTable:
+    if path.suffix == ".npz":
+        rows = load_npz(path)
+        return NodeTable(path, np.arange(first_id, first_id + len(rows)), rows, True)
+    if path.suffix != ".npy" and (separator := separator_of_sparse(path, ids)) is not None:
+        return read_sparse_features(path, ids, first_id, separator)
+
     def types(columns: int) -> list[str]:
         if columns < 2:
             raise ValueError(f"{columns} field")
@@ -179,6 +193,57 @@ def read_features(path: Path, ids: str, first_id: int) -> NodeTable:
         return bool(np.isfinite(frame.iloc[:, 1:].to_numpy(np.float32)).all())
 
     return read_nodes(path, ids, first_id, "id,f0,f1,...", types, check, fits, np.float32)
+
+
+def separator_of_sparse(path: Path, ids: str) -> str | None:
+    """The separator behind the ids of a file of ``id,feature:value ...``; None of another file."""
+    for at, (_, line) in enumerate(data_lines(path)):
+        fields = split_line(line)
+        if any(fields[1:]) and not (at == 0 and is_sparse_header(fields, ids)):  # an id alone tells nothing
+            return separator_of(line) if any(":" in field for field in fields[1:]) else None
+    return None
+
+
+def read_sparse_features(path: Path, ids: str, first_id: int, separator: str) -> NodeTable:
+    """Lines ``id,feature:value ...``, as in LIBSVM files; between features, blanks and ``separator`` are alike.
+
+    Raises:
+        DataError: a line that is none, a feature that does not follow the one before, or a value that is not finite.
+    """
+    expected = "id,feature:value ... with features 0, 1, 2, ... that ascend"
+    nodes: dict[str | int, None] = {}
+    ends, columns, values = array("q", [0]), array("i"), array("f")
+    for at, (number, line) in enumerate(data_lines(path)):
+        name, *rest = split_line(line, separator)
+        if at == 0 and is_sparse_header([name, *rest], ids):
+            continue
+        try:
+            check_id(name, ids, first_id)
+            node = name if ids == "str" else int(name)
+            if node in nodes:
+                raise ValueError("this id a second time")
+            nodes[node] = None
+            last = -1
+            for field in " ".join(rest).split():
+                feature, colon, value = field.partition(":")
+                if not colon:
+                    raise ValueError(f"{field!r} has no colon")
+                column, amount = as_integer(feature), as_number(value)
+                if not 0 <= column < WIDEST:
+                    raise ValueError(f"feature {column} is not in 0..{WIDEST - 1}")
+                if column <= last:
+                    raise ValueError(f"feature {column} after {last}")
+                if not abs(amount) <= LARGEST:
+                    raise ValueError("features must be finite float32 numbers")
+                columns.append(column)
+                values.append(amount)
+                last = column
+        except ValueError as error:
+            blame(path, number, line, expected, str(error))
+        ends.append(len(columns))
+    index = np.asarray(columns, dtype=np.int32)
+    rows = from_csr(np.asarray(ends), index, np.asarray(values), int(index.max(initial=-1)) + 1)
+    return NodeTable(path, np.array(list(nodes), dtype=object if ids == "str" else np.int64), rows, False)
 
 
 def read_labels(path: Path, ids: str, first_id: int) -> NodeTable:
@@ -217,10 +282,7 @@ def read_nodes(path: Path, ids: str, first_id: int, expected: str, types, check,
         values = load_npy(path)
         return NodeTable(path, np.arange(first_id, first_id + len(values)), values, True)
     seen = set()
-
-    def is_header(fields: list[str]) -> bool:
-        # With integer ids, a line without any number is one; text ids look like one themselves.
-        return fields[0].lower() in NODE_HEADERS or (ids == "int" and not any(is_number(field) for field in fields))
+    header = partial(is_header, ids=ids)
 
     def check_line(fields: list[str]) -> None:
         check_id(fields[0], ids, first_id)
@@ -233,10 +295,21 @@ def read_nodes(path: Path, ids: str, first_id: int, expected: str, types, check,
         good = frame[0].ne("").all() if ids == "str" else frame[0].ge(first_id).all()
         return bool(good) and not frame[0].duplicated().any() and fits(frame)
 
-    frame = read_table(path, expected=expected, types=types, check=check_line, fits=table_fits, header=is_header)
+    frame = read_table(path, expected=expected, types=types, check=check_line, fits=table_fits, header=header)
     values = frame.iloc[:, 1:].to_numpy(dtype)
     numbers = frame[0].to_numpy(object if ids == "str" else np.int64)
     return NodeTable(path, numbers, values if expected.endswith("...") else values[:, 0], False)
+
+
+def is_header(fields: list[str], ids: str) -> bool:
+    """Whether the first line of a file of one line per node names its columns."""
+    # With integer ids, a line without any number is one; text ids look like one themselves.
+    return fields[0].lower() in NODE_HEADERS or (ids == "int" and not any(is_number(field) for field in fields))
+
+
+def is_sparse_header(fields: list[str], ids: str) -> bool:
+    """:func:`is_header`, where a feature and its value count as two fields."""
+    return is_header([fields[0], *" ".join(fields[1:]).replace(":", " ").split()], ids)
 
 
 def with_lone_nodes(edges: EdgeList, ids: str, first_id: int, tables: list[NodeTable]) -> EdgeList:
@@ -285,17 +358,19 @@ def positions(table: NodeTable, edges: EdgeList, first_id: int, edges_path: Path
     return rows
 
 
-def placed(table: NodeTable, edges: EdgeList, first_id: int, edges_path: Path, missing) -> np.ndarray:
+def placed(table: NodeTable, edges: EdgeList, first_id: int, edges_path: Path, missing) -> Any:
     """The values of ``table`` in node order.
 
     Args:
-        missing: the value of nodes that the table does not list; None if it must list all.
+        missing: the value of nodes that the table does not list; None if it must list all, but for a .csv of sparse
+            features, where a node without a line has none.
 
     Raises:
         DataError: nodes that are not listed but must be, or that the graph has not.
     """
     rows = positions(table, edges, first_id, edges_path)
-    if (missing is None or table.all_nodes) and len(rows) != edges.num_nodes:
+    sparse = isinstance(table.values, SparseRows)
+    if ((missing is None and not sparse) or table.all_nodes) and len(rows) != edges.num_nodes:
         listed = np.zeros(edges.num_nodes, dtype=bool)
         listed[rows] = True
         node = int(np.argmin(listed))
@@ -305,6 +380,11 @@ def placed(table: NodeTable, edges: EdgeList, first_id: int, edges_path: Path, m
         )
     if table.all_nodes:
         return table.values
+    if isinstance(table.values, SparseRows):
+        ptr = table.values.ptr
+        order = np.full(edges.num_nodes, len(rows))
+        order[rows] = np.arange(len(rows))
+        return replace(table.values, ptr=np.append(ptr, ptr[-1]))[order]  # behind the rows of the file, an empty one
     values = np.empty((edges.num_nodes, *table.values.shape[1:]), dtype=table.values.dtype)
     values[...] = missing
     values[rows] = table.values

@@ -10,6 +10,7 @@ import numpy as np
 
 from gemini_gnn.errors import DataError
 from gemini_gnn.graph.graph import Graph
+from gemini_gnn.graph.partition.quality import described
 
 
 def summary(graph: Graph) -> dict[str, str]:
@@ -19,7 +20,7 @@ def summary(graph: Graph) -> dict[str, str]:
         "nodes": f"{graph.num_nodes:,} ({int((degree == 0).sum()):,} without in-edges)",
         "edges": f"{graph.num_edges:,} directed{'' if graph.edge_weight is None else ', weighted'}",
         "in-degree": f"mean {degree.mean():.2f}, median {np.median(degree):.0f}, max {degree.max():,}",
-        "features": f"{graph.x.shape[1]:,} per node, {graph.notes.get('features', 'as given')}",
+        "features": f"{described(graph.x)}, {graph.notes.get('features', 'as given')}",
     }
     if graph.num_classes == 0:
         rows["classes"] = "no labels: can be partitioned and sampled, not trained on"

@@ -5,26 +5,41 @@ from __future__ import annotations
 import numpy as np
 
 from gemini_gnn.errors import ConfigError
+from gemini_gnn.graph.sparse import SparseRows, dense, row_chunks, without_ones
 
 
-def normalized(x: np.ndarray, how: str) -> np.ndarray:
+def normalized(x: np.ndarray | SparseRows, how: str) -> np.ndarray | SparseRows:
     """``x`` float32 ``[nodes, features]``, scaled.
 
-    ``l1`` and ``l2`` divide each row by its norm (rows of zeros stay); ``zscore`` brings each column to mean 0 and
-    deviation 1 over all nodes (constant columns become 0). ``none`` returns ``x`` itself.
+    ``l1`` and ``l2`` divide each row by its norm (rows of zeros stay) and keep sparse rows sparse; ``zscore`` brings each
+    column to mean 0 and deviation 1 over all nodes (constant columns become 0) and makes them dense, because a mean that
+    is not 0 leaves no zeros. ``none`` returns ``x`` itself.
     """
     if how == "none":
         return x
     if how in ("l1", "l2"):
-        norm = np.abs(x).sum(axis=1) if how == "l1" else np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))
-        return (x / np.where(norm == 0, 1, norm).astype(np.float32)[:, None]).astype(np.float32, copy=False)
+        # Of dense rows, a chunk at a time, also where x is sparse: the order of a sum decides its last bit, and so the two
+        # forms give the same bits.
+        norm = np.concatenate([norms(dense(x[rows]), how) for rows in row_chunks(x)])
+        scale = np.where(norm == 0, 1, norm).astype(np.float32)
+        if isinstance(x, SparseRows):
+            x = x.packed()
+            value = x.values() / np.repeat(scale, np.diff(x.ptr))
+            return without_ones(SparseRows(x.ptr, x.index, value, x.width))
+        return (x / scale[:, None]).astype(np.float32, copy=False)
     if how == "zscore":
+        x = dense(x)
         mean = x.mean(axis=0, dtype=np.float64)
         deviation = x.std(axis=0, dtype=np.float64)
         constant = deviation <= 1e-7 * np.maximum(np.abs(mean), 1e-30)  # what rounding leaves of a constant column
         scale = np.where(constant, 0.0, 1.0 / np.where(constant, 1.0, deviation))
         return ((x - mean.astype(np.float32)) * scale.astype(np.float32)).astype(np.float32, copy=False)
     raise ConfigError(f"dataset.normalize: expected none, l1, l2 or zscore; got {how!r}")
+
+
+def norms(x: np.ndarray, how: str) -> np.ndarray:
+    """The ``l1`` or ``l2`` norm of each row."""
+    return np.abs(x).sum(axis=1) if how == "l1" else np.sqrt(np.einsum("ij,ij->i", x, x, dtype=np.float64))
 
 
 def degree_features(colptr: np.ndarray, row: np.ndarray) -> np.ndarray:
@@ -35,7 +50,7 @@ def degree_features(colptr: np.ndarray, row: np.ndarray) -> np.ndarray:
     """
     n = len(colptr) - 1
     degrees = np.stack([np.diff(colptr), np.bincount(row, minlength=n)], axis=1)
-    x = normalized(np.log1p(degrees).astype(np.float32), "zscore")
+    x = dense(normalized(np.log1p(degrees).astype(np.float32), "zscore"))
     return np.concatenate([x, np.ones((n, 1), dtype=np.float32)], axis=1)
 
 

@@ -1,4 +1,4 @@
-"""Where data lies, what it hashes to, and folders of .npy."""
+"""Where data lies, what it hashes to, .npy and .npz files, and folders of them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import functools
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gemini_gnn.config import DatasetConfig
 from gemini_gnn.errors import DataError
 from gemini_gnn.graph.datasets.assemble import RawGraph
+from gemini_gnn.graph.sparse import SparseRows, from_csr
 
 WINDOW_BYTES = 1 << 20
 WINDOWS = 64
@@ -86,6 +88,44 @@ def load_npy(path: Path) -> np.ndarray:
     return array
 
 
+def load_npz(path: Path) -> SparseRows:
+    """The matrix in an ``.npz`` of ``scipy.sparse.save_npz``, in memory.
+
+    Raises:
+        DataError: absent, damaged, or holding something else; Python objects would need pickle, which SciPy refuses.
+    """
+    import zipfile
+
+    import scipy.sparse
+
+    try:
+        return from_scipy(scipy.sparse.load_npz(path))
+    except FileNotFoundError:
+        raise DataError(f"{path}: expected an .npz file; there is none") from None
+    except (OSError, ValueError, EOFError, KeyError, TypeError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: expected the .npz of scipy.sparse.save_npz(path, matrix); got: {error}") from None
+
+
+def from_scipy(matrix: Any) -> SparseRows:
+    """A ``scipy.sparse`` matrix or array ``[rows, width]``: its columns unchecked, and those of a row not summed.
+
+    Raises:
+        ValueError: one dimension, or indices that contradict the matrix.
+    """
+    if matrix.ndim != 2:
+        raise ValueError(f"{matrix.ndim} dimensions")
+    rows, width = matrix.shape
+    if matrix.format == "csr":
+        return from_csr(matrix.indptr, matrix.indices, matrix.data, width)
+    if matrix.format in ("csc", "bsr"):
+        matrix.check_format(full_check=True)  # SciPy converts without looking where an index points
+    matrix = matrix.tocoo()
+    order = np.lexsort((matrix.col, matrix.row))  # tocsr() would sum what is there twice
+    ptr = np.zeros(rows + 1, dtype=np.int64)
+    np.cumsum(np.bincount(matrix.row, minlength=rows), out=ptr[1:])
+    return from_csr(ptr, matrix.col[order], matrix.data[order], width)
+
+
 def read_folder(
     folder: Path,
     name: str,
@@ -95,7 +135,7 @@ def read_folder(
     notes: dict[str, str] | None = None,
 ) -> RawGraph:
     """A folder of ``.npy``: ``edge_index`` ``[2, edges]`` (or ``source`` and ``target``), and what there is of
-    ``edge_weight, x, y, train_mask, val_mask, test_mask, node_ids``.
+    ``edge_weight, x, y, train_mask, val_mask, test_mask, node_ids``. Sparse features are ``x.npz`` (:func:`load_npz`).
 
     Raises:
         DataError: no edges, or no way to tell how many nodes there are.
@@ -106,10 +146,15 @@ def read_folder(
     array = {path.stem: load_npy(path) for path in sorted(folder.glob("*.npy"))}
     known = {"edge_index", "source", "target", "edge_weight", "x", "y", "node_ids"}
     known |= {"train_mask", "val_mask", "test_mask"}
-    if unknown := set(array) - known:
+    if unknown := set(array) - known | {path.name for path in folder.glob("*.npz")} - {"x.npz"}:
         raise DataError(
             f"{folder}: expected only {', '.join(sorted(known))}; got {', '.join(sorted(unknown))}; rename or remove them"
         )
+    x: np.ndarray | SparseRows | None = array.get("x")
+    if (folder / "x.npz").exists():
+        if x is not None:
+            raise DataError(f"{folder}: expected x.npy or x.npz; got both; remove one")
+        x = load_npz(folder / "x.npz")
     if "edge_index" in array:
         edges = array["edge_index"]
         if edges.ndim != 2 or edges.shape[0] != 2:
@@ -120,7 +165,7 @@ def read_folder(
         source, target = array["source"], array["target"]
     else:
         raise DataError(f"{folder}: expected edge_index.npy [2, edges], or source.npy and target.npy; there is neither")
-    rows = next((len(array[key]) for key in ("x", "y", "node_ids") if key in array), None)
+    rows = next((len(found) for found in (x, array.get("y"), array.get("node_ids")) if found is not None), None)
     if rows is None:
         rows = max((int(ids.max()) + 1 for ids in (source, target) if len(ids)), default=0)
     return RawGraph(
@@ -129,7 +174,7 @@ def read_folder(
         source=source,
         target=target,
         weight=array.get("edge_weight"),
-        x=array.get("x"),
+        x=x,
         y=array.get("y"),
         masks={part: array[f"{part}_mask"] for part in ("train", "val", "test") if f"{part}_mask" in array},
         node_ids=array.get("node_ids"),

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gemini_gnn.graph.sparse import SparseRows, laid_out
+
 NETWORK_TIMEOUT_S = 15.0
 
 
@@ -26,12 +28,23 @@ def main(loader: str, argument: str, root: str, out: str, network: str) -> int:
         read = ogb_arrays if loader == "OGB" else pyg_arrays
         arrays = read(loader, argument, root, network == "download")
         for name, array in arrays.items():
-            np.save(Path(out) / f"{name}.npy", array, allow_pickle=False)
+            save(Path(out), name, laid_out(array, "auto") if name == "x" else array)
     except BaseException as error:
         traceback.print_exc()
         print(f"{type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
+
+
+def save(folder: Path, name: str, array: np.ndarray | SparseRows) -> None:
+    """Write ``name.npy``, or ``name.npz`` of sparse rows."""
+    if isinstance(array, SparseRows):
+        import scipy.sparse
+
+        matrix = scipy.sparse.csr_array((array.values(), array.columns(), array.ptr), shape=array.shape)
+        scipy.sparse.save_npz(folder / f"{name}.npz", matrix, compressed=False)
+    else:
+        np.save(folder / f"{name}.npy", array, allow_pickle=False)
 
 
 def pyg_arrays(loader: str, argument: str, root: str, download: bool) -> dict[str, np.ndarray]:

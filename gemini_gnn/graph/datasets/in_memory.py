@@ -9,24 +9,26 @@ import numpy as np
 
 from gemini_gnn.errors import DataError
 from gemini_gnn.graph.datasets.assemble import RawGraph, assemble
-from gemini_gnn.graph.datasets.files import read_folder
+from gemini_gnn.graph.datasets.files import from_scipy, read_folder
 from gemini_gnn.graph.datasets.splits import PARTS
 from gemini_gnn.graph.graph import Graph
+from gemini_gnn.graph.sparse import SparseRows, from_csr
 
 if TYPE_CHECKING:
     import networkx
+    import torch
     import torch_geometric.data
 
 
 def from_pyg(data: torch_geometric.data.Data, name: str = "data", **settings: Any) -> Graph:
     """A :class:`Graph` from a homogeneous PyG ``Data``: ``edge_index``, and what it has of ``x``, ``y``, ``edge_weight``
-    and the three masks.
+    and the three masks. ``x`` may be sparse: of torch (CSR, coalesced COO), a SparseTensor, or of SciPy.
 
     Args:
-        settings: ``undirected, normalize, split, seed, featureless, require_labels`` as in :func:`assemble`.
+        settings: ``undirected, normalize, split, seed, featureless, layout, require_labels`` as in :func:`assemble`.
 
     Raises:
-        DataError: no ``edge_index``, several node types, a sparse tensor, or what :func:`assemble` refuses.
+        DataError: no ``edge_index``, several node types, another sparse array, or what :func:`assemble` refuses.
     """
     import torch
 
@@ -49,26 +51,62 @@ def from_pyg(data: torch_geometric.data.Data, name: str = "data", **settings: An
                 if hasattr(value, method[:-2]):
                     dense = f"torch.as_tensor(data.{key}.{method})"
             raise DataError(f"{name}: expected {key} as a dense tensor; got {got}. Give `data.{key} = {dense}`")
-        if value.dtype is torch.bfloat16:  # which numpy does not have
-            value = value.float()
-        return value.detach().cpu().numpy()
+        return numpy_of(value)
 
+    x = sparse_of(name, getattr(data, "x", None))
+    # Where nobody said it, PyG takes the rows of x for the nodes; but it does not know those of SciPy's matrices.
+    num_nodes = int(data.num_nodes) if x is None or "num_nodes" in data else len(x)
     source, target = edge_index.detach().cpu().numpy()
     masks = {part: mask for part in PARTS if (mask := array(f"{part}_mask")) is not None}
     return assemble(
         RawGraph(
             name=name,
-            num_nodes=int(data.num_nodes),
+            num_nodes=num_nodes,
             source=source,
             target=target,
             weight=array("edge_weight"),
-            x=array("x"),
+            x=array("x") if x is None else x,
             y=array("y"),
             masks=masks,
             notes={"made": "from a PyG Data"},
         ),
         **settings,
     )
+
+
+def sparse_of(name: str, x: Any) -> SparseRows | None:
+    """The rows of a sparse ``x``; None where it is not sparse, or of a kind that has no rows.
+
+    Raises:
+        DataError: a torch tensor that is not coalesced, or a matrix of SciPy that contradicts itself.
+    """
+    import scipy.sparse
+    import torch
+
+    if scipy.sparse.issparse(x):
+        try:
+            return from_scipy(x)
+        except ValueError as error:
+            raise DataError(f"{name}: expected x as a matrix [nodes, features]; got {error}") from None
+    if hasattr(x, "csr"):  # SparseTensor of torch-sparse, which need not be installed
+        ptr, index, value = x.csr()
+        return from_csr(numpy_of(ptr), numpy_of(index), None if value is None else numpy_of(value), int(x.size(1)))
+    if not isinstance(x, torch.Tensor) or x.ndim != 2 or x.layout not in (torch.sparse_coo, torch.sparse_csr):
+        return None
+    if x.layout is torch.sparse_coo:
+        if not x.is_coalesced():
+            raise DataError(
+                f"{name}: expected every feature of x once; got a sparse tensor that is not coalesced. Give "
+                "`data.x = data.x.coalesce()`, which adds up what is there twice"
+            )
+        x = x.to_sparse_csr()
+    return from_csr(numpy_of(x.crow_indices()), numpy_of(x.col_indices()), numpy_of(x.values()), x.shape[1])
+
+
+def numpy_of(tensor: torch.Tensor) -> np.ndarray:
+    if str(tensor.dtype) == "torch.bfloat16":  # which numpy does not have
+        tensor = tensor.float()
+    return tensor.detach().cpu().numpy()
 
 
 def from_networkx(
@@ -90,7 +128,7 @@ def from_networkx(
             a node without label is unlabelled.
         split: node attribute "train" | "val" | "test"; without it the split is drawn.
         weight: edge attribute, on all edges or none.
-        settings: ``undirected, normalize, seed, featureless, require_labels`` as in :func:`assemble`; ``split_by`` is
+        settings: ``undirected, normalize, seed, featureless, layout, require_labels`` as in :func:`assemble`; ``split_by`` is
             its ``split``.
 
     Raises:
@@ -155,10 +193,11 @@ def ids_of(nodes: list[Any]) -> np.ndarray | None:
 
 def from_folder(path: str | Path, name: str | None = None, **settings: Any) -> Graph:
     """A :class:`Graph` from a folder of ``.npy`` files: ``edge_index`` ``[2, edges]`` (or ``source`` and ``target``), and
-    what there is of ``edge_weight, x, y, train_mask, val_mask, test_mask, node_ids``.
+    what there is of ``edge_weight, x, y, train_mask, val_mask, test_mask, node_ids``. Sparse features are ``x.npz``, as
+    ``scipy.sparse.save_npz`` writes it.
 
     Args:
-        settings: ``undirected, normalize, split, seed, featureless, require_labels`` as in :func:`assemble`.
+        settings: ``undirected, normalize, split, seed, featureless, layout, require_labels`` as in :func:`assemble`.
 
     Raises:
         DataError: no such folder, an unknown or damaged file, or what :func:`assemble` refuses.

@@ -132,10 +132,15 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}: expected readable text or gzip; after line {number}: {error}") from None
 
 
+def data_lines(path: Path, skip_lines: int = 0) -> Iterator[tuple[int, str]]:
+    """Those of :func:`lines_of` that are not skipped, blank, or leading lines with # or %."""
+    data = ((n, line) for n, line in lines_of(path) if n > skip_lines and line.strip())
+    return itertools.dropwhile(lambda item: item[1].lstrip()[0] in "#%", data)
+
+
 def first_lines(path: Path, skip_lines: int) -> list[tuple[int, str]]:
     """The first two data lines."""
-    data = ((n, line) for n, line in lines_of(path) if n > skip_lines and line.strip())
-    return list(itertools.islice(itertools.dropwhile(lambda item: item[1].lstrip()[0] in "#%", data), 2))
+    return list(itertools.islice(data_lines(path, skip_lines), 2))
 
 
 def separator_of(line: str) -> str:

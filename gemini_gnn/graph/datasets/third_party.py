@@ -2,7 +2,8 @@
 
 PyG's and OGB's own loaders read the published files, and these contain pickles. So a loader runs once, in a process of
 its own, under a temporary root that holds links to the files (the data root may be read-only, and loaders write beside
-what they read); it leaves plain arrays. Everything after that reads only ``.npy``.
+what they read); it leaves plain arrays, features sparse where that is much smaller. Everything after that reads only
+these ``.npy`` and ``x.npz``.
 
 Ownership: ``<cache>/imported/<name>-<digest of the files>`` is complete from the moment it has that name and never changes,
 so readers need no lock. Importers take a lock per name; the second importer finds the folder of the first. A killed importer

@@ -6,24 +6,26 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gemini_gnn.errors import PartitionError
+from gemini_gnn.errors import DataError, PartitionError
 from gemini_gnn.graph.array_folder import Progress
 from gemini_gnn.graph.graph import Graph
 from gemini_gnn.graph.partition.assign import ranges
 from gemini_gnn.graph.partition.folder import MASKS, PartitionedGraph
 from gemini_gnn.graph.partition.quality import chunks, halo_of, measure
 from gemini_gnn.graph.partition.write import CHUNK_BYTES, edge_hash
+from gemini_gnn.graph.sparse import SparseRows, dense, row_chunks
 
 
 def check_partitioned(pg: PartitionedGraph, graph: Graph | None = None, progress: Progress | None = None) -> None:
     """Check a partitioned graph, array by array, in chunks.
 
     Without ``graph``: the checksums; bounds without empty parts; ``original`` is a permutation, ascending within a part;
-    the columns of the parts follow one another without gap or overlap; sources ascend by original id; halo lists are
-    exact; counts and quality are those of ``meta.json``; and the edges, translated to original ids, have the hash that
-    was taken from the source graph (a lost, doubled or changed edge goes unseen once in 2^64).
+    the columns of the parts follow one another without gap or overlap; sources ascend by original id; the columns of
+    sparse features lie within their width and ascend; halo lists are exact; counts and quality are those of
+    ``meta.json``; and the edges, translated to original ids, have the hash that was taken from the source graph (a lost,
+    doubled or changed edge goes unseen once in 2^64).
     With ``graph``: every column holds the very sources of the source graph, and weights, features, labels, masks and
-    ids are equal bit for bit.
+    ids are equal bit for bit; features may be sparse in one and dense in the other.
 
     Raises:
         PartitionError: the first thing that is wrong.
@@ -70,6 +72,14 @@ def check_partitioned(pg: PartitionedGraph, graph: Graph | None = None, progress
         edge_hash(colptr, row, original) == meta.edge_hash, "the edges are not those of the source graph (edge hash)"
     )
 
+    say("features")
+    if isinstance(pg.x, SparseRows):
+        demand(int(pg.x.ptr[0]) == 0, "x_ptr.npy does not begin with 0")
+        try:
+            pg.x.validate("features", lambda node: f"of node {original[node]}")
+        except DataError as error:
+            demand(False, str(error))
+
     say("halo")
     cut = 0
     for p in range(pg.parts):
@@ -77,7 +87,7 @@ def check_partitioned(pg: PartitionedGraph, graph: Graph | None = None, progress
         halo, crossing = halo_of(shard.begin, shard.end, colptr, row)
         cut += crossing
         demand(np.array_equal(halo, shard.halo), f"the halo list of part {p} is not its set of remote in-neighbors")
-    quality = measure(pg.bounds, colptr, pg.train_mask, np.diff(pg.halo_ptr).tolist(), cut, 4 * meta.feature_width)
+    quality = measure(pg.bounds, colptr, pg.train_mask, np.diff(pg.halo_ptr).tolist(), cut, pg.x)
     demand(quality == meta.quality, "the quality in meta.json is not that of the arrays")
     for name, counts in zip(MASKS, (meta.train, meta.val, meta.test), strict=True):
         mask = getattr(pg, name)
@@ -103,7 +113,11 @@ def _compare(pg: PartitionedGraph, graph: Graph, demand: Callable[[bool, str], N
         demand(np.array_equal(graph.row[at], original[row[edges]]), f"in-edges {where}")
         if graph.edge_weight is not None and pg.edge_weight is not None:
             demand(np.array_equal(graph.edge_weight[at], pg.edge_weight[edges]), f"edge weights {where}")
-    for name in ("x", "y", *MASKS):
+    demand(graph.x.shape == pg.x.shape, f"x: expected shape {list(graph.x.shape)}; got {list(pg.x.shape)}")
+    for rows in row_chunks(pg.x):  # as numbers: the form is the folder's, not the graph's
+        same = np.array_equal(dense(pg.x[rows]), dense(graph.x[original[rows]]))
+        demand(same, f"x of nodes {rows.start}.. (new ids) differs from the source graph")
+    for name in ("y", *MASKS):
         ours, theirs = getattr(pg, name), getattr(graph, name)
         demand(ours.shape == theirs.shape, f"{name}: expected shape {list(theirs.shape)}; got {list(ours.shape)}")
         step = max(1, CHUNK_BYTES // max(1, ours[:1].nbytes))

@@ -8,7 +8,10 @@
     colptr.npy               int64 [nodes + 1]        CSC of in-edges in new ids,
     row.npy                  int32 or int64 [edges]   within a column ascending by *original* id of the source
     edge_weight.npy          float32 [edges]          only for weighted graphs
-    x.npy                    float32 [nodes, features]
+    x.npy                    float32 [nodes, features]; or, of sparse features,
+    x_ptr.npy                int64 [nodes + 1]        where the stored values of a node begin in the arrays below
+    x_index.npy              int32 [stored]           their columns, ascending within a node
+    x_value.npy              float32 [stored]         left out when every stored value is 1
     y.npy                    int64 [nodes] or uint8 [nodes, classes]
     train_mask.npy val_mask.npy test_mask.npy         bool [nodes]
     halo.npy                 int32 or int64           per part the remote in-neighbors of its nodes, new ids ascending,
@@ -34,13 +37,15 @@ from typing import Any
 import numpy as np
 
 from gemini_gnn.errors import PartitionError
-from gemini_gnn.graph.array_folder import Progress, map_array, read_json, ticking, verify_arrays
+from gemini_gnn.graph.array_folder import Progress, map_features, map_shaped, read_json, ticking, verify_arrays
 from gemini_gnn.graph.graph import Graph
 from gemini_gnn.graph.partition.assign import ranges
 from gemini_gnn.graph.partition.quality import Quality
 from gemini_gnn.graph.partition.shard import GraphShard
+from gemini_gnn.graph.sparse import SparseRows
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # 1 knew only dense features
 MASKS = ("train_mask", "val_mask", "test_mask")
 
 
@@ -91,7 +96,7 @@ class PartitionedGraph:
     colptr: np.ndarray
     row: np.ndarray
     edge_weight: np.ndarray | None
-    x: np.ndarray
+    x: np.ndarray | SparseRows
     y: np.ndarray
     train_mask: np.ndarray
     val_mask: np.ndarray
@@ -131,27 +136,22 @@ class PartitionedGraph:
             PartitionError: missing, damaged, truncated, or of another format version.
         """
         folder = Path(folder)
-        meta = _parse_meta(folder, read_json(folder, "meta.json", "a partitioned graph", FORMAT_VERSION))
+        meta = _parse_meta(folder, read_json(folder, "meta.json", "a partitioned graph", READABLE))
         if verify:
             verify_arrays(folder, meta.checksums)
         n, m = meta.num_nodes, meta.num_edges
         y_shape = (n, meta.num_classes) if meta.multi_label else (n,)
         shapes = {
-            "original": (n,), "colptr": (n + 1,), "row": (m,), "edge_weight": (m,), "x": (n, meta.feature_width),
-            "y": y_shape, "train_mask": (n,), "val_mask": (n,), "test_mask": (n,), "halo": (meta.halo_ptr[-1],),
-            "node_ids": (n,),
+            "original": (n,), "colptr": (n + 1,), "row": (m,), "edge_weight": (m,), "y": y_shape, "train_mask": (n,),
+            "val_mask": (n,), "test_mask": (n,), "halo": (meta.halo_ptr[-1],), "node_ids": (n,),
         }  # fmt: skip
+        x: np.ndarray | SparseRows = map_features(folder, meta.checksums, n, meta.feature_width)
         arrays: dict[str, np.ndarray | None] = {}
         for name, shape in shapes.items():
             if name in ("edge_weight", "node_ids") and name not in meta.checksums:
                 arrays[name] = None
                 continue
-            array = arrays[name] = map_array(folder, name)
-            if array.shape != shape:
-                raise PartitionError(
-                    f"{folder / name}.npy: expected shape {list(shape)} as meta.json says; got {list(array.shape)}; "
-                    "delete the folder and partition again"
-                )
+            arrays[name] = map_shaped(folder, name, shape)
         if int(arrays["colptr"][-1]) != m:  # type: ignore[index]
             raise PartitionError(f"{folder}/colptr.npy does not cover {m} edges; delete the folder and partition again")
         return cls(
@@ -159,6 +159,7 @@ class PartitionedGraph:
             meta=meta,
             bounds=np.array(meta.bounds, dtype=np.int64),
             halo_ptr=np.array(meta.halo_ptr, dtype=np.int64),
+            x=x,
             **arrays,  # type: ignore[arg-type]
         )
 
@@ -167,12 +168,13 @@ class PartitionedGraph:
 
         Args:
             progress: told now and then while it takes long.
-            features: False leaves out ``x``: by far the largest, and no kernel takes an address from it.
+            features: False leaves out ``x`` and ``x_value``: the largest arrays, and no kernel takes an address from them.
+                ``x_ptr`` and ``x_index`` are addresses (a column is a row of the first weight matrix), so they are read.
 
         Raises:
             PartitionError: naming the array.
         """
-        checked = {name: sum_ for name, sum_ in self.meta.checksums.items() if features or name != "x"}
+        checked = {name: sum_ for name, sum_ in self.meta.checksums.items() if features or name not in ("x", "x_value")}
         with ticking(f"reading {self.folder} to compare its checksums", progress or (lambda _: None)):
             verify_arrays(self.folder, checked)
 

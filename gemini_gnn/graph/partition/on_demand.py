@@ -35,8 +35,9 @@ def open_or_make(
     of the other.
 
     Args:
-        config: its ``dataset`` and ``partition``. parts: number of parts.
-        load: called only when the partition has to be made.
+        config: its ``dataset``, ``partition`` and ``features.layout``. parts: number of parts.
+        load: called only when the partition has to be made; its graph has the form of ``features.layout``. A folder that
+            is named by ``partition.folder`` keeps the form it was made in.
         fingerprint: of the graph that ``load`` returns.
         verify: compare the checksums of a graph that was found, but for its features.
 
@@ -120,7 +121,7 @@ def partition_folder(config: Config, parts: int, fingerprint: str) -> Path:
 
     from gemini_gnn.graph.datasets import cache_folder
 
-    rest = json.dumps([FORMAT_VERSION, partition_settings(config.partition)], sort_keys=True)
+    rest = json.dumps([FORMAT_VERSION, config.features.layout, partition_settings(config.partition)], sort_keys=True)
     file = Path(config.dataset.path or "").name.partition(".")[0]  # what an edge list or folder is known by
     name = re.sub(r"[^\w.-]+", "_", file or config.dataset.name)
     key = f"{name}-{fingerprint}-{config.partition.method}-{parts}-{xxhash.xxh3_64_hexdigest(rest.encode())[:8]}"

@@ -8,6 +8,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from gemini_gnn.graph.sparse import SparseRows
+
 CHUNK_EDGES = 1 << 22  # edges looked at in one go: 16-32 MB of scratch
 
 
@@ -23,7 +25,7 @@ class Quality:
         halo: ``[parts]`` number of distinct remote in-neighbors of a part's nodes.
         replication: (nodes + halo nodes over all parts) / nodes: how often a feature row is needed on average when
             every part keeps the rows of its one-hop neighborhood.
-        epoch_bytes: sum of ``halo`` times the bytes of a feature row: what crosses between parts when all nodes
+        epoch_bytes: sum of ``halo`` times the (mean) bytes of a feature row: what crosses between parts when all nodes
             exchange their input features once with all neighbors. That is one layer of a full-batch epoch, and an upper
             bound for an epoch whose batches are cut so that no row is asked for twice. Mini-batches ask for popular
             rows once per batch; :func:`sampled_epoch_bytes` predicts those.
@@ -81,9 +83,9 @@ def measure(
     train_mask: np.ndarray,
     halo_counts: Sequence[int],
     cut_edges: int,
-    row_bytes: int,
+    x: np.ndarray | SparseRows,
 ) -> Quality:
-    """The :class:`Quality` of parts given by ``bounds`` int64 ``[parts + 1]`` over nodes in new order."""
+    """The :class:`Quality` of parts given by ``bounds`` int64 ``[parts + 1]`` over nodes in new order, with features ``x``."""
     nodes = np.diff(bounds).tolist()
     edges = np.diff(colptr[bounds]).tolist()
     seeds = [int(np.count_nonzero(train_mask[b:e])) for b, e in pairwise(bounds.tolist())]
@@ -97,7 +99,7 @@ def measure(
         seeds=seeds,
         halo=[int(h) for h in halo_counts],
         replication=(sum(nodes) + sum(halo_counts)) / sum(nodes),
-        epoch_bytes=int(sum(halo_counts)) * row_bytes,
+        epoch_bytes=round(sum(halo_counts) * row_bytes(x)),
     )
 
 
@@ -120,6 +122,20 @@ def table(quality: Quality) -> str:
     return "\n".join(lines)
 
 
+def row_bytes(x: np.ndarray | SparseRows) -> float:
+    """Bytes of a row; of sparse rows, which differ, the mean."""
+    return x.nbytes / max(len(x), 1)
+
+
+def described(x: np.ndarray | SparseRows) -> str:
+    """Width, form and size of features in words."""
+    if isinstance(x, SparseRows):
+        size = f"sparse {human_bytes(x.nbytes)}, would be {human_bytes(x.dense_bytes)} dense"
+    else:
+        size = f"dense {human_bytes(x.nbytes)}"
+    return f"{x.shape[1]:,} per node, {size}"
+
+
 def human_bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1024 or unit == "TiB":
@@ -135,7 +151,7 @@ def sampled_epoch_bytes(
     train_mask: np.ndarray,
     fanouts: Sequence[int],
     batch_size: int,
-    row_bytes: int,
+    row_bytes: float,
 ) -> float:
     """Expected bytes of remote feature rows in one training epoch of sampled mini-batches.
 
@@ -148,7 +164,7 @@ def sampled_epoch_bytes(
     Args:
         bounds: int64 ``[parts + 1]``, colptr, row: in new ids, train_mask: bool ``[nodes]``.
         fanouts: hop 1 first, -1 for all. batch_size: seeds per part, -1 for all.
-        row_bytes: of a feature row.
+        row_bytes: of a feature row, on average.
 
     Returns:
         bytes, summed over the parts. Costs hops x parts passes over the edges.

@@ -5,13 +5,25 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gemini_gnn.errors import PartitionError
-from gemini_gnn.graph.array_folder import map_array, new_folder, read_json, verify_arrays, write_array, write_json
+from gemini_gnn.graph.array_folder import (
+    feature_arrays,
+    map_array,
+    map_features,
+    new_folder,
+    read_json,
+    verify_arrays,
+    write_array,
+    write_json,
+)
+from gemini_gnn.graph.sparse import SparseRows
 
-FORMAT_VERSION = 1  # of a part saved alone
+FORMAT_VERSION = 2  # of a part saved alone
+READABLE = (1, 2)  # 1 knew only dense features
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class GraphShard:
     row: np.ndarray
     edge_weight: np.ndarray | None
     halo: np.ndarray
-    x: np.ndarray
+    x: np.ndarray | SparseRows
     y: np.ndarray
     train_mask: np.ndarray
     val_mask: np.ndarray
@@ -84,6 +96,8 @@ class GraphShard:
         """
         arrays = {f.name: getattr(self, f.name) for f in fields(self)}
         scalars = {name: arrays.pop(name) for name in ("part", "begin", "end", "num_classes")}
+        scalars["feature_width"] = self.x.shape[1]
+        arrays |= feature_arrays(arrays.pop("x"))
         with new_folder(Path(folder)) as place:
             checksums = {
                 name: write_array(place, name, array.dtype, array.shape, [array])
@@ -100,15 +114,18 @@ class GraphShard:
             PartitionError: missing, damaged, or of another version.
         """
         folder = Path(folder)
-        meta = read_json(folder, "shard.json", "a saved part", FORMAT_VERSION)
+        meta = read_json(folder, "shard.json", "a saved part", READABLE)
         try:
             names = list(meta["checksums"])
             scalars = {name: int(meta[name]) for name in ("part", "begin", "end", "num_classes")}
+            width = int(meta["feature_width"]) if "x_ptr" in names else 0
         except (KeyError, TypeError, ValueError) as error:
             raise PartitionError(f"{folder / 'shard.json'} is damaged ({error!r}); save the part again") from None
         if verify:
             verify_arrays(folder, meta["checksums"])
-        arrays = {name: map_array(folder, name) for name in names}
+        arrays: dict[str, Any] = {name: map_array(folder, name) for name in names if not name.startswith("x_")}
+        if "x_ptr" in names:
+            arrays["x"] = map_features(folder, names, scalars["end"] - scalars["begin"], width)
         missing = {f.name for f in fields(cls)} - set(scalars) - set(arrays) - {"edge_weight"}
         if missing:
             raise PartitionError(f"{folder}: expected arrays {sorted(missing)}; save the part again")

@@ -16,6 +16,7 @@ from gemini_gnn.graph.graph import Graph
 from gemini_gnn.graph.partition.assign import ranges
 from gemini_gnn.graph.partition.folder import FORMAT_VERSION, MASKS, Meta, PartitionedGraph, inverse
 from gemini_gnn.graph.partition.quality import chunks, halo_of, measure
+from gemini_gnn.graph.sparse import SparseRows
 from gemini_gnn.hashing import splitmix64
 
 CHUNK_BYTES = 64 << 20  # of feature rows held in memory while writing
@@ -57,13 +58,16 @@ def write_partitioned(
     bounds = np.concatenate([[0], np.cumsum(sizes)])
     original = np.argsort(assignment, kind="stable").astype(np.int64, copy=False)
     new_of = inverse(original).astype(kind, copy=False)
-    colptr = np.zeros(n + 1, dtype=np.int64)
-    np.cumsum(np.diff(graph.colptr)[original], out=colptr[1:])
+    colptr = reordered(graph.colptr, original)
+
+    def of_lists(values: np.ndarray, before: np.ndarray, after: np.ndarray) -> Iterator[np.ndarray]:
+        """One list per node, cut by ``before`` in the graph and by ``after`` in new order."""
+        for begin, end in chunks(after, 0, n):
+            nodes = original[begin:end]
+            yield values[ranges(before[nodes], before[nodes + 1] - before[nodes])]
 
     def of_edges(values: np.ndarray) -> Iterator[np.ndarray]:
-        for begin, end in chunks(colptr, 0, n):
-            nodes = original[begin:end]
-            yield values[ranges(graph.colptr[nodes], graph.colptr[nodes + 1] - graph.colptr[nodes])]
+        return of_lists(values, graph.colptr, colptr)
 
     def of_nodes(values: np.ndarray) -> Iterator[np.ndarray]:
         step = max(1, CHUNK_BYTES // max(1, values[:1].nbytes))
@@ -84,7 +88,14 @@ def write_partitioned(
         write("row", kind, (graph.num_edges,), (new_of[piece] for piece in of_edges(graph.row)))
         if graph.edge_weight is not None:
             write("edge_weight", np.float32, (graph.num_edges,), of_edges(graph.edge_weight))
-        write("x", np.float32, graph.x.shape, of_nodes(graph.x))
+        if isinstance(x := graph.x, SparseRows):
+            ptr = reordered(x.ptr, original)
+            write("x_ptr", np.int64, (n + 1,), [ptr])
+            write("x_index", np.int32, (x.stored,), of_lists(x.index, x.ptr, ptr))
+            if x.value is not None:
+                write("x_value", np.float32, (x.stored,), of_lists(x.value, x.ptr, ptr))
+        else:
+            write("x", np.float32, x.shape, of_nodes(x))
         write("y", graph.y.dtype, graph.y.shape, of_nodes(graph.y))
         for name in MASKS:
             write(name, np.bool_, (n,), of_nodes(getattr(graph, name)))
@@ -118,14 +129,19 @@ def write_partitioned(
             val=per_part["val_mask"],
             test=per_part["test_mask"],
             edge_hash=edge_hash(graph.colptr, graph.row),
-            quality=measure(
-                bounds, colptr, graph.train_mask[original], np.diff(halo_ptr).tolist(), cut, 4 * graph.x.shape[1]
-            ),
+            quality=measure(bounds, colptr, graph.train_mask[original], np.diff(halo_ptr).tolist(), cut, graph.x),
             checksums=checksums,
             notes={str(k): str(v) for k, v in graph.notes.items()},
         )
         write_json(place, asdict(meta), "meta.json")
     return PartitionedGraph.open(folder)
+
+
+def reordered(ptr: np.ndarray, original: np.ndarray) -> np.ndarray:
+    """Where the lists that ``ptr`` cuts begin once they stand in the order ``original``: int64, begins with 0."""
+    found = np.zeros(len(original) + 1, dtype=np.int64)
+    np.cumsum(np.diff(ptr)[original], out=found[1:])
+    return found
 
 
 def edge_hash(colptr: np.ndarray, row: np.ndarray, original: np.ndarray | None = None) -> int:

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from gemini_gnn.config import DatasetConfig
 from gemini_gnn.errors import ConfigError, DataError, GeminiError
 from gemini_gnn.graph.datasets import fingerprint, import_third_party, load_dataset, third_party
+from gemini_gnn.graph.sparse import SparseRows, dense
 from tests import data_files
 
 DATA = os.environ.get("GEMINI_GNN_DATA", "")
@@ -240,16 +242,23 @@ def test_unwritable_cache(config, in_process, tmp_path):
 
 @pytest.mark.data
 @pytest.mark.parametrize(
-    "name, folder, nodes, edges, features, classes, split",
+    "name, folder, nodes, edges, features, classes, split, digest",
     [
-        ("cora", "planetoid/Cora", 2708, 10556, 1433, 7, (140, 500, 1000)),
-        ("chameleon", "wikipedia_network/chameleon", 2277, 36101, 2325, 5, (1092, 729, 456)),
-        ("computers", "amazon/Computers", 13752, 491722, 767, 10, (8251, 2751, 2750)),
+        ("cora", "planetoid/Cora", 2708, 10556, 1433, 7, (140, 500, 1000), "5af2a37cae0582ff"),
+        ("chameleon", "wikipedia_network/chameleon", 2277, 36101, 2325, 5, (1092, 729, 456), "75945500e763c39e"),
+        ("computers", "amazon/Computers", 13752, 491722, 767, 10, (8251, 2751, 2750), "0411e9ccaa69eacc"),
     ],
 )
-def test_real_graphs(config, in_process, name, folder, nodes, edges, features, classes, split):
+def test_real_graphs(config, in_process, name, folder, nodes, edges, features, classes, split, digest):
     if not DATA or not Path(DATA, folder).is_dir():
         pytest.skip(f"GEMINI_GNN_DATA has no {folder}")
     graph = load_dataset(replace(config, name=name, root=DATA))
     assert (graph.num_nodes, graph.num_edges, graph.x.shape[1], graph.num_classes) == (nodes, edges, features, classes)
     assert tuple(int(mask.sum()) for mask in (graph.train_mask, graph.val_mask, graph.test_mask)) == split
+    assert xxhash.xxh3_64_hexdigest(dense(graph.x).tobytes()) == digest, "the numbers of PyG's own dense x"
+    if isinstance(graph.x, SparseRows):  # as imported before features could be sparse
+        (file,) = Path(config.cache, "imported").glob("*/x.npz")
+        file.unlink()
+        np.save(file.with_suffix(".npy"), graph.x.dense())
+        again = load_dataset(replace(config, name=name, root=DATA))
+        assert isinstance(again.x, SparseRows) and np.array_equal(again.x.dense(), graph.x.dense())

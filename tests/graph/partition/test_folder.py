@@ -24,6 +24,7 @@ from gemini_gnn.graph.partition.on_demand import open_or_make
 from gemini_gnn.graph.partition.quality import balance, chunks, human_bytes, sampled_epoch_bytes, table
 from gemini_gnn.graph.partition.shard import GraphShard
 from gemini_gnn.graph.partition.write import write_partitioned
+from gemini_gnn.graph.sparse import SparseRows, dense, laid_out, sparse
 from tests.graph.partition.test_assign import graph_of, graphs, two_cliques
 
 KEYS = dict(method="hash", settings={"seed": 0}, fingerprint="f00d")
@@ -31,6 +32,15 @@ KEYS = dict(method="hash", settings={"seed": 0}, fingerprint="f00d")
 
 def written(graph, folder, parts=3, **changes):
     return write_partitioned(graph, partition_nodes(graph, "hash", parts), folder, **{**KEYS, **changes})
+
+
+def with_words(graph, ones=False):
+    """``graph`` with features of which few are not zero; those of node 0 are all zero, and node 1 has all of one kind."""
+    draw = np.random.default_rng(0)
+    chosen = draw.random((graph.num_nodes, 40)) < 0.1
+    chosen[0], chosen[1:2] = False, True
+    values = 1 if ones else 1 + draw.random(chosen.shape)
+    return dataclasses.replace(graph, x=sparse(np.where(chosen, values, 0).astype(np.float32)))
 
 
 @pytest.fixture
@@ -45,6 +55,8 @@ def test_round_trip_keeps_every_edge_once(tmp_path_factory, graph, data):
     parts = data.draw(st.integers(1, graph.num_nodes))
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))
     assignment = rng.permutation(np.arange(graph.num_nodes) % parts)
+    form = data.draw(st.sampled_from(["dense", "ones", "values"]))
+    graph = graph if form == "dense" else with_words(graph, ones=form == "ones")
     write.CHUNK_BYTES, whole = 64, write.CHUNK_BYTES  # many pieces
     try:
         pg = write_partitioned(graph, assignment, folder, **KEYS)
@@ -54,6 +66,8 @@ def test_round_trip_keeps_every_edge_once(tmp_path_factory, graph, data):
     back = pg.as_graph()
     for field in dataclasses.fields(graph):
         ours, theirs = getattr(back, field.name), getattr(graph, field.name)
+        if isinstance(theirs, SparseRows):
+            ours, theirs = ours.dense(), theirs.dense()
         if isinstance(theirs, np.ndarray):
             assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs), field.name
         else:
@@ -70,7 +84,7 @@ def test_round_trip_keeps_every_edge_once(tmp_path_factory, graph, data):
                 edges.append((int(pg.original[u]), int(pg.original[v]), w))
         remote = {int(u) for u in shard.row if u not in shard.owned}
         assert shard.halo.tolist() == sorted(remote)
-        assert np.array_equal(shard.x, graph.x[shard.original])
+        assert np.array_equal(dense(shard.x), dense(graph.x[shard.original]))
         assert np.array_equal(pg.train_seeds(p), [v for v in shard.owned if graph.train_mask[pg.original[v]]])
     target = np.repeat(np.arange(graph.num_nodes), np.diff(graph.colptr))
     weights = [None] * graph.num_edges if graph.edge_weight is None else graph.edge_weight.tolist()
@@ -155,7 +169,7 @@ def test_damage_is_named(small):
     with pytest.raises(PartitionError, match=r"meta\.json cannot be read"):
         PartitionedGraph.open(damaged("meta.json", lambda data: data[:100]))
     for change, message in (
-        ({"format_version": 99}, "format version 1; got 99"),
+        ({"format_version": 99}, "format version 1 or 2; got 99"),
         ({"bounds": [0, 5, 3, 12]}, "contradicts itself"),
         ({"surprise": 1}, "damaged"),
         ({"feature_width": 5}, r"x\.npy: expected shape \[12, 5\]"),
@@ -168,11 +182,77 @@ def test_damage_is_named(small):
         PartitionedGraph.open(small.folder / "nowhere")
 
 
+@pytest.mark.parametrize("ones", [True, False])
+def test_sparse_features_on_disk(tmp_path, ones):
+    graph = with_words(two_cliques(6), ones)
+    pg = written(graph, tmp_path / "p")
+    files = {path.stem for path in pg.folder.glob("x*.npy")}
+    assert files == ({"x_ptr", "x_index"} if ones else {"x_ptr", "x_index", "x_value"})
+    assert isinstance(pg.x, SparseRows) and isinstance(pg.x.index.base, np.memmap) and pg.x.ptr[0] == 0
+    assert pg.x.nbytes == graph.x.nbytes == 8 * 13 + graph.x.stored * (4 if ones else 8)
+    assert pg.meta.quality.epoch_bytes == round(sum(pg.meta.quality.halo) * graph.x.nbytes / 12)
+    check_partitioned(pg, graph)
+    check_partitioned(pg, dataclasses.replace(graph, x=graph.x.dense()))  # the same numbers in the other form
+    check_partitioned(written(dataclasses.replace(graph, x=graph.x.dense()), tmp_path / "d"), graph)
+    other = graph.x.dense()
+    other[5, 7] += 1
+    with pytest.raises(PartitionError, match="x of nodes"):
+        check_partitioned(pg, dataclasses.replace(graph, x=laid_out(other, "sparse")))
+
+    shard = pg.part(2)  # a part of which the values do not begin with the file's
+    shard.save(tmp_path / "alone")
+    twin = GraphShard.load(tmp_path / "alone", verify=True)
+    assert isinstance(twin.x, SparseRows) and twin.x.shape == (4, 40) and (twin.x.value is None) == ones
+    assert np.array_equal(twin.x.dense(), graph.x[shard.original].dense()) and len(twin.x.index) == twin.x.stored
+
+
+def test_damage_to_sparse_features_is_named(tmp_path):
+    graph = with_words(two_cliques(6))
+    pg = written(graph, tmp_path / "p")
+
+    def flipped(name):
+        twin = shutil.copytree(pg.folder, tmp_path / name)
+        raw = bytearray((twin / f"{name}.npy").read_bytes())
+        raw[-1] ^= 1
+        (twin / f"{name}.npy").write_bytes(raw)
+        return twin
+
+    with pytest.raises(PartitionError, match=r"x_value\.npy: expected checksum"):
+        PartitionedGraph.open(twin := flipped("x_value"), verify=True)
+    PartitionedGraph.open(twin).verify_checksums(features=False)
+    with pytest.raises(PartitionError, match=r"x_index\.npy: expected checksum"):  # a column is an address
+        PartitionedGraph.open(flipped("x_index")).verify_checksums(features=False)
+    with pytest.raises(PartitionError, match=r"x_index\.npy: expected shape"):
+        PartitionedGraph.open(flipped("x_ptr"))
+    column, value, row = pg.x.index.copy(), pg.x.value.copy(), int(np.argmax(np.diff(pg.x.ptr) > 1))
+    at, node = pg.x.ptr[row], pg.original[row]
+    column[at] = column[at + 1]
+    with pytest.raises(PartitionError, match=f"ascend within a row, each once; row of node {node} has column"):
+        check_partitioned(rewritten(pg, x_index=column))
+    column[at] = 40
+    with pytest.raises(PartitionError, match=rf"columns in 0\.\.39; row of node {node} has column 40"):
+        check_partitioned(rewritten(pg, x_index=column))
+    value[at] = np.nan
+    with pytest.raises(PartitionError, match=f"finite values; row of node {node} has column"):
+        check_partitioned(rewritten(pg, x_value=value))
+
+
+def test_a_folder_of_the_first_version_is_opened(small, tmp_path):
+    path = small.folder / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 1}))
+    check_partitioned(PartitionedGraph.open(small.folder), two_cliques(6))
+    small.part(1).save(tmp_path / "alone")
+    path = tmp_path / "alone" / "shard.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 1}))
+    assert np.array_equal(GraphShard.load(tmp_path / "alone").x, small.part(1).x)
+
+
 def rewritten(pg, **arrays):
     """The folder with some arrays replaced and their checksums made to fit: damage that only the check can see."""
     import xxhash
 
     twin = pg.folder.parent / f"twin-{'-'.join(arrays)}"
+    shutil.rmtree(twin, ignore_errors=True)
     shutil.copytree(pg.folder, twin)
     meta = json.loads((twin / "meta.json").read_text())
     for name, array in arrays.items():
@@ -262,7 +342,12 @@ def test_made_once_then_opened(tmp_path):
     assert first.folder.name.startswith("blocks-f00d-hash-3-") and first.folder.parent.name == "partitions"
     config.partition.seed = 5
     assert open_or_make(config, 3, load, "f00d").folder != first.folder
-    config.partition.folder = str(first.folder)
+    config.features.layout = "sparse"
+    assert open_or_make(config, 3, lambda: with_words(two_cliques(6)), "f00d").folder.parent == first.folder.parent
+    assert len([path for path in first.folder.parent.iterdir() if path.name.startswith("blocks")]) == 3
+    config.partition.folder, config.partition.seed = str(first.folder), 0
+    assert isinstance(open_or_make(config, 3, load, "f00d").x, np.ndarray), "a named folder keeps its form"
+    config.partition.seed = 5
     with pytest.raises(PartitionError, match="made for another settings"):
         open_or_make(config, 3, load, "f00d")
     with pytest.raises(PartitionError, match="made for another graph"):
