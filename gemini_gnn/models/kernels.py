@@ -27,7 +27,6 @@ def product(
     row_scale,
     col_scale,
     x,
-    x_from,
     root,
     root_from,
     root_scale,
@@ -38,19 +37,16 @@ def product(
     """``out[i, :width] = root_scale[i] root[i] + sum_e row_scale[i] values[e] col_scale[j] x[j]`` over the edges e = (i, j).
 
     ``values``, ``row_scale``, ``col_scale`` and ``root_scale`` may be None (all ones), ``root`` too (zeros); rows from
-    ``root_rows`` on have no root term. ``x`` is read from column ``x_from`` and ``root`` from column ``root_from`` on.
+    ``root_rows`` on have no root term. ``root`` is read from column ``root_from`` on: by a slice, since an index that is
+    a sum may be negative for all the compiler knows, and what it must check in each turn it does not do in SIMD lanes.
     """
     for i in range(low, high):
         o = out[i]
         if root is not None and i < root_rows:
-            r = root[i]
-            if root_scale is None:
-                for k in range(width):
-                    o[k] = r[root_from + k]
-            else:
-                s = root_scale[i]
-                for k in range(width):
-                    o[k] = s * r[root_from + k]
+            r = root[i, root_from:]
+            s = x.dtype.type(1) if root_scale is None else root_scale[i]
+            for k in range(width):
+                o[k] = s * r[k]
         else:
             for k in range(width):
                 o[k] = 0
@@ -65,7 +61,7 @@ def product(
                 v *= values[e]
             r = x[j]
             for k in range(width):
-                o[k] += v * r[x_from + k]
+                o[k] += v * r[k]
 
 
 @numba.njit(**_options)
