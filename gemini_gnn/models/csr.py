@@ -33,11 +33,13 @@ from gemini_gnn.models.tensors import BlockTensors, SparseFeatures
 
 _SPLIT_EDGES = 20_000  # fewer edges than this are not worth waking a thread for
 
-# Costs in flops of a GEMM. A float moved by a sparse product: 8 GB/s against 85 GFLOP/s measured on one Zen 4 core, and the
-# same order on a GPU (4.8 TB/s against 60 TFLOP/s on an H200). A stored value times one float of a weight, forward and
-# backward: 0.25 ns on that core. A stored value added to a dense row, where it lies alone: 1.2 ns.
+# Costs in flops of a GEMM. A float moved by a sparse product: 8 GB/s against 85 GFLOP/s measured on
+# one Zen 4 core, and the same order on a GPU (4.8 TB/s against 60 TFLOP/s on an H200). A stored
+# value times one float of a weight, forward and backward: 0.13 ns there (0.27 where the weight is
+# too large for the L2 cache: then the choice is clear). A stored value added to a dense row, where
+# it lies alone: 1.2 ns.
 _FLOPS_PER_FLOAT = 40
-_FLOPS_PER_PRODUCT = 20
+_FLOPS_PER_PRODUCT = 11
 _FLOPS_PER_VALUE = 100
 
 
