@@ -23,7 +23,16 @@ from common import ROOT, git, median
 Document = Mapping[str, Any]
 Contenders = list[tuple[str, list[tuple[str, float]]]]  # groups of bars: label, then name and value of each
 OURS = {"snapshot", "memory", "push", "both at once", "fetch", "attach", "two, interleaved", "gemini_gnn", "metis"}
-OURS |= {"metis+edges", "blocks", "blocks beside NetworkX", "PyGSampler", "NodeLoader + PyGSampler"}
+OURS |= {
+    "metis+edges",
+    "sparse",
+    "sparse, 1 rank",
+    "auto",
+    "blocks",
+    "blocks beside NetworkX",
+    "PyGSampler",
+    "NodeLoader + PyGSampler",
+}
 GREEN, RED, GREY, BLUE = "#2ca02c", "#d62728", "#7f7f7f", "#1f77b4"
 
 # Goals that no benchmark has in its code or JSON.
@@ -270,6 +279,18 @@ def training_lines(document: Document) -> Iterator[Line]:
                 )
 
 
+def features_lines(document: Document) -> Iterator[Line]:
+    for graph, one in document["graphs"].items():
+        dense, goals = one["contenders"]["dense"], document["goals"] if graph == "words" else {}
+        for key, unit in (("epoch_s", "s"), ("remote_bytes", ""), ("memory_bytes", "")):
+            what = f"{graph}: {key}, times less than dense"
+            yield Line(what, one["ratios"][key], "x", f"dense {shown(dense[key], unit)}", goals.get(key))
+        goal = 1.0 if graph == "computers" else None
+        yield Line(f"{graph}: auto, times faster than dense", one["ratios"]["dense / auto"], "x", "", goal)
+        peer = shown(one["contenders"]["PyG"]["epoch_s"], "s")
+        yield Line(f"{graph}: 1 rank, times faster than PyG", one["ratios"]["PyG / sparse, 1 rank"], "x", peer)
+
+
 def partitioning_lines(document: Document) -> Iterator[Line]:
     for graph, rows in document["rows"].items():
         ratios = document["ratios"][graph]
@@ -414,6 +435,13 @@ def training_bars(document: Document) -> Contenders:
     return groups
 
 
+def features_bars(document: Document) -> Contenders:
+    return [
+        (f"an epoch of {graph}", [(name, run["epoch_s"]) for name, run in one["contenders"].items()])
+        for graph, one in document["graphs"].items()
+    ]
+
+
 def partitioning_bars(document: Document) -> Contenders:
     return [
         (graph, [(name, row["partition_s"]) for name, row in rows.items()]) for graph, rows in document["rows"].items()
@@ -483,6 +511,7 @@ SECTIONS = {
     "simulation": Section(simulation_lines, plot=simulation_plot, notes=simulation_notes),
     "sampling": Section(sampling_lines, sampling_bars),
     "training": Section(training_lines, training_bars),
+    "features": Section(features_lines, features_bars),
     "partitioning": Section(partitioning_lines, partitioning_bars),
     "cluster": Section(cluster_lines, plot=cluster_plot),
     "accuracy": Section(accuracy_lines),

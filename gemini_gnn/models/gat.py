@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from gemini_gnn.errors import ConfigError
 from gemini_gnn.models import csr
 from gemini_gnn.models.network import Network, initialise
-from gemini_gnn.models.tensors import BlockTensors
+from gemini_gnn.models.tensors import BlockTensors, SparseFeatures
 
 _SLOPE = 0.2  # of LeakyReLU, as in the paper
 
@@ -58,9 +58,9 @@ class GATConv(nn.Module):
         for parameter in (self.weight, self.att_src, self.att_dst):
             initialise(parameter, init)
 
-    def forward(self, block: BlockTensors, h_src: Tensor) -> Tensor:
+    def forward(self, block: BlockTensors, h_src: Tensor | SparseFeatures) -> Tensor:
         rows = block.num_dst
-        z = F.linear(h_src, self.weight)
+        z = csr.linear(h_src, self.weight)
         by_head = z.view(block.num_src, self.heads, self.att_src.shape[1])
         score_src = (by_head * self.att_src).sum(-1)
         score_dst = (by_head[:rows] * self.att_dst).sum(-1)

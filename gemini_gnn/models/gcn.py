@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemini_gnn.models import csr
 from gemini_gnn.models.network import Network, initialise
-from gemini_gnn.models.tensors import BlockTensors
+from gemini_gnn.models.tensors import BlockTensors, SparseFeatures
 
 
 class GCNConv(nn.Module):
@@ -33,20 +32,19 @@ class GCNConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features))
         initialise(self.weight, init)
 
-    def forward(self, block: BlockTensors, h_src: Tensor) -> Tensor:
+    def forward(self, block: BlockTensors, h_src: Tensor | SparseFeatures) -> Tensor:
         dtype = torch.float64 if h_src.dtype == torch.float64 else torch.float32
         col_scale = (block.src_degree + 1).to(dtype).rsqrt()
         own = (block.degree + 1).to(dtype)
         # clamp: a destination without sampled edges has nothing to scale
         row_scale = own.rsqrt() * block.degree.to(dtype) / csr.counts(block).clamp(min=1).to(dtype)
 
-        def aggregate(h: Tensor) -> Tensor:
+        def aggregate(h: Tensor | SparseFeatures) -> Tensor:
             return csr.scaled_sum(block, h, row_scale, col_scale, block.edge_weight, own.reciprocal())
 
-        # The sum is linear: project whichever side has fewer numbers to multiply and to move.
-        if block.num_dst * self.in_features <= block.num_src * self.out_features:
-            return F.linear(aggregate(h_src), self.weight, self.bias)
-        return aggregate(F.linear(h_src, self.weight)) + self.bias
+        if csr.project_first(block, h_src, self.out_features):
+            return aggregate(csr.linear(h_src, self.weight)) + self.bias
+        return csr.linear(aggregate(h_src), self.weight, self.bias)
 
 
 def gcn(

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from gemini_gnn.models.tensors import BlockTensors
+from gemini_gnn.models import csr
+from gemini_gnn.models.tensors import BlockTensors, SparseFeatures
 
 
 class Network(nn.Module):
@@ -23,7 +24,12 @@ class Network(nn.Module):
             in arithmetic).
         dropout: probability, after the activation.
         layer_norm: normalise each hidden row before the activation (Ba et al. 2016).
+
+    Attributes:
+        takes_sparse: ``x`` may be sparse features; a model that does not say so is given dense ones.
     """
+
+    takes_sparse = True
 
     def __init__(
         self,
@@ -43,7 +49,7 @@ class Network(nn.Module):
         """Width of the rows that layer ``i`` returns."""
         return int(self.layers[i].out_features)  # type: ignore[arg-type]
 
-    def layer(self, i: int, block: BlockTensors, h_src: Tensor) -> Tensor:
+    def layer(self, i: int, block: BlockTensors, h_src: Tensor | SparseFeatures) -> Tensor:
         """All of layer ``i``, activation and dropout included: ``[num_src, f_i] -> [num_dst, out_features(i)]``."""
         conv = self.layers[i]
         h = conv(block, h_src.to(conv.bias.dtype))  # features are float32 on disk, weights may be bfloat16
@@ -53,7 +59,7 @@ class Network(nn.Module):
             h = self.norms[i](h)
         return self.dropout(self.activation(h))
 
-    def forward(self, x: Tensor, blocks: list[BlockTensors]) -> Tensor:
+    def forward(self, x: Tensor | SparseFeatures, blocks: list[BlockTensors]) -> Tensor:
         """Logits of the seed nodes.
 
         Args:
@@ -68,14 +74,14 @@ class Network(nn.Module):
             x = self.layer(i, block, x)
         return x
 
-    def embed(self, x: Tensor, blocks: list[BlockTensors]) -> Tensor:
+    def embed(self, x: Tensor | SparseFeatures, blocks: list[BlockTensors]) -> Tensor:
         """The seed nodes' rows that enter the last layer, ``[seeds, out_features(-2)]`` (with one layer: their features)."""
         self._check(x, blocks)
         for i, block in enumerate(blocks[:-1]):
             x = self.layer(i, block, x)
-        return x[: blocks[-1].num_dst]
+        return csr.dense(x[: blocks[-1].num_dst])
 
-    def _check(self, x: Tensor, blocks: list[BlockTensors]) -> None:
+    def _check(self, x: Tensor | SparseFeatures, blocks: list[BlockTensors]) -> None:
         if len(blocks) != len(self.layers):
             raise ValueError(f"expected one block per layer ({len(self.layers)}); got {len(blocks)}")
         if x.shape[0] != blocks[0].num_src:

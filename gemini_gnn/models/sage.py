@@ -8,24 +8,7 @@ from torch import Tensor, nn
 
 from gemini_gnn.models import csr
 from gemini_gnn.models.network import Network, initialise
-from gemini_gnn.models.tensors import BlockTensors
-
-# One float moved by a sparse product costs about as much as this many flops of a GEMM: 8 GB/s against 85 GFLOP/s measured
-# on one Zen 4 core, and the same order on a GPU (4.8 TB/s against 60 TFLOP/s on an H200).
-_FLOPS_PER_FLOAT = 40
-
-
-def project_first(block: BlockTensors, in_features: int, out_features: int, input_grad: bool) -> bool:
-    """Whether a mean is cheaper taken over projected rows than over the rows themselves (it is linear, so both are right).
-
-    Forward and backward are counted; the aggregate-first way needs no sparse product backward when its input needs no gradient.
-    """
-    gemms = 6 if input_grad else 4  # forward, weight gradient, input gradient; 2 flops per multiply-add
-    gemm = gemms * in_features * out_features
-    sparse = block.num_edges * _FLOPS_PER_FLOAT
-    aggregate = block.num_dst * gemm + sparse * in_features * (2 if input_grad else 1)
-    project = block.num_src * gemm + sparse * out_features * 2
-    return project < aggregate
+from gemini_gnn.models.tensors import BlockTensors, SparseFeatures
 
 
 class SAGEConv(nn.Module):
@@ -47,14 +30,15 @@ class SAGEConv(nn.Module):
         initialise(self.weight[:, :in_features], init)
         initialise(self.weight[:, in_features:], init)
 
-    def forward(self, block: BlockTensors, h_src: Tensor) -> Tensor:
+    def forward(self, block: BlockTensors, h_src: Tensor | SparseFeatures) -> Tensor:
         if self.aggregator == "max":
+            h_src = csr.dense(h_src)
             beside = torch.cat([csr.maximum(block, h_src), h_src[: block.num_dst]], dim=1)
             return F.linear(beside, self.weight, self.bias)
-        if not project_first(block, self.in_features, self.out_features, h_src.requires_grad):
+        if not csr.project_first(block, h_src, self.out_features):
             return F.linear(csr.mean_beside_root(block, h_src), self.weight, self.bias)
         neighbor, root = self.weight.split(self.in_features, dim=1)
-        return csr.mean(block, F.linear(h_src, neighbor)) + F.linear(h_src[: block.num_dst], root, self.bias)
+        return csr.mean(block, csr.linear(h_src, neighbor)) + csr.linear(h_src[: block.num_dst], root, self.bias)
 
 
 def sage(

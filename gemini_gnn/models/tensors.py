@@ -102,6 +102,14 @@ class SparseFeatures:
     def __len__(self) -> int:
         return len(self.ptr) - 1
 
+    def __getitem__(self, rows: slice) -> SparseFeatures:
+        """The first rows, ``[:n]``: views."""
+        assert rows.start is None and rows.step is None
+        ptr = self.ptr[: slice(rows.stop).indices(len(self))[1] + 1]
+        stored = int(ptr[-1])
+        value = None if self.value is None else self.value[:stored]
+        return replace(self, ptr=ptr, index=self.index[:stored], value=value)
+
     def to(self, to: torch.device | str | torch.dtype, non_blocking: bool = False) -> SparseFeatures:
         """On another device, or with values of another floating-point type."""
         if isinstance(to, torch.dtype):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from gemini_gnn.models.tensors import BlockTensors, to_tensors
+from gemini_gnn.models.tensors import BlockTensors, SparseFeatures, to_tensors
 from gemini_gnn.sampling.blocks import Block
 
 
@@ -66,3 +66,13 @@ def edge_index(block: BlockTensors) -> torch.Tensor:
 
 def empty_block(num_src: int, num_dst: int) -> BlockTensors:
     return to_tensors(make_block(num_src, num_dst, []), "cpu")
+
+
+def sparse_features(rows: int, width: int, filled: float = 0.3, seed: int = 0, ones: bool = False) -> SparseFeatures:
+    """Random rows; the first is empty, and so is the last column."""
+    rng = np.random.default_rng(seed)
+    stored = rng.random((rows, width)) < filled
+    stored[:1], stored[:, -1:] = False, False
+    ptr = np.concatenate([[0], np.cumsum(stored.sum(1))])
+    value = None if ones else torch.from_numpy(rng.standard_normal(ptr[-1], dtype=np.float32))
+    return SparseFeatures(torch.from_numpy(ptr), torch.from_numpy(np.nonzero(stored)[1].astype(np.int32)), value, width)

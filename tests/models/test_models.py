@@ -13,9 +13,9 @@ from gemini_gnn.models import csr
 from gemini_gnn.models.build import build_model
 from gemini_gnn.models.gat import GATConv
 from gemini_gnn.models.gcn import GCNConv
-from gemini_gnn.models.sage import SAGEConv, project_first
+from gemini_gnn.models.sage import SAGEConv
 from gemini_gnn.models.tensors import to_tensors
-from tests.models.blocks import edge_index, empty_block, make_block, random_block, whole_graph
+from tests.models.blocks import edge_index, empty_block, make_block, random_block, sparse_features, whole_graph
 
 NAMES = ("sage", "sage-max", "gcn", "gat")
 
@@ -61,8 +61,8 @@ def test_sage_is_pygs(aggregator, width, loops):
         theirs.lin_l.weight.copy_(ours.weight[:, :in_features])
         theirs.lin_r.weight.copy_(ours.weight[:, in_features:])
         theirs.lin_l.bias.copy_(ours.bias.normal_())
-    assert project_first(block, in_features, width, True) == (width == 3)
     x = features(20, in_features, torch.float64).requires_grad_()
+    assert csr.project_first(block, x, width) == (width == 3)
     a, b = ours(block, x), theirs(x, edge_index(block))
     assert_same([a], [b])
     dx, dw, db = grads(a, x, ours.weight, ours.bias)
@@ -269,6 +269,57 @@ def test_wrong_blocks_are_named():
 def test_gat_heads_must_fit():
     with pytest.raises(ConfigError, match=r"model\.hidden: expected a multiple of model\.heads=3"):
         build_model(config("gat", heads=3), 6, 5, seed=0)
+
+
+@pytest.mark.parametrize("way", [True, False], ids=["project first", "aggregate first"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", NAMES)
+def test_sparse_features_mean_the_same(name, dtype, way, monkeypatch):
+    """Within rounding, since a GEMM sums in an order of its own."""
+    monkeypatch.setattr(csr, "project_first", lambda *args: way)
+    blocks, x = two_blocks(), sparse_features(30, 12)
+    model = build_model(config(name, layer_norm=True), 12, 5, seed=0).to(dtype)
+    assert model.takes_sparse
+    results = []
+    for features in (x, x.dense()):
+        logits = model(features, blocks)
+        results.append([logits, *grads(logits, *model.parameters())])
+    tolerance = {} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-12}
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, **tolerance)
+    layers = [model.layer(0, blocks[0], x.to(dtype)), model.embed(x, blocks)]
+    assert torch.equal(layers[0][:4], layers[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sparse_features_in_other_precisions(name):
+    blocks, x = two_blocks(), sparse_features(30, 12)
+    model = build_model(config(name), 12, 5, seed=0)
+    exact = model(x, blocks)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(x, blocks).float(), exact, rtol=0.05, atol=0.05)
+    logits = model.bfloat16()(x, blocks)
+    torch.testing.assert_close(logits.float(), exact, rtol=0.05, atol=0.05)
+    logits.float().square().mean().backward()
+    assert all(p.grad.dtype == torch.bfloat16 and torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_sparse_features_run_again_bit_for_bit():
+    blocks, results = two_blocks(), []
+    for threads in (1, 1, 2):
+        model = build_model(config("sage"), 12, 5, seed=0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(csr, "_SPLIT_EDGES", 1)
+            patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+            model(sparse_features(30, 12), blocks).square().sum().backward()
+        results.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*results, strict=True))
+
+
+def test_one_layer_embeds_sparse_features_as_dense_ones():
+    x, block = sparse_features(30, 12), to_tensors(random_block(30, 12, 50))
+    model = build_model(config("sage", layers=1), 12, 5, seed=0)
+    assert torch.equal(model.embed(x, [block]), x.dense()[:12])
 
 
 class Own(nn.Module):
