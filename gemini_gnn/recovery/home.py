@@ -19,9 +19,10 @@ from gemini_gnn.snapshot.store.format import SlotState
 from gemini_gnn.snapshot.store.locks import AGENT_LOCK, TRAINERS_LOCK, living_trainer, take_agent_lock
 
 AGENT_SOCKET = "agent.sock"
+ROOT_PORT = "root.port"  # where this machine answers as root: an heir listens there, too
 RUN_ID, NEW_RUN_ID = "run-id", "run-id.new"  # id of the run directory that the snapshots belong to
 # All other files in an arena are snapshots.
-OWN_FILES = {AGENT_LOCK, AGENT_SOCKET, TRAINERS_LOCK, RUN_ID, NEW_RUN_ID, board.FILE, board.BELL}
+OWN_FILES = {AGENT_LOCK, AGENT_SOCKET, ROOT_PORT, TRAINERS_LOCK, RUN_ID, NEW_RUN_ID, board.FILE, board.BELL}
 MAX_SOCKET_PATH = 100  # of 108 bytes in sockaddr_un, with room for a temporary name
 
 
@@ -106,7 +107,7 @@ def holds_nothing(arena: Path) -> bool:
 
 def leave_arena(arena: Path) -> None:
     """Remove the agent's files and, where no snapshot is left, the folders. The caller holds the arena's lock."""
-    ours = [AGENT_SOCKET, board.FILE, board.BELL, TRAINERS_LOCK, AGENT_LOCK]
+    ours = [AGENT_SOCKET, ROOT_PORT, board.FILE, board.BELL, TRAINERS_LOCK, AGENT_LOCK]
     if living_trainer(arena) is not None:  # it is stuck in the kernel: the next agent must see it
         ours.remove(TRAINERS_LOCK)
     if not snapshot_files(arena):
@@ -120,6 +121,15 @@ def leave_arena(arena: Path) -> None:
             if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
                 raise
             return
+
+
+def root_port(arena: Path) -> int:
+    """The port of the agent before this one; 0: there is none, or its file was torn."""
+    try:
+        port = int((arena / ROOT_PORT).read_text())
+    except (OSError, ValueError):
+        return 0
+    return port if 0 < port < 1 << 16 else 0
 
 
 def belongs_to(arena: Path, run: str) -> bool:

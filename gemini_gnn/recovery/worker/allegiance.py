@@ -27,9 +27,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gemini_gnn.errors import ClusterError, RunDirError
+from gemini_gnn.files import write_atomically
 from gemini_gnn.observe import terms
 from gemini_gnn.observe.status import read_status
-from gemini_gnn.recovery import messages, wire
+from gemini_gnn.recovery import home, messages, wire
 from gemini_gnn.recovery.outcome import Outcome, failed
 from gemini_gnn.recovery.root.service import Root
 from gemini_gnn.recovery.root.state import Phase
@@ -144,7 +145,13 @@ class Allegiance:
         if place.rank < place.local_world_size:
             self._listener = wire.listen(place.master_addr, place.master_port)
         else:
-            self._listener = wire.listen(self.address or everywhere(place.master_addr), 0)
+            # The other machines know the port of the agent before this one, and look for a root there.
+            address, port = self.address or everywhere(place.master_addr), home.root_port(self._arena)
+            try:
+                self._listener = wire.listen(address, port if request.deaths else 0)
+            except ClusterError:  # another program has it now
+                self._listener = wire.listen(address, 0)
+            write_atomically(self._arena / home.ROOT_PORT, str(self.root_port), 0o600, durable=False)
 
     def _first_way(self, request: messages.Register, now: float) -> tuple[Root | Route, int]:
         """The root in this process; or where it is expected, at the launcher's address or where the last one was. And the
