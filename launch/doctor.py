@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def examined(hostfile: Path | None, run_dir: Path, thorough: bool = True) -> tuple[list[verdicts.Finding], Document]:
-    """What is wrong with which machines. Nothing here looks at ``run_dir``: its file system may hang."""
+    """All verdicts, and what they stand on. Nothing here looks at ``run_dir``: its file system may hang."""
     machines, how = [(socket.gethostname(), 1)], "here"
     if hostfile is not None:
         machines, how = hosts.read_hostfile(hostfile), "ssh"

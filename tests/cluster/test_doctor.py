@@ -96,6 +96,19 @@ def test_a_silent_machine_does_not_hide_the_others():
     assert verdicts.refused([found]) == ["h1"]
 
 
+def test_a_machine_that_goes_away_meanwhile_explains_the_rest():
+    gone = machine("h1") | {"problem": "went away during the examination", "remedy": "ssh -v h1 true"}
+    blocked = {"from": "h0", "to": "h1", "address": "10.0.0.1", "problem": "timed out"}
+    answers = {"h0": {"problem": "Connection closed by peer"}, "h1": {"problem": "went away"}}
+    for trial in ({"backend": "gloo", "answers": answers}, {}):
+        found = not_ok(machine("h0"), gone, links=[blocked], collective=trial)
+        assert [(one.verdict, one.subject, one.check) for one in found] == [
+            (BAD, "h1", "reach"),
+            (REMARK, "all", "collectives"),
+        ]
+        assert "h1 went away" in found[1].text
+
+
 @pytest.mark.parametrize("name", ["torch", "deepspeed", "numpy", "numba"])
 def test_a_version_that_differs_is_that_of_the_fewer(name):
     (found,) = not_ok(machine("h0"), machine("h1", **{name: "1.0"}), machine("h2"))
@@ -162,7 +175,7 @@ def test_remarks_of_a_machine():
     ],
 )
 def test_who_loses_the_snapshots_at_logout(tmp_path, monkeypatch, uid, conf, lingers, forgets):
-    monkeypatch.setenv("LOGNAME", "ada")
+    monkeypatch.setattr(facts, "user", lambda: "ada")
     assert not facts.forgets_at_logout(tmp_path, uid), "no logind"
     for name in ("run/systemd/sessions", "etc/systemd", "var/lib/systemd/linger"):
         (tmp_path / name).mkdir(parents=True)
@@ -323,6 +336,12 @@ def test_the_table_takes_nothing_for_markup_or_control():
     assert "h[0]" in said and "[red] [2Jx" in said and "-> ssh h0 true" in said
 
 
+def test_what_is_the_same_on_several_machines_is_one_line():
+    found = [Finding(OK, host, "GPUs", "none; 2 cores") for host in ("h0", "h1")]
+    assert table.picture(found).row_count == 1
+    assert table.picture([*found, Finding(OK, "h2", "GPUs", "none; 4 cores")]).row_count == 2
+
+
 def test_how_a_probe_is_started():
     ssh = command("u@h1", "ssh", Path("/my project"), "/v/python")
     assert (
@@ -406,3 +425,18 @@ def test_one_machine_alone(tmp_path):
     assert found["how"] == "here" and len(found["machines"]) == 1
     assert next(one["text"] for one in found["findings"] if one["check"] == "collectives").startswith("all-reduce and")
     assert PREFIX not in done.stdout and "asking 1 machine" in done.stderr
+
+
+@pytest.mark.processes
+def test_a_doctor_that_is_killed_leaves_nothing(tmp_path):
+    """Its probe notices, and ends what it has started: that removes the folder."""
+    command_ = [sys.executable, "launch/doctor.py", f"run_dir={tmp_path}"]
+    with subprocess.Popen(command_, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.iterdir()):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    while list(tmp_path.iterdir()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

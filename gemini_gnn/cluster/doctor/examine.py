@@ -34,7 +34,7 @@ Document = dict[str, Any]
 def examine(
     hosts: Sequence[tuple[str, int]], how: str, folder: Path, run_dir: Path, say: Say, thorough: bool = True
 ) -> Document:
-    """What ``hosts`` are like, and what lies between them.
+    """Ask ``hosts``, and try what lies between them.
 
     Args:
         how: "ssh" | "srun" | "here". folder: of the project. run_dir: need not exist.
@@ -191,8 +191,9 @@ def _folder(here: Here, run_dir: Path, say: Say) -> dict[str, Any]:
 
 
 def _collective(here: Here, say: Say) -> dict[str, Any]:
-    """A rank on each machine: gloo, or NCCL where each has a GPU."""
-    backend = "nccl" if all(machine["facts"]["gpus"] for _, machine in here) else "gloo"
+    """A rank on each machine: gloo, or NCCL where each has a GPU and may use it."""
+    on_gpus = os.environ.get("DS_ACCELERATOR") != "cpu" and all(machine["facts"]["gpus"] for _, machine in here)
+    backend = "nccl" if on_gpus else "gloo"
     say(f"an all-reduce and an all_to_all over {len(here)} ranks with {backend}")
     probes = [probe for probe, _ in here]
     (met,) = ask(probes[:1], [{"do": "meet"}], ORDER_S, say)

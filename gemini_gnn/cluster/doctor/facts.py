@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
 import platform
+import pwd
 import re
 import resource
 import shutil
@@ -31,7 +31,7 @@ def gather(first: str) -> dict[str, Any]:
     shm = shutil.disk_usage("/dev/shm")
     return {
         "machine": socket.gethostname(),
-        "user": getpass.getuser(),
+        "user": user(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         **{name: installation.version(name) for name in PACKAGES},
@@ -47,6 +47,14 @@ def gather(first: str) -> dict[str, Any]:
         "gpus": gpus(),
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     }
+
+
+def user() -> str:
+    """The name of the user; in a container that has none for the number, the number."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def _address(name: str) -> str | None:
@@ -81,7 +89,7 @@ def forgets_at_logout(root: Path = Path("/"), uid: int | None = None) -> bool:
     uid = os.getuid() if uid is None else uid
     if uid < 1000 or not (root / "run/systemd/sessions").is_dir():
         return False
-    if (root / "var/lib/systemd/linger" / getpass.getuser()).exists():
+    if (root / "var/lib/systemd/linger" / user()).exists():
         return False
     texts = []
     for folder in ("usr/lib/systemd", "run/systemd", "etc/systemd"):

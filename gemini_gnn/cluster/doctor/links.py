@@ -1,7 +1,7 @@
 """A bare TCP socket between two machines: is the port open, how long a byte takes, how many bytes pass.
 
-The one side listens at a free port, as our agents do. It answers only to those who know the token of this examination: who
-gets another answer has reached another machine or program.
+One side listens at a free port, as our agents do, and answers only callers that know the token of this examination. A caller
+that gets another answer has reached another machine or program.
 """
 
 from __future__ import annotations

@@ -20,7 +20,8 @@ from gemini_gnn.cluster.hosts import KEEPALIVE
 
 CONNECT_S = 8
 END_S = 4.0  # for a probe to end by itself
-SAY_S = 2.0  # whom do we wait for
+SAY_S = 2.0  # between two words of waiting
+GONE = "went away during the examination"
 
 Say = Callable[[str], None]
 
@@ -37,6 +38,7 @@ class Probe:
         self.host, self.slots, self.how, self.folder = host, slots, how, folder
         self.problem, self.remedy = "", ""
         self.login_s: float | None = None
+        self._answered = False
         self._number = 0
         self._lines: queue.SimpleQueue[tuple[float, str | None]] = queue.SimpleQueue()
         self._said: collections.deque[str] = collections.deque(maxlen=20)
@@ -82,6 +84,7 @@ class Probe:
                 if "login" in document:
                     self.login_s = at - self._began
                 elif document["number"] == self._number:
+                    self._answered = True
                     return dict(document["answer"])
             else:
                 self._said.append(line.strip())
@@ -92,6 +95,9 @@ class Probe:
         self._give_up(None, seconds)
 
     def _give_up(self, code: int | None, seconds: float = 0.0) -> None:
+        if self._answered:
+            self.problem, self.remedy = f"{GONE}: no power, no network, killed?", f"ssh -v {self.host} true"
+            return
         logged_in = self.login_s is not None
         self.problem, self.remedy = why_silent(
             self.host, self.how, logged_in, code, [word for word in self._said if word], str(self.folder), seconds
@@ -110,7 +116,7 @@ class Probe:
 
 
 def command(host: str, how: str, folder: Path, python: str) -> list[str]:
-    """What starts the probe on ``host``. Pure.
+    """The command that starts the probe on ``host``. Pure.
 
     Args:
         how: "ssh" | "srun" | "here". folder: of the project, the same on all machines.
@@ -158,7 +164,7 @@ def why_silent(
 def ask(
     probes: Sequence[Probe], orders: Sequence[Mapping[str, Any]], deadline_s: float, say: Say
 ) -> list[dict[str, Any]]:
-    """One order to each probe, all at once; their answers. Who does not answer in time has a ``problem`` from then on."""
+    """One order to each probe, all at once; their answers. A probe that does not answer in time has a problem from then on."""
     began = spoke = time.monotonic()
     for probe, order in zip(probes, orders, strict=True):
         probe.order(order)

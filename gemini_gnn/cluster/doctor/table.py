@@ -1,4 +1,4 @@
-"""Findings for a person: a line each, the remedy below what is not well. Pure."""
+"""Findings for a person: a line per verdict, the remedy below what is not well. Pure."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ def picture(found: Sequence[Finding]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("", "of", "what", "found, and what to type"):
         table.add_column(title, overflow="fold")
-    for one in found:
-        text = plain(one.text) + (f"\n-> {plain(one.remedy)}" if one.remedy else "")
-        table.add_row(Text(one.verdict, STYLES[one.verdict]), Text(plain(one.subject)), one.check, Text(text))
+    rows: dict[tuple[str, str, str, str], list[str]] = {}
+    for one in found:  # what is the same on several machines is one line
+        rows.setdefault((one.verdict, one.check, one.text, one.remedy), []).append(one.subject)
+    for (verdict, check, text, remedy), subjects in rows.items():
+        words = plain(text) + (f"\n-> {plain(remedy)}" if remedy else "")
+        table.add_row(Text(verdict, STYLES[verdict]), Text(plain(", ".join(subjects))), check, Text(words))
     return table
 
 

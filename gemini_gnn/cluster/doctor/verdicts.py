@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -47,11 +47,12 @@ def findings(document: Document) -> list[Finding]:
     for machine in answered:
         found += _machine(machine)
     found += _cards(machines)
-    found += links(document["links"])
+    lost = {machine["host"] for machine in answered if machine["problem"]}  # said already; it explains the rest
+    found += links([link for link in document["links"] if not lost & {link["from"], link["to"]}])
     if document["folder"] is not None:
         found += folder(document["folder"], document["run_dir"])
     if document["collective"] is not None:
-        found += collective(document["collective"])
+        found += collective(document["collective"], lost)
     return [replace(one, remedy=typed(one.remedy, how)) for one in found]
 
 
@@ -242,7 +243,7 @@ def _cards(machines: Sequence[Machine]) -> Iterator[Finding]:
 
 
 def links(found: Sequence[Link]) -> Iterator[Finding]:
-    """What does not work or is slow, by the machine where all its links are so, else by link; the rest in one line."""
+    """A line for each link that does not work or is slow, or for the machine that explains it; one for the rest."""
     usual = usual_rate(found)
     blocked = [link for link in found if "problem" in link]
     slow = slow_links(found)
@@ -337,14 +338,15 @@ def locks(looks: Mapping[str, Mapping[str, Any]], kinds: str) -> Finding:
     return Finding(REMARK, "all", "locks", f"{kinds} knows no locks: {why}", remedy)
 
 
-CONSEQUENCE = re.compile(r"closed by peer|Broken pipe|Connection reset|timed? ?out", re.IGNORECASE)
+CONSEQUENCE = re.compile(r"closed by peer|likely closed|Broken pipe|Connection reset|timed? ?out", re.IGNORECASE)
 
 
-def collective(found: Mapping[str, Any]) -> Iterator[Finding]:
+def collective(found: Mapping[str, Any], lost: Collection[str] = ()) -> Iterator[Finding]:
     """The error of the rank that began is shown; the others only lost it."""
-    if not found:
-        text = "an all-reduce was not tried: ports are blocked"
-        yield Finding(REMARK, "all", "collectives", text, "open the ports, then type this command again")
+    if lost or not found:
+        why = f"{', '.join(sorted(lost))} went away" if lost else "ports are blocked"
+        text = f"an all-reduce was not tried to its end: {why}"
+        yield Finding(REMARK, "all", "collectives", text, "mend that, then type this command again")
         return
     failed = {host: answer["problem"] for host, answer in found["answers"].items() if "problem" in answer}
     if not failed:
