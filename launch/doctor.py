@@ -36,6 +36,8 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(rest)
     if options.settings:
         parser.error(f"expected run_dir=RUN_DIR; got {' '.join(options.settings)}")
+    if options.json not in (None, "-") and not Path(options.json).parent.is_dir():
+        parser.error(f"--json {options.json}: expected a file in a folder that exists")
     found, document = examined(options.hostfile, Path(settings.get("run_dir") or "runs/default"))
     document |= {"verdict": verdicts.worst(found), "findings": [asdict(one) for one in found]}
     if options.json == "-":

@@ -407,6 +407,7 @@ def doctor(*arguments, **environ):
     ("arguments", "environ", "said"),
     [
         (["--hostfile", "/nowhere"], {}, "cannot read the hostfile"),
+        (["--json", "/nowhere/found.json"], {}, "expected a file in a folder that exists"),
         (["run_dri=x"], {}, "expected run_dir=RUN_DIR; got run_dri=x"),
         ([], {"SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NUM_NODES": "2"}, "contradict each other"),
     ],

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -11,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+from tests.lab.lab import NAS
 
 ROOT = Path(__file__).parents[2]
 PYTHON = sys.executable
@@ -144,3 +147,34 @@ def test_a_user_who_is_not_root_finds_nothing_wrong(lab):
         assert "all-reduce and all_to_all over 2 ranks with gloo" in said
     finally:
         shutil.rmtree(folder)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("word", ["links between", "an all-reduce"])
+def test_a_host_that_loses_power_meanwhile_costs_seconds(lab, tmp_path, word):
+    hosts = ["h0", "h1", "h2"]
+    command = [PYTHON, "-u", "launch/doctor.py", "--hostfile", str(lab.hostfile(hosts)), f"run_dir={tmp_path}"]
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    began, said = time.monotonic(), ""
+    with lab.popen("h0", command, **options) as process:
+        for line in process.stdout:
+            said += line
+            if word in line and lab.is_on("h1"):
+                lab.power_off("h1")
+    assert process.returncode == 1 and "went away during the examination" in said and "ssh -v h1 true" in said
+    assert "bad: h1; type" in said and time.monotonic() - began < 90, said
+    assert left(lab, hosts) == [] and os.listdir(tmp_path) == []
+
+
+@pytest.mark.long
+def test_a_file_server_that_is_off_is_named_and_holds_nothing_up(lab):
+    hosts, shared = ["h0", "h1"], lab.nfs_up()
+    lab.link(NAS, False)
+    try:
+        arguments = ["--hostfile", str(lab.hostfile(hosts)), f"run_dir={shared}"]
+        code, document, said, took_s = doctor(lab, "h0", *arguments)
+    finally:
+        lab.link(NAS, True)
+        lab.nfs_down()
+    assert code == 1 and ("bad", "h0", "run_dir") in not_ok(document), said
+    assert "all-reduce and all_to_all over 2 ranks" in said and took_s < 90 and left(lab, hosts) == []
