@@ -92,8 +92,8 @@ def _write_new(path: Path, text: str, mode: int) -> None:
 LOCAL = ("btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "ramfs", "tmpfs", "xfs", "zfs")
 
 
-def local_file_system(path: Path, mounts: str) -> str:
-    """The type of the file system that ``path`` is on, if no other machine sees it; else empty. Pure.
+def file_system(path: Path, mounts: str) -> str:
+    """The type of the file system that ``path`` is on: ``ext4``, ``tmpfs``, ``nfs4``, ``lustre``, ... Pure.
 
     Args:
         path: absolute, without symbolic links. mounts: as ``/proc/self/mountinfo`` says.
@@ -104,6 +104,12 @@ def local_file_system(path: Path, mounts: str) -> str:
         point = Path(re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), before.split()[4]))
         if path.is_relative_to(point) and len(point.parts) >= best:  # of two at one point the later one is seen
             best, found = len(point.parts), after.split()[0]
+    return found
+
+
+def local_file_system(path: Path, mounts: str) -> str:
+    """The :func:`file_system` of ``path`` if no other machine sees it; else empty. Pure."""
+    found = file_system(path, mounts)
     return found if found in LOCAL else ""
 
 

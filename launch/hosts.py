@@ -4,10 +4,10 @@
     python launch/hosts.py check hostfile
     python launch/hosts.py run hostfile launch/train.py ...
 
-check  read the hostfile, log in to every host at once, compare environments, print a table
-run    do the same, then start `deepspeed --hostfile ...`. Its ssh gives up dead hosts. It gets a port of its own and
-       the address by which the other machines know the first one. It forwards the variables GEMINI_GNN_*, NCCL_*,
-       OMP_* and DS_ACCELERATOR.
+check  the same as `python launch/doctor.py --hostfile hostfile`
+run    log in to every host at once, compare environments, then start `deepspeed --hostfile ...`. Its ssh gives up dead
+       hosts. It gets a port of its own and the address by which the other machines know the first one. It forwards the
+       variables GEMINI_GNN_*, NCCL_*, OMP_* and DS_ACCELERATOR.
 """
 
 from __future__ import annotations
@@ -15,8 +15,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import doctor
+
 from gemini_gnn.cluster import hosts
-from gemini_gnn.compose import exit_with
+from gemini_gnn.cluster.doctor import verdicts
+from gemini_gnn.cluster.doctor.examine import master_address
+from gemini_gnn.compose import exit_with, take
+from gemini_gnn.errors import ClusterError
 
 
 def main(arguments: list[str]) -> int:
@@ -24,8 +29,15 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0 if arguments in (["-h"], ["--help"]) else 2
     verb, path, *command = arguments
-    answers = hosts.check(Path(path), os.environ, Path.cwd())
-    return hosts.run(Path(path), answers, command, os.environ) if verb == "run" else 0
+    if verb == "check":
+        return doctor.main(["--hostfile", path])
+    _, settings = take(command, "run_dir")
+    found, document = doctor.examined(Path(path), Path(settings.get("run_dir") or "runs/default"), thorough=False)
+    doctor.show(found)
+    machines = document["machines"]
+    if bad := verdicts.refused(found):
+        raise ClusterError(f"{len(bad)} of {len(machines)} hosts cannot take part: {', '.join(bad)}; see the table")
+    return hosts.run(Path(path), len(machines), master_address(machines), command, os.environ)
 
 
 if __name__ == "__main__":

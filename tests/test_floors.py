@@ -70,13 +70,14 @@ def test_only_the_engine_imports_deepspeed():
 
 
 def test_only_what_is_local_or_a_data_set_is_locked():
-    """A file server keeps the locks of a machine that lost its power: there are none in a run directory."""
+    """A file server keeps the locks of a machine that lost its power: there are none in a run directory. The doctor tries one."""
     users = {
         path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
         if {"fcntl", "filelock", "portalocker"} & set(imports_of(path))
     }
-    assert users == {"snapshot/store/arena.py", "snapshot/store/locks.py", "graph/array_folder.py"}
+    doctor = "cluster/doctor/folder.py"
+    assert users == {"snapshot/store/arena.py", "snapshot/store/locks.py", "graph/array_folder.py", doctor}
 
 
 def test_the_store_of_snapshots_stands_on_its_own():
@@ -96,6 +97,7 @@ def test_the_store_of_snapshots_stands_on_its_own():
 def test_agents_and_slot_processes_load_no_torch():
     modules = ["recovery.worker.agent", "recovery.shim", "recovery.stop", "recovery.inject", "snapshot.store.inspect"]
     modules += ["recovery.worker.replicator", "recovery.worker.persister", "snapshot.export", "cluster.hosts"]
+    modules += ["cluster.doctor.examine", "cluster.doctor.verdicts", "cluster.doctor.table", "cluster.doctor.probe"]
     code = "import sys, importlib\n"
     code += "".join(f"importlib.import_module('gemini_gnn.{module}')\n" for module in modules)
     code += "print(sorted({'torch', 'numpy', 'deepspeed', 'hydra', 'omegaconf'} & set(sys.modules)))"

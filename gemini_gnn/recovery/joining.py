@@ -6,16 +6,13 @@ the machines of the last status. Whoever answers there has proved that it holds 
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import os
-import platform
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from gemini_gnn.cluster.installation import code
 from gemini_gnn.cluster.place import Place
 from gemini_gnn.errors import RecoveryError
 from gemini_gnn.observe import terms
@@ -24,17 +21,6 @@ from gemini_gnn.recovery import messages, visits, wire
 
 FIND_S = 20.0  # a root that was lost has a successor sooner
 ANSWER_S = 1.0  # a worker that is no root has the port too, and does not answer
-
-
-@functools.cache
-def code() -> str:
-    """What this process runs: the package's source files, and the versions that its results depend on."""
-    package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(package.rglob("*.py")):
-        digest.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes() + b"\0")
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "deepspeed"))
-    return f"gemini_gnn with sources {digest.hexdigest()[:12]}, Python {platform.python_version()}, {versions}"
 
 
 def find(run_dir: Path) -> Place:
@@ -70,7 +56,7 @@ def why_not(run_dir: Path, term: Mapping[str, Any], status: Mapping[str, Any], o
     """Why a machine cannot join the job of the newest ``term``; empty if it can. Pure.
 
     Args:
-        own: :func:`code` of this process.
+        own: ``installation.code`` of this process.
     """
     again = "type the command of the job itself (deepspeed --hostfile ... launch/train.py ...)"
     if not term:

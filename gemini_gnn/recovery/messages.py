@@ -59,7 +59,7 @@ class Register:
         environment, folder, path, command: of the slot process; the trainer gets the same.
         cores: of the slot process; the trainer runs on the same.
         launch: the same for all slot processes of one launch on one machine.
-        pid: of the slot process. code: what it runs (``joining.code``).
+        pid: of the slot process. code: what it runs (``installation.code``).
         joins: it speaks for all slots of a machine that joins a living job; its `rank` stands for nothing.
     """
 

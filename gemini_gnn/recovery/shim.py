@@ -26,12 +26,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gemini_gnn.cluster.installation import code
 from gemini_gnn.cluster.launcher import let_the_first_speak
 from gemini_gnn.cluster.place import Place
 from gemini_gnn.config import FaultsConfig, RecoveryConfig, SnapshotConfig
 from gemini_gnn.errors import RecoveryError, RunDirError
 from gemini_gnn.observe import terms
-from gemini_gnn.recovery import home, joining, messages
+from gemini_gnn.recovery import home, messages
 from gemini_gnn.recovery.screen import POLL_S, Screen
 
 AGENT_START_S = 60.0  # until an agent listens, on a busy machine with a slow file system
@@ -106,7 +107,7 @@ def run(
         command=sys.argv,
         launch=launch_token(place, os.environ),
         pid=os.getpid(),
-        code=joining.code(),
+        code=code(),
         joins=joins,
     )
     screen = Screen(speaks=place.local_rank == 0, streams=place.rank == 0, terminal=terminal)

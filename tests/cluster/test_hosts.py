@@ -1,4 +1,4 @@
-"""Asking the machines of a hostfile: what ssh says, turned into what to do."""
+"""The machines of a hostfile or an allocation, and the launcher."""
 
 import base64
 import json
@@ -8,76 +8,26 @@ import pytest
 from gemini_gnn.cluster import hosts, launcher
 from gemini_gnn.cluster.hosts import (
     KEEPALIVE,
-    Answer,
-    disagreements,
+    allocated,
     forwarded,
-    interpret,
     keeps_alive,
     launcher_environment,
-    master_address,
     read_hostfile,
-    table,
 )
 from gemini_gnn.cluster.launcher import Process, launch_words, runs_there, waiting_ssh
 from gemini_gnn.errors import ClusterError
 
-FACTS = {
-    "machine": "h1",
-    "cores": 8,
-    "shm_bytes": 2**31,
-    "python": "3.11.2",
-    "torch": "2.13.0",
-    "deepspeed": "0.19.8",
-    "project": "/home/u/gemini_gnn",
-    "first": "10.1.2.1",
-    "shared": True,
-}
 
-
-def answer(host="h1", **changes):
-    return Answer(host, 2, 0.5, FACTS | {"machine": host} | changes)
-
-
-def test_an_answer_is_found_among_banners():
-    said = f"Welcome to h1!\nANSWER {json.dumps(FACTS)}\n"
-    assert interpret("h1", 2, 0.5, 0, said, "/here") == Answer("h1", 2, 0.5, FACTS)
-
-
-@pytest.mark.parametrize(
-    ("code", "said", "expected"),
-    [
-        (None, "", "no answer within 20 s.*ssh -v h1 true"),
-        (
-            255,
-            "ssh: connect to host h1 port 22: Connection refused",
-            r"cannot be reached \(ssh: connect.*ssh -v h1 true",
-        ),
-        (255, "u@h1: Permission denied (publickey).", "ssh-copy-id h1"),
-        (255, "Host key verification failed.", "ssh h1 true"),
-        (127, "bash: /venv/bin/python: No such file", "same paths"),
-        (0, "ANSWER " + json.dumps(FACTS | {"shared": False}), "must share a file system"),
-        (0, "", "same paths"),
-    ],
-)
-def test_what_can_be_wrong_with_a_host(code, said, expected):
-    import re
-
-    problem = interpret("h1", 2, 20, code, said, "/here").problem
-    assert problem and re.search(expected, problem)
-
-
-def test_machines_must_agree():
-    assert disagreements([answer("h0"), answer("h1")]) == []
-    (found,) = disagreements([answer("h0"), answer("h1", torch="2.9.0"), answer("h2")])
-    assert found == "expected the same torch everywhere; got 2.13.0 on h0, h2; 2.9.0 on h1"
-    (found,) = disagreements([answer("h0"), answer("h0-ib", machine="h0")])
-    assert found == "h0 and h0-ib are one machine, h0; give it one line"
-
-
-def test_the_first_machine_is_called_by_the_address_the_others_see():
-    assert master_address([answer("h0", first="127.0.1.1"), answer("h1"), answer("h2")]) == "10.1.2.1"
-    assert master_address([answer("h0"), answer("h1"), answer("h2", first="10.9.9.9")]) is None
-    assert master_address([answer("h0", first="10.1.2.1")]) == "10.1.2.1"
+def test_the_machines_of_an_allocation():
+    assert allocated({}) == []
+    environ = {"SLURM_JOB_NODELIST": "n[1-2],n7", "SLURM_TASKS_PER_NODE": "4(x3)", "SLURM_JOB_NUM_NODES": "3"}
+    assert allocated(environ) == [("n1", 4), ("n2", 4), ("n7", 4)]
+    assert allocated({"SLURM_JOB_NODELIST": "n1"}) == [("n1", 1)]
+    for wrong in ({"SLURM_JOB_NUM_NODES": "2"}, {"SLURM_TASKS_PER_NODE": "4(x2)"}):
+        with pytest.raises(ClusterError, match="contradict each other.*another job"):
+            allocated(environ | wrong)
+    with pytest.raises(ClusterError, match="same number of ranks"):
+        allocated(environ | {"SLURM_TASKS_PER_NODE": "4(x2),2"})
 
 
 def test_ssh_that_would_wait_for_ever():
@@ -112,7 +62,7 @@ def test_the_launcher_gives_up_dead_hosts(tmp_path):
 def test_a_launcher_without_pdsh_is_not_started(monkeypatch):
     monkeypatch.setattr(hosts.shutil, "which", lambda tool: None)
     with pytest.raises(ClusterError, match="apt-get install pdsh"):
-        hosts.run("hostfile", [answer("h0"), answer("h1")], ["launch/train.py"], {})
+        hosts.run("hostfile", 2, None, ["launch/train.py"], {})
 
 
 def test_a_blank_in_the_path_is_refused_for_several_machines(monkeypatch, tmp_path):
@@ -120,7 +70,7 @@ def test_a_blank_in_the_path_is_refused_for_several_machines(monkeypatch, tmp_pa
     (tmp_path / "my data").mkdir()
     monkeypatch.chdir(tmp_path / "my data")
     with pytest.raises(ClusterError, match="without blanks.*my data"):
-        hosts.run("hostfile", [answer("h0"), answer("h1")], ["launch/train.py"], {})
+        hosts.run("hostfile", 2, None, ["launch/train.py"], {})
 
 
 def test_only_a_machine_that_is_not_there_loses_its_ssh():
@@ -129,11 +79,6 @@ def test_only_a_machine_that_is_not_there_loses_its_ssh():
     assert not launcher.answers_no_more(255, "u@h1: Permission denied (publickey).")
     assert not launcher.answers_no_more(255, "Host key verification failed.")
     assert not launcher.answers_no_more(1, "ps: timed out")
-
-
-def test_table():
-    text = table([answer("h0"), Answer("h1", 2, 20.0, {}, "no answer")])
-    assert "h0                   2  8 cores, 2.0 GiB free" in text and "FAILED: no answer" in text
 
 
 def test_a_hostfile_is_named_in_its_errors(tmp_path):

@@ -99,6 +99,12 @@ def test_srun_gives_the_losses_of_one_machine_bit_for_bit(lab, graph, losses_her
     if reason := absent():
         pytest.skip(reason)
     conf = slurm_up(lab, tmp_path, ["h0", "h1"])
+
+    command = ["salloc", "-N", "2", PYTHON, "launch/doctor.py", f"run_dir={tmp_path}"]
+    examined = lab.run("h0", command, 120, cwd=ROOT, env={**os.environ, **conf, "DS_ACCELERATOR": "cpu"})
+    assert examined.returncode == 0, examined.stdout
+    assert "asking 2 machines (srun)" in examined.stdout and "over 2 ranks with gloo" in examined.stdout
+
     run_dir = tmp_path / "run"
     launcher = ["srun", "-N", "2", "--ntasks-per-node", "2", PYTHON]
     killed = "faults.at=[kill-rank 3 @ step 5]"
@@ -198,8 +204,10 @@ def test_a_machine_that_dies_while_the_job_starts_is_named(lab, graph, tmp_path)
     ), said[-6000:]
     assert nobody_trains(lab)
     checked = lab.run("h0", [PYTHON, "launch/hosts.py", "check", str(lab.hostfile(["h0", "h3"]))], 60, cwd=ROOT)
-    assert checked.returncode == 2 and "1 of 2 hosts cannot take part: h3" in checked.stdout
+    assert checked.returncode == 1 and "bad: h3; type what stands beside it" in checked.stdout
     assert "ssh -v h3 true" in checked.stdout
+    begun = lab.run("h0", [*launcher, "launch/train.py", f"run_dir={run_dir}"], 60, cwd=ROOT)
+    assert begun.returncode == 2 and "1 of 2 hosts cannot take part: h3; see the table" in begun.stdout
 
 
 def test_the_job_outlives_the_machine_that_launched_it(lab, graph, tmp_path):

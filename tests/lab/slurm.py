@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.lab.lab import Lab
 
-TOOLS = ("slurmctld", "slurmd", "srun", "sbatch", "scontrol", "sinfo", "munged")
+TOOLS = ("slurmctld", "slurmd", "srun", "sbatch", "salloc", "scontrol", "sinfo", "munged")
 # cred_expire: a job that is requeued waits until the credentials of its last start are void; 120 s by default.
 CONF = """
 ClusterName=lab
