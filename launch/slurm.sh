@@ -70,12 +70,15 @@ while kill -0 "$step" 2>/dev/null; do # a trap ends a wait
     code=$?
 done
 [ -z "${STAGE:-}" ] || each_node rm -rf "$local_graph"
+# Why the job ended, and whether its newest snapshot is on storage. SIGTERM: SLURM wants the nodes (preemption).
+ended="$(python -c 'import json, sys
+found = json.load(open(sys.argv[1]))
+print(found.get("reason"), found.get("checkpoint") == found.get("recoverable"))' "$run_dir/status.json" 2>/dev/null)"
+case "$ended" in "SIGTERM "*) again=1 ;; esac
 # Somebody who typed `scancel` wants no requeue.
 if [ "$again" = 1 ] && [ "$code" != 0 ] && [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ]; then
-    # Other nodes may get the job: what it holds in memory would stay on these. Its newest snapshot is on storage.
-    stored="$(python launch/status.py --json "run_dir=$run_dir" |
-        python -c 'import json, sys; found = json.load(sys.stdin); print(found.get("checkpoint") == found.get("recoverable"))')"
-    [ "$stored" != True ] || each_node python launch/stop.py "run_dir=$run_dir" keep=false > /dev/null
+    # Other nodes may get the job: what it holds in memory would stay on these.
+    [ "${ended##* }" != True ] || each_node python launch/stop.py "run_dir=$run_dir" keep=false > /dev/null
     trap - USR1 TERM
     echo "the job is requeued, and goes on in $run_dir"
     scontrol requeue "$SLURM_JOB_ID" || die "could not requeue; type: sbatch again with RUN_DIR=$run_dir"

@@ -95,12 +95,9 @@ def test_a_batch_job_goes_on_where_slurm_ended_it(lab, graph, calm, tmp_path, wa
     conf = slurm_up(lab, tmp_path, ["h0", "h1"])
     options = ["--nodes=2", *SMALL]
     if way == "limit":
-        options += ["--time=2", "--signal=B:USR1@60"]
-    slow = [
-        "faults.allow=true",
-        "faults.at=[stop-rank 1 @ step 30]",
-        "recovery.hang_floor_s=1e6",
-    ]  # waits for the signal
+        options += ["--time=3", "--signal=B:USR1@60"]
+    # A trainer that stands still waits for the signal. Nobody takes it for hanging.
+    slow = ["faults.allow=true", "faults.at=[stop-rank 1 @ step 30]", "recovery.hang_floor_s=1e6"]
     batch = Batch(lab, conf, tmp_path, options, [*graph, *EPOCHS, *slow])
     batch.trains(29)
     if way == "preemption":
