@@ -238,3 +238,16 @@ def test_bfloat16_features_are_read(tmp_path):
 def test_something_else_is_refused(tmp_path):
     with pytest.raises(DataError, match="expected a PyG Data"):
         gemini_gnn.partition(42, tmp_path / "parts", parts=2)
+
+
+def test_predictions_do_not_depend_on_the_form_of_the_features(tmp_path):
+    """Embeddings differ by rounding: a GEMM sums a row in another order than the sparse product."""
+    given = data()
+    given.x = torch.eye(120)
+    gemini_gnn.train(given, tmp_path / "run", {**SETTINGS, "training.epochs": 3})
+    found = {}
+    for form, x in (("dense", given.x), ("sparse", given.x.to_sparse_csr())):
+        given.x = x
+        found[form] = gemini_gnn.predict(tmp_path / "run", given)
+    assert np.array_equal(found["dense"]["predictions"], found["sparse"]["predictions"])
+    np.testing.assert_allclose(found["dense"]["embeddings"], found["sparse"]["embeddings"], rtol=1e-5, atol=1e-6)

@@ -55,4 +55,6 @@ def sage(
     """GraphSAGE with ReLU: ``layers`` convolutions, ``hidden`` wide, the last ``num_classes`` wide."""
     widths = [in_features] + [hidden] * (layers - 1) + [num_classes]
     convs = [SAGEConv(widths[i], widths[i + 1], aggregator, init) for i in range(layers)]
-    return Network(convs, torch.relu_, dropout, layer_norm)
+    network = Network(convs, torch.relu_, dropout, layer_norm)
+    network.takes_sparse = aggregator == "mean"  # a maximum looks at every value
+    return network

@@ -218,8 +218,8 @@ def features_said(source: BatchSource, model: torch.nn.Module) -> list[str]:
         said.append("on the GPU the features of each batch are dense")
     elif form == "sparse" and source.dense:
         said.append(
-            f"model {type(model).__name__} takes dense features: rows are made dense per batch; "
-            "declare takes_sparse = True to get SparseFeatures"
+            f"the rows of each batch are made dense: {type(model).__name__} takes no sparse features here (a class of "
+            "your own that does declares takes_sparse = True)"
         )
     return said
 

@@ -18,7 +18,7 @@ def test_words_and_their_twin_with_one_feature(tmp_path):
     dataset = ["dataset=folder", f"dataset.path={tmp_path / 'words'}", "dataset.split='random:0.6,0.2,0.2'"]
     config = compose(features.settings(dataset, "dense", 1, 1, tmp_path / "run", tmp_path / "cache"))
     features.narrow(config, tmp_path / "narrow")
-    words = load_dataset(config.dataset)
+    words = load_dataset(config.dataset, layout="dense")
     config.dataset.path = str(tmp_path / "narrow")
     twin = load_dataset(config.dataset)
     assert words.x.shape == (300, 600) and twin.x.shape == (300, 1)

@@ -50,7 +50,7 @@ class Batch:
         self.until(lambda: (self.run_dir / "losses.csv").exists() and len(losses(self.run_dir)) >= steps)
 
     def ends(self, state="COMPLETED"):
-        self.until(lambda: self.shows("JobState") not in ("PENDING", "RUNNING", "COMPLETING"))
+        self.until(lambda: self.shows("JobState") not in ("PENDING", "RUNNING", "COMPLETING"), 240)
         assert self.shows("JobState") == state, self.log.read_text()[-6000:]
 
 

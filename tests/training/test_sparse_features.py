@@ -92,7 +92,13 @@ def test_the_layout_is_the_folders_unless_another_is_asked_for():
     [
         ("dense", "dense", "cpu", True, []),
         ("sparse", "sparse", "cpu", False, ["features: sparse, 4.0 MB in memory of rank 0 (dense: 50.0 MB); "]),
-        ("sparse", "dense", "cpu", True, ["features: sparse, 4.0 MB", "model Bag takes dense features: rows are made"]),
+        (
+            "sparse",
+            "dense",
+            "cpu",
+            True,
+            ["features: sparse, 4.0 MB", "the rows of each batch are made dense: Bag takes"],
+        ),
         (
             "sparse",
             "sparse",
@@ -185,8 +191,8 @@ def test_a_model_gets_what_its_class_declares(folders, tmp_path, settings):
         for name in ("Bag", "SparseBag")
     ]
     assert found[0][0] == found[1][0] and found[0][1]["test_accuracy"] == found[1][1]["test_accuracy"]
-    said = "model Bag takes dense features: rows are made dense per batch; declare takes_sparse = True"
-    assert said in logs(tmp_path / "Bag", 1) and "takes dense" not in logs(tmp_path / "SparseBag", 1)
+    said = "the rows of each batch are made dense: Bag takes no sparse features"
+    assert said in logs(tmp_path / "Bag", 1) and "made dense" not in logs(tmp_path / "SparseBag", 1)
     assert "unknown inputs" not in logs(tmp_path / "SparseBag", 2), "of DeepSpeed, which looks for tensors in arguments"
 
 
