@@ -85,6 +85,7 @@ def test_each_fault_is_found_and_nothing_else(lab, tmp_path):
     for host in hosts:  # the same for all, so that the busy machine below does not decide which link is slow
         lab.bandwidth(host, "1gbit")
     shared = lab.nfs_up()  # sshfs: a lock holds only on the machine that took it
+    before = set(os.listdir(lab.folder / "nas-disk"))  # of tests before this one
     torch = next(path for path in metadata.files("torch") if path.name == "METADATA").locate()
     with tampered(lab, "h1", "h2"):
         replaced(lab, "h1", Path(torch), "Metadata-Version: 2.1\nName: torch\nVersion: 2.9.0\n", tmp_path)
@@ -110,7 +111,7 @@ def test_each_fault_is_found_and_nothing_else(lab, tmp_path):
     }, said
     assert code == 1 and document["verdict"] == "bad"
     assert "ssh -v h4 true" in said and "pip install torch==" in said and "sudo timedatectl" in said
-    assert os.listdir(lab.folder / "nas-disk") == [], "it leaves nothing in the run directory"
+    assert set(os.listdir(lab.folder / "nas-disk")) == before, "it leaves nothing in the run directory"
     assert took_s < 60
     lab.nfs_down()
 
