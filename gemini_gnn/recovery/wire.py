@@ -140,6 +140,11 @@ class Wire(messages.Channel):
             return math.inf
         return struct.unpack_from("=I", about, _LAST_ACK)[0] / 1000
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the peer's kernel has answered: it took the first line."""
+        return self.authenticated or not (self._opens and self._unsent)
+
     def close(self) -> None:
         self._epoll.close()
         super().close()

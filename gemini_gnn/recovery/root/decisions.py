@@ -68,6 +68,7 @@ from gemini_gnn.recovery.root.state import (
     Stuck,
     Tick,
     Unable,
+    Unreached,
 )
 
 
@@ -90,6 +91,9 @@ def decide(state: State, event: Event, now: float) -> Step:
             return _close(state, Outcome("failed", failure.code, failure.summary, failure=failure), now)
         case Gone():
             return _gone(state, event, now)
+        case Unreached(machine):
+            one = state.machines[machine]
+            return (state, []) if one.here or one.silent else _next(_with(state, machine, silent=True), now)
         case Stuck(machine, text):
             if machine not in state.seats or (state.outcome is None and _free(state)):
                 return state, [Say(text), Dismiss(machine)]

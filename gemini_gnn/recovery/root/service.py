@@ -43,6 +43,7 @@ from gemini_gnn.recovery.root.claiming import Claim, Won
 from gemini_gnn.recovery.root.copies import Copies
 from gemini_gnn.recovery.root.faults import Agent, Faults
 from gemini_gnn.recovery.root.ledger import Ledger
+from gemini_gnn.recovery.root.probes import POLL_S, Probes
 from gemini_gnn.recovery.root.restoring import Storage
 from gemini_gnn.recovery.worker.journal import Journal
 
@@ -135,6 +136,8 @@ class Root:
         self.links: list[Link] = []
         self.finished = self.resigned = False
         self.members = {number: member for number, member in enumerate(members) if member.name}
+        absent = {i: one for i, one in self.members.items() if i != state.root and not state.machines[i].silent}
+        self._probes = Probes(absent if beats is None and not state.claimed else {}, now)
         self._step_s = 0.0  # of a step, as the last root said
         self._unsaid: list[str] = []  # before it speaks for the job
         self._claim: Claim | None = None
@@ -176,6 +179,8 @@ class Root:
             waits.append(self.state.deadline - now)
         if self._claim is not None:
             waits.append(CLAIM_POLL_S)
+        if self._probes.under_way:
+            waits.append(POLL_S)
         return max(0.0, min(waits))
 
     def tick(self, now: float) -> None:
@@ -204,6 +209,9 @@ class Root:
         self._look_at_claim(now)
         if self.resigned:
             return
+        for machine in self._probes.look(now):
+            self.journal.log("unreached", machine=machine)
+            self._see(job.Unreached(machine), now)
         self._see(job.Tick(), now)
         if self.state.phase is job.Phase.WAITING and not self._said_waits and now - self._phase_s >= WAITS_S:
             self._say_waits(now)
@@ -711,6 +719,7 @@ class Root:
 
     def close(self) -> list[messages.Channel]:
         """Let go of the workers, which are on their own now. Returns the visitors' connections: the end is still to be said."""
+        self._probes.close()
         if self._claim is not None:
             self._claim.give_up()
         for link in list(self.links):

@@ -246,6 +246,13 @@ class Gone:
 
 
 @dataclass(frozen=True)
+class Unreached:
+    """Not even the kernel of the machine answers a root that takes over (``probes.py``)."""
+
+    machine: int
+
+
+@dataclass(frozen=True)
 class Stuck:
     """Trainers of the machine cannot be reaped."""
 

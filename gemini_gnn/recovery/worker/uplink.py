@@ -30,6 +30,7 @@ STRANGER_S = 15.0  # what answers there may be the end of an earlier job; after 
 WAITS_S = 5.0  # then it says what it waits for
 LATE_S = 2.0  # a loop that comes round later did not run
 ATTEMPT_S = 1.0  # for an answer, where there are others to try
+UNREACHED_S = 0.5  # for a connection: a kernel answers at once, however busy its processes are
 
 
 class Local(Protocol):
@@ -139,8 +140,10 @@ class Uplink:
                 self._lose(f"silent for {silent_s:.1f} s", True, now)
             elif self._channel.closed:
                 self._lose(self._channel.complaint or "connection closed", False, now)
-            elif self.welcome is None and silent_s > ATTEMPT_S and self.route.until_s < math.inf:
-                self._lose(f"no answer within {ATTEMPT_S:g} s", True, now)
+            elif self.welcome is None and self.route.until_s < math.inf:
+                limit_s = ATTEMPT_S if self._channel.is_connected else UNREACHED_S
+                if silent_s > limit_s:
+                    self._lose(f"no answer within {limit_s:g} s", True, now)
         if self._channel is None and self.lost is None and now >= self._retry_s:
             self._connect(join, now)
         return said

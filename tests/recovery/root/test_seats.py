@@ -26,6 +26,7 @@ from gemini_gnn.recovery.root.state import (
     StopAsked,
     Stuck,
     Tick,
+    Unreached,
     forming,
     succeeding,
 )
@@ -91,6 +92,17 @@ def test_a_machine_whose_connection_broke_may_come_back_before_its_seat_is_taken
     assert actions == [Begin(2)] and back.seats == (0, 1)
     taken, actions = play(state, Tick(), now=13.0)
     assert taken.seats == (0, 2) and actions[-1] == Begin(2) and taken.phase is Phase.RUNNING
+
+
+def test_a_machine_that_a_new_root_does_not_reach_is_replaced_at_once():
+    names, options = ["h1", "h2", "h3", "h4", "h5"], {"generation": 4, "reached": 7, "cause": None, "now": 0.0}
+    state = succeeding(names, range(3), 1, Limits(), root=2, lost=0, **options)
+    state, _ = play(state, joined(2), Ready(2), joined(3), Ready(3), joined(4), Ready(4), now=0.1)
+    assert state.seats == (3, 1, 2) and state.phase is Phase.WAITING, "h2 may only have lost its agent"
+    assert state.deadline == state.limits.return_s
+    assert play(state, Unreached(2), now=0.5)[0] == state, "it is here"
+    state, actions = play(state, Unreached(1), now=0.5)
+    assert state.seats == (3, 4, 2) and actions[-1] == Begin(5)
 
 
 def test_of_two_standbys_the_first_one_takes_the_place():

@@ -41,6 +41,7 @@ from gemini_gnn.recovery.root.state import (
     Resign,
     State,
     Tick,
+    Unreached,
     forming,
     succeeding,
 )
@@ -316,8 +317,19 @@ def roots_go_on(world: World) -> Moves:
         if root.planning and all(whole(world, one, number) for one in root.links):
             after = put_root(world, number, planning=False)
             yield f"h{number} has planned", to_root(after, number, Planned())
+        for other in unreached(world, number):
+            yield f"h{number} finds h{other} unreached", to_root(world, number, Unreached(other))
         if root.holds and root.term < len(world.terms) and root.claim is None and root.state.phase is not Phase.ENDED:
             yield f"h{number} sees a newer term", without_root(world, number)
+
+
+def unreached(world: World, number: int) -> list[int]:
+    """As ``probes.Probes``: whom a root that takes over has not heard of, and does not reach."""
+    state, hosts = world.hosts[number].root.state, enumerate(world.hosts)
+    if state.claimed:
+        return []
+    away = [one for one, host in hosts if host.how == "down" or not reach(world, number, one)]
+    return [one for one in away if not state.machines[one].here and not state.machines[one].silent]
 
 
 def claim_made(world: World, number: int) -> World | None:

@@ -13,7 +13,7 @@ from gemini_gnn.observe import terms
 from gemini_gnn.recovery import messages, wire
 from gemini_gnn.recovery.worker.journal import Journal
 from gemini_gnn.recovery.worker.succession import Route, Target
-from gemini_gnn.recovery.worker.uplink import ATTEMPT_S, LATE_S, RETRY_S, Lost, Uplink
+from gemini_gnn.recovery.worker.uplink import ATTEMPT_S, LATE_S, RETRY_S, UNREACHED_S, Lost, Uplink
 
 JOIN = messages.Join(0, "h0", 7, 1, 1, True)
 HERE, THERE = Target("h0", 1), Target("h1", 2)
@@ -153,6 +153,17 @@ def test_those_before_this_machine_are_tried_each_for_a_moment_then_it_is_next(l
     assert 2 * ATTEMPT_S < now < 2 * ATTEMPT_S + 0.6
     look(uplink, now, now + RETRY_S)
     assert uplink.roots.targets[-1] == HERE, "it goes on looking"
+
+
+def test_a_machine_whose_kernel_does_not_answer_is_tried_for_a_shorter_time(looks, monkeypatch):
+    uplink, now = looks(Route(HERE, 0.0, (THERE,)), term=3), 0.0
+    monkeypatch.setattr(messages.Channel, "is_connected", False)
+    while not uplink.is_next:
+        assert now < 5.0
+        look(uplink, now)
+        now += 0.05
+    assert uplink.roots.targets == [THERE]
+    assert UNREACHED_S < now < UNREACHED_S + 0.3 < ATTEMPT_S
 
 
 def test_where_a_connection_broke_the_lost_root_is_tried_alone_for_a_while(looks):
