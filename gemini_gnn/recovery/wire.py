@@ -58,7 +58,7 @@ MAC_BYTES = 16
 _READ_AHEAD = 1 << 16
 _WAKE_BYTES = 512 << 10  # of raw bytes, that a receiver waits for before it reads
 
-STALLS = 2.0  # times as long may a peer say nothing whose kernel acknowledges all: its machine lives, and is busy
+STALLS = 4.0  # times as long may a peer say nothing whose kernel acknowledges all: its machine lives, and is busy
 _LAST_ACK = 56  # of struct tcp_info (linux/tcp.h): uint32, milliseconds
 
 FIRST_WORD = b"gemini_gnn "

@@ -312,7 +312,7 @@ def test_a_peer_that_does_not_run_is_told_from_a_machine_that_is_gone(opened):
     while a.acknowledged_s() > 0.04:
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    assert not wire.is_silent(a, 1.9, 1.0) and wire.is_silent(a, 2.1, 1.0)
+    assert not wire.is_silent(a, 3.9, 1.0) and wire.is_silent(a, 4.1, 1.0)
     a.sock.close()
     assert wire.is_silent(a, 1.1, 1.0) and not wire.is_silent(a, 0.9, 1.0)
 

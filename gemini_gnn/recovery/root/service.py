@@ -15,7 +15,7 @@ another machine has its seat. A message to a lost worker is lost: whoever joins 
 lost, repeated or reordered.
 
 Who is silent. The root hears a beat from each worker every `heartbeat_s`. A worker that says nothing for `silence_s` counts as
-gone, and its connection is closed. It gets twice as long while the kernel of its machine acknowledges what it is sent: that
+gone, and its connection is closed. It gets four times as long while the kernel of its machine acknowledges what it is sent: that
 machine has power and network, only no time for its agent. A root that was itself late (stopped, or starved of the processor)
 extends that by as much.
 
