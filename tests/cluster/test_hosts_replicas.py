@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
+import shlex
+import subprocess
+import sys
 import time
 
 import pytest
@@ -12,7 +16,7 @@ from gemini_gnn.cluster.launcher import DEEPSPEED
 from gemini_gnn.observe.status import read_status
 from gemini_gnn.snapshot.store.identity import Identity, from_json
 from tests.cluster.test_hosts_recovery import agent_events
-from tests.cluster.test_hosts_train import ended, graph, losses, nobody_trains, terminal, train, wait_until
+from tests.cluster.test_hosts_train import ROOT, ended, graph, losses, nobody_trains, terminal, train, wait_until
 from tests.lab.lab import kill_group
 from tests.launch.test_resume import same_run
 from tests.trainers import trained
@@ -43,6 +47,18 @@ def start(lab, graph, run_dir, hosts, *settings):
     """From the machine of rank 0."""
     launcher = [*DEEPSPEED, "--hostfile", str(lab.hostfile(hosts))]
     return train(lab, hosts[0], launcher, *graph, *QUICK, *settings, run_dir=run_dir)
+
+
+def start_each(lab, graph, run_dir, hosts, *settings):
+    """A slot process per host, as srun does it: DeepSpeed's launcher imports for half of the time that a start takes."""
+    command = [sys.executable, "-u", "launch/train.py", f"run_dir={run_dir}", "training.threads=1", *graph, *QUICK]
+    slots = [f"RANK={rank} {shlex.join(lab.command(host, [*command, *settings]))} &" for rank, host in enumerate(hosts)]
+    script = "\n".join([*slots, "for slot in $(jobs -p); do wait $slot || failed=1; done; exit ${failed:-0}"])
+    place = {"MASTER_ADDR": lab.address(hosts[0]), "MASTER_PORT": "29500", "WORLD_SIZE": str(len(hosts))}
+    environment = {**os.environ, **place, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+    with open(f"{run_dir}-terminal.txt", "w") as output:
+        options = {"stdout": output, "stderr": output, "cwd": ROOT, "env": environment, "start_new_session": True}
+        return subprocess.Popen(["bash", "-c", script], **options)
 
 
 def recoverable(run_dir) -> Identity | None:
@@ -105,7 +121,7 @@ def test_another_host_in_the_place_of_a_lost_one_loses_no_step(lab, graph, calm_
         assert lab.run(host, ["ls", "/dev/shm"]).stdout == ""
 
 
-@pytest.mark.parametrize("count", [pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(7200)])])
+@pytest.mark.parametrize("count", [5, pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(7200)])])
 def test_power_offs_at_random_instants(lab, graph, calm_of, tmp_path, request, count):
     """Each is followed by a start with another host in the lost one's place, the others in any order."""
     seed = request.config.getoption("seed") or 1
@@ -116,7 +132,7 @@ def test_power_offs_at_random_instants(lab, graph, calm_of, tmp_path, request, c
     last = Identity(0, 0, 0)
     for number in range(count):
         term = max((int(path.stem) for path in (run_dir / "terms").glob("*.json")), default=0)
-        process = start(lab, graph, run_dir, names, *settings, *(["resume=must"] if number else []))
+        process = start_each(lab, graph, run_dir, names, *settings, *(["resume=must"] if number else []))
         trains(run_dir, process, term + 1, step + 1)  # a succession claims terms, too: the status may be an old one
         time.sleep(chance.uniform(0.0, 1.0))  # the instant is what is tried: no event marks it
         lost = chance.randrange(3)
@@ -127,7 +143,7 @@ def test_power_offs_at_random_instants(lab, graph, calm_of, tmp_path, request, c
         lab.power_on(names[lost])
         names[lost], spare = spare, names[lost]
         chance.shuffle(names)
-    process = start(lab, graph, run_dir, names, *settings, "resume=must")
+    process = start_each(lab, graph, run_dir, names, *settings, "resume=must")
     assert ended(process, run_dir, 120 + 3 * count) == 0, f"seed {seed}\n{terminal(run_dir)[-6000:]}"
     assert planned(run_dir)[-1] >= last
     same_run(run_dir, calm_of(3, *settings))
