@@ -1,7 +1,8 @@
 """Training steps beside the loop a PyG user writes, and from one rank to several.
 
-    python benchmarks/training.py                    # both parts
+    python benchmarks/training.py                    # all parts
     python benchmarks/training.py --part steps       # one process, one thread, one core
+    python benchmarks/training.py --part precision   # the same step of ours, float32 beside bf16_products; two minutes
     python benchmarks/training.py --part ranks       # deepspeed, every rank with all its threads on a core of its own
 
 Steps. GraphSAGE (mean) 3 x 256 on 128 features, 47 classes, fanouts 15, 10, 5, 1024 random seeds, Adam, no dropout, on a skewed
@@ -49,8 +50,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FEATURES, HIDDEN, CLASSES, LAYERS = 128, 256, 47, 3
 
 
-def our_step(colptr, row, x, y, seeds, clock):
-    """``f(i) -> {edges, inputs, phases_s, loss}``: step i of this project."""
+def our_step(colptr, row, x, y, seeds, clock, in_bf16: bool = False):
+    """``f(i) -> {edges, inputs, phases_s, loss}``: step i of this project, maybe with ``bf16_products``."""
     from gemini_gnn.config import ModelConfig
     from gemini_gnn.halo.rows import copy_rows, empty_rows
     from gemini_gnn.models.build import build_model
@@ -60,6 +61,8 @@ def our_step(colptr, row, x, y, seeds, clock):
 
     sampler = NeighborSampler(ReplicatedInEdges(colptr, row, np.arange(len(colptr) - 1)), FANOUTS, seed=0)
     model = build_model(ModelConfig(name="sage", hidden=HIDDEN, layers=LAYERS, dropout=0.0), FEATURES, CLASSES, seed=0)
+    if in_bf16:
+        model.multiply_in_bf16()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def step(i: int) -> dict:
@@ -181,7 +184,8 @@ def in_processes(makers: Mapping[str, Callable[[], Callable[[int], dict]]], time
             process.kill()
 
 
-def steps_section(arguments) -> dict:
+def steps_section(arguments, peers: bool) -> dict:
+    """Steps of ours beside those of PyG (``peers``), or float32 beside bf16_products."""
     torch.set_num_threads(1)
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(allowed)})
@@ -197,12 +201,16 @@ def steps_section(arguments) -> dict:
     def maker(function, *extra):
         return lambda: function(colptr, row, torch.from_numpy(x), torch.from_numpy(y), seeds, clock, *extra)
 
-    makers = {"gemini_gnn": maker(our_step), "PyG": maker(pyg_step, False), "PyG trimmed": maker(pyg_step, True)}
+    makers = {"gemini_gnn": maker(our_step)}
+    if peers:
+        makers |= {"PyG": maker(pyg_step, False), "PyG trimmed": maker(pyg_step, True)}
+    else:
+        makers |= {"bf16_products": maker(our_step, True)}
     with in_processes(makers, arguments.timeout_s) as steps:
         for step in steps.values():
             step(clock, 0)  # compiles, loads, allocates
         taken = in_turns({name: functools.partial(step, clock) for name, step in steps.items()}, arguments.steps)
-    origins = {name: runs[0][1]["batches_from"] for name, runs in taken.items() if name != "gemini_gnn"}
+    origins = {name: runs[0][1]["batches_from"] for name, runs in taken.items() if peers and name != "gemini_gnn"}
     for name, origin in origins.items():
         print(f"  {name}'s batches come from {origin}")
     results = {}
@@ -228,7 +236,7 @@ def steps_section(arguments) -> dict:
         if name != "gemini_gnn"
     }
     for pair, ratio in ratios.items():
-        print(f"  {pair}: {ratio:.1f}x the time")
+        print(f"  {pair}: {ratio:.2f}x the time")
     os.sched_setaffinity(0, allowed)
     return {
         "clock": arguments.clock,
@@ -326,7 +334,7 @@ def launch(world: int, run_dir: Path, cache: Path, arguments) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=["steps", "ranks", "both"], default="both")
+    parser.add_argument("--part", choices=["steps", "precision", "ranks", "all"], default="all")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="of the steps; cpu: on a busy machine")
     parser.add_argument("--nodes", type=int, default=1_000_000)
     parser.add_argument("--edges", type=int, default=20_000_000)
@@ -344,9 +352,11 @@ def main() -> None:
     head = machine()
     print(f"{head['cpu']}, {head['cores']} cores, load {head['load_1min']:.1f}, {head['versions']}")
     results = {"machine": head, "fanouts": FANOUTS, "seeds": SEEDS}
-    if arguments.part in ("steps", "both"):
-        results["steps"] = steps_section(arguments)
-    if arguments.part in ("ranks", "both"):
+    if arguments.part in ("steps", "all"):
+        results["steps"] = steps_section(arguments, peers=True)
+    if arguments.part in ("precision", "all"):
+        results["precision"] = steps_section(arguments, peers=False)
+    if arguments.part in ("ranks", "all"):
         results["ranks"] = ranks_section(arguments)
     write(arguments.output, results)
 

@@ -206,10 +206,13 @@ def build_run(
     source = BatchSource(graph, config, groups)
     model = build_model(config.model, graph.x.shape[1], graph.num_classes, config.seed)
     source.dense = needs_dense(model, groups.device)
+    if config.training.precision == "bf16_products":
+        model.multiply_in_bf16()  # type: ignore[operator]  # one of ours: validate() has seen to it
     engine = deepspeed_engine.build_engine(
         model.to(groups.device), config, config.training.epochs * source.steps_per_epoch
     )
-    # Evaluation has a float32 model of its own: the engine's may be partitioned (ZeRO-3) or bf16.
+    # Evaluation has a float32 model of its own: the engine's may be partitioned (ZeRO-3) or bf16. It measures the
+    # weights that are kept, as whoever loads them uses them: in float32, whatever they were trained with.
     copy = build_model(config.model, graph.x.shape[1], graph.num_classes, config.seed).to(groups.device)
     exact = not config.evaluation.fanouts and hasattr(copy, "layers") and hasattr(copy, "layer")
     fanouts = [-1] if exact else config.evaluation.fanouts or [-1] * config.model.layers
