@@ -40,7 +40,7 @@ PUSH_SHARE, LINK_SHARE, LOAD_TIMES = 0.8, 0.8, 3.0  # replication.py
 LOST, LOST_AT_MOST = 0.01, 0.05  # of throughput: where copies fit into idle time, and always
 STALL_SHARE, RESTORE_TIMES = 0.02, 10.0  # snapshot.py
 NETWORKX_TIMES = 100.0  # sampling.py
-BF16_SHARE = 0.6  # training.py
+BF16_SHARE, TWO_RANKS_TIMES = 0.6, 1.82  # training.py
 
 
 @dataclass(frozen=True)
@@ -283,6 +283,8 @@ def training_lines(document: Document) -> Iterator[Line]:
                     ratio,
                     "x",
                     f"work allows {shown(ranks['work_ratios'][pair], 'x')}; communication {shown(share, '%')}",
+                    TWO_RANKS_TIMES if world == "2" else None,
+                    eats="beyond half a step of one rank: " + parts_in_words(ranks["second_ranks_time_s"]),
                 )
 
 

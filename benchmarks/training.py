@@ -20,7 +20,12 @@ batches lack what trim_to_layer needs. Our blocks hold more edges than PyG's sub
 every known node draws at each hop, not only the new ones.
 
 Ranks. The real launcher on a community graph partitioned by METIS, the same global batch on 1, 2, 4 ranks as far as there are
-cores; seconds per epoch and the share of exposed communication as result.json tells them.
+cores; seconds per epoch and the share of exposed communication as result.json tells them. A table says where the second
+rank's time goes: what a step of two ranks takes beyond half a step of one, of CPU time as the events tell it. On its
+core all threads of a rank run in turns, so a step is the CPU time of each and what is left, in which the core idles
+(or runs another process). That is shared out to the waits in proportion to their wall time; all rows add up to the
+difference measured. The first epoch does not count, nor the last steps, which make no batches any more. On a busy machine
+the rest is large; the CPU times still hold. `--part ranks --rounds 3` should take about five minutes on a quiet one.
 """
 
 from __future__ import annotations
@@ -269,6 +274,7 @@ def ranks_section(arguments) -> dict:
             "communication_fraction": median(r["communication_fraction"] for r in told),
             "remote_bytes": told[0]["remote_bytes"],
             "phases_s": told[0]["phases_s"],
+            "parts_s": sorted((r["parts_s"] for r in told), key=lambda parts: sum(parts.values()))[len(told) // 2],
             "edge_cut": told[0]["edge_cut"],
             "test_accuracy": [r["test_accuracy"] for r in told],
         }
@@ -280,7 +286,18 @@ def ranks_section(arguments) -> dict:
             f"(edges per rank: {work[f'1 / {world} ranks']:.2f}x fewer), "
             f"communication {r['communication_fraction']:.1%}, edge cut {r['edge_cut']:.3f}"
         )
+    lost = {}
+    if "2" in results:
+        one, two = results["1"]["parts_s"], results["2"]["parts_s"]
+        lost = second_ranks_time(one, two, 1 / work["1 / 2 ranks"])
+        print("  where the second rank's time goes, ms per step: 1 rank, 2 ranks, beyond half of the first")
+        for name, seconds in lost.items():
+            print(f"    {name:30s} {one.get(name, 0) * 1e3:8.1f} {two.get(name, 0) * 1e3:8.1f} {seconds * 1e3:8.1f}")
+        print(
+            f"    {'sum':30s} {sum(one.values()) * 1e3:8.1f} {sum(two.values()) * 1e3:8.1f} {sum(lost.values()) * 1e3:8.1f}"
+        )
     return {
+        "second_ranks_time_s": lost,
         "nodes": arguments.ranks_nodes,
         "global_batch": SEEDS,
         "cores": cores,
@@ -290,6 +307,48 @@ def ranks_section(arguments) -> dict:
         "work_ratios": work,
         "missing": [] if cores >= 4 else ["4 ranks: fewer than 4 cores"],
     }
+
+
+def parts_of_step(steps: list[dict]) -> dict[str, float]:
+    """Seconds of a step on one core by whose they are, mean over the events ``steps``; they add up to its wall time."""
+
+    def mean(kind: str, name: str) -> float:
+        return sum(step[kind].get(name, 0.0) for step in steps) / len(steps)
+
+    wall = sum(mean("phases_s", p) for p in ("input", "forward", "backward", "others", "update", "report", "snapshot"))
+    parts = {
+        "forward, backward": mean("cpu_s", "forward") + mean("cpu_s", "backward"),
+        "sampling": mean("cpu_s", "sample"),
+        "gathering": mean("cpu_s", "fetch"),
+        "DeepSpeed's step": mean("cpu_s", "update"),
+        "report, snapshot, queue": sum(mean("cpu_s", p) for p in ("input", "report", "snapshot")),
+    }
+    process = mean("cpu_s", "process")
+    parts["other threads (gloo, files)"] = process - sum(parts.values())
+    waits = {
+        "waiting for the slower rank": mean("phases_s", "others") + mean("phases_s", "input_others"),
+        "halo exchange": mean("phases_s", "exposed"),
+        "gradient reduction": mean("phases_s", "reduce"),
+    }
+    idle, waited = wall - process, sum(waits.values())
+    share = min(1.0, max(idle, 0.0) / waited) if waited else 0.0
+    parts |= {name: seconds * share for name, seconds in waits.items()}
+    parts["other processes, rest"] = wall - sum(parts.values())
+    return parts
+
+
+def second_ranks_time(one: dict[str, float], two: dict[str, float], edges: float) -> dict[str, float]:
+    """Seconds that a step of two ranks takes beyond half a step of one, by part.
+
+    Args:
+        edges: of a rank's step on two ranks, as a share of those on one; the half, if no neighborhoods overlapped.
+    """
+    lost = {"more work: less overlap": 0.0}
+    for name in one:
+        share = edges if name in ("forward, backward", "sampling", "gathering") else 0.5
+        lost["more work: less overlap"] += one[name] * (share - 0.5)
+        lost[name] = two[name] - one[name] * share
+    return lost
 
 
 def launch(world: int, run_dir: Path, cache: Path, arguments) -> dict:
@@ -326,10 +385,16 @@ def launch(world: int, run_dir: Path, cache: Path, arguments) -> dict:
         )
     result = json.loads((run_dir / "result.json").read_text())
     lines = [line for log in (run_dir / "events").glob("rank-*.jsonl") for line in log.read_text().splitlines()]
-    edges = sum(event["edges"] for event in map(json.loads, lines) if event["kind"] == "step")
+    steps = [event for event in map(json.loads, lines) if event["kind"] == "step"]
+    warm_up = result["steps"] // arguments.epochs
+    last = result["steps"] - result["config"]["sampling"]["prefetch"]  # after it no batches are left to make
     metas = [json.loads(meta.read_text()) for meta in cache.glob("**/meta.json")]
     cuts = [meta["quality"]["edge_cut"] for meta in metas if len(meta.get("bounds", [])) == world + 1]
-    return result | {"edge_cut": cuts[0] if cuts else float("nan"), "edges_per_step": edges / result["steps"]}
+    return result | {
+        "edge_cut": cuts[0] if cuts else float("nan"),
+        "edges_per_step": sum(step["edges"] for step in steps) / result["steps"],
+        "parts_s": parts_of_step([step for step in steps if warm_up < step["step"] <= last]),
+    }
 
 
 def main() -> None:
