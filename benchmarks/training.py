@@ -293,9 +293,7 @@ def ranks_section(arguments) -> dict:
         print("  where the second rank's time goes, ms per step: 1 rank, 2 ranks, beyond half of the first")
         for name, seconds in lost.items():
             print(f"    {name:30s} {one.get(name, 0) * 1e3:8.1f} {two.get(name, 0) * 1e3:8.1f} {seconds * 1e3:8.1f}")
-        print(
-            f"    {'sum':30s} {sum(one.values()) * 1e3:8.1f} {sum(two.values()) * 1e3:8.1f} {sum(lost.values()) * 1e3:8.1f}"
-        )
+        print(f"    {'sum':30s}", *(f"{sum(column.values()) * 1e3:8.1f}" for column in (one, two, lost)))
     return {
         "second_ranks_time_s": lost,
         "nodes": arguments.ranks_nodes,

@@ -273,6 +273,14 @@ def test_a_bf16_engine_that_was_just_built_has_not_taken_a_step(optimizer):
     assert run_ranks(fresh_bf16_state, 1, optimizer) == [(0.0, 0)]
 
 
+def test_a_cpu_that_does_not_multiply_bf16_is_named_at_the_start(small, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    settings = [*small, "training.epochs=1", "snapshot=none", "logger=quiet", f"run_dir={tmp_path / 'run'}"]
+    assert in_process(compose([*settings, "training.precision=bf16_products"])) == 0
+    out = "".join(capfd.readouterr())
+    assert "this CPU does not multiply bfloat16" in out and "leave it out" in out
+
+
 def group_timeouts_s(rank, world):
     import torch.distributed as dist
 
