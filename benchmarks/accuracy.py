@@ -2,11 +2,13 @@
 
 Cora (public split, L1 rows), chameleon (undirected), Computers (60/20/20, L2 rows), the default data set beside its
 baselines; ranks 1, 2 and 4 with equal global batch. Data sets come from GEMINI_GNN_DATA; those absent are said.
+`--precision fp32 bf16_products --only cora computers --ranks 1` puts the precisions side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -30,14 +32,15 @@ CASES = {
 RANKS = [(1, "metis"), (2, "metis"), (2, "hash"), (4, "metis"), (4, "hash")]
 
 
-def one(settings: list[str], batch: int, ranks: int, partition: str, seed: int, folder: Path) -> float:
-    run_dir = folder / f"{ranks}-{partition}-{seed}"
+def one(settings: list[str], batch: int, ranks: int, partition: str, precision: str, seed: int, folder: Path) -> float:
+    run_dir = folder / f"{ranks}-{partition}-{precision}-{seed}"
     config = compose(
         [
             *settings,
             f"run_dir={run_dir}",
             f"seed={seed}",
             f"partition={partition}",
+            f"training.precision={precision}",
             f"sampling.batch_size={batch // ranks}",
             "sampling.order=global",
             "snapshot=none",
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--only", choices=list(CASES), nargs="*", default=list(CASES))
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2, 4])
+    parser.add_argument("--precision", choices=["fp32", "bf16", "bf16_products"], nargs="*", default=["fp32"])
     parser.add_argument("--output", type=Path, default=Path("results/accuracy.json"))
     options = parser.parse_args()
     table = {}
@@ -73,16 +77,18 @@ def main() -> None:
                     "features alone": features_only_accuracy(graph),
                     "structure alone": structure_only_accuracy(graph),
                 }
-            for ranks, partition in RANKS:
+            for (ranks, partition), precision in itertools.product(RANKS, options.precision):
                 if ranks not in options.ranks:
                     continue
                 folder = Path(temporary) / name
-                values = [one(settings, batch, ranks, partition, seed, folder) for seed in range(options.seeds)]
-                key = f"{ranks} ranks, {partition}"
+                values = [
+                    one(settings, batch, ranks, partition, precision, seed, folder) for seed in range(options.seeds)
+                ]
+                key = f"{ranks} ranks, {partition}" + (f", {precision}" if precision != "fp32" else "")
                 row[key] = values
                 spread = statistics.stdev(values) if len(values) > 1 else 0.0
                 mean = statistics.fmean(values)
-                print(f"{name:<10} {key:<16} {mean:.4f} +- {spread:.4f}  ({len(values)} seeds)", flush=True)
+                print(f"{name:<10} {key:<31} {mean:.4f} +- {spread:.4f}  ({len(values)} seeds)", flush=True)
             table[name] = row
             print(
                 f"{name:<10} demanded >= {demanded}; "

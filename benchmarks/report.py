@@ -40,6 +40,7 @@ PUSH_SHARE, LINK_SHARE, LOAD_TIMES = 0.8, 0.8, 3.0  # replication.py
 LOST, LOST_AT_MOST = 0.01, 0.05  # of throughput: where copies fit into idle time, and always
 STALL_SHARE, RESTORE_TIMES = 0.02, 10.0  # snapshot.py
 NETWORKX_TIMES = 100.0  # sampling.py
+BF16_SHARE, TWO_RANKS_TIMES = 0.6, 1.82  # training.py
 
 
 @dataclass(frozen=True)
@@ -266,6 +267,12 @@ def training_lines(document: Document) -> Iterator[Line]:
                 "x",
                 f"{shown(steps['contenders'][peer]['step_s'], 's')}; batches from {steps['batches_from'][peer]}",
             )
+    if precision := document.get("precision"):
+        steps_s = {name: one["step_s"] for name, one in precision["contenders"].items()}
+        share = steps_s["bf16_products"] / steps_s["gemini_gnn"]
+        beside = f"{shown(steps_s['bf16_products'], 's')} beside {shown(steps_s['gemini_gnn'], 's')}"
+        eats = parts_in_words(precision["contenders"]["bf16_products"]["phases_s"])
+        yield Line("a step with bf16_products, of float32's", share, "%", beside, BF16_SHARE, most=True, eats=eats)
     if ranks := document.get("ranks"):
         for pair, ratio in ranks["ratios"].items():
             world = pair.split()[2]
@@ -276,6 +283,8 @@ def training_lines(document: Document) -> Iterator[Line]:
                     ratio,
                     "x",
                     f"work allows {shown(ranks['work_ratios'][pair], 'x')}; communication {shown(share, '%')}",
+                    TWO_RANKS_TIMES if world == "2" else None,
+                    eats="beyond half a step of one rank: " + parts_in_words(ranks["second_ranks_time_s"]),
                 )
 
 

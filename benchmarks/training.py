@@ -1,7 +1,8 @@
 """Training steps beside the loop a PyG user writes, and from one rank to several.
 
-    python benchmarks/training.py                    # both parts
+    python benchmarks/training.py                    # all parts
     python benchmarks/training.py --part steps       # one process, one thread, one core
+    python benchmarks/training.py --part precision   # the same step of ours, float32 beside bf16_products; two minutes
     python benchmarks/training.py --part ranks       # deepspeed, every rank with all its threads on a core of its own
 
 Steps. GraphSAGE (mean) 3 x 256 on 128 features, 47 classes, fanouts 15, 10, 5, 1024 random seeds, Adam, no dropout, on a skewed
@@ -19,7 +20,12 @@ batches lack what trim_to_layer needs. Our blocks hold more edges than PyG's sub
 every known node draws at each hop, not only the new ones.
 
 Ranks. The real launcher on a community graph partitioned by METIS, the same global batch on 1, 2, 4 ranks as far as there are
-cores; seconds per epoch and the share of exposed communication as result.json tells them.
+cores; seconds per epoch and the share of exposed communication as result.json tells them. A table says where the second
+rank's time goes: what a step of two ranks takes beyond half a step of one, of CPU time as the events tell it. On its
+core all threads of a rank run in turns, so a step is the CPU time of each and what is left, in which the core idles
+(or runs another process). That is shared out to the waits in proportion to their wall time; all rows add up to the
+difference measured. The first epoch does not count, nor the last steps, which make no batches any more. On a busy machine
+the rest is large; the CPU times still hold. `--part ranks --rounds 3` should take about five minutes on a quiet one.
 """
 
 from __future__ import annotations
@@ -49,8 +55,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FEATURES, HIDDEN, CLASSES, LAYERS = 128, 256, 47, 3
 
 
-def our_step(colptr, row, x, y, seeds, clock):
-    """``f(i) -> {edges, inputs, phases_s, loss}``: step i of this project."""
+def our_step(colptr, row, x, y, seeds, clock, in_bf16: bool = False):
+    """``f(i) -> {edges, inputs, phases_s, loss}``: step i of this project, maybe with ``bf16_products``."""
     from gemini_gnn.config import ModelConfig
     from gemini_gnn.halo.rows import copy_rows, empty_rows
     from gemini_gnn.models.build import build_model
@@ -60,6 +66,8 @@ def our_step(colptr, row, x, y, seeds, clock):
 
     sampler = NeighborSampler(ReplicatedInEdges(colptr, row, np.arange(len(colptr) - 1)), FANOUTS, seed=0)
     model = build_model(ModelConfig(name="sage", hidden=HIDDEN, layers=LAYERS, dropout=0.0), FEATURES, CLASSES, seed=0)
+    if in_bf16:
+        model.multiply_in_bf16()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def step(i: int) -> dict:
@@ -181,7 +189,8 @@ def in_processes(makers: Mapping[str, Callable[[], Callable[[int], dict]]], time
             process.kill()
 
 
-def steps_section(arguments) -> dict:
+def steps_section(arguments, peers: bool) -> dict:
+    """Steps of ours beside those of PyG (``peers``), or float32 beside bf16_products."""
     torch.set_num_threads(1)
     allowed = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(allowed)})
@@ -197,12 +206,16 @@ def steps_section(arguments) -> dict:
     def maker(function, *extra):
         return lambda: function(colptr, row, torch.from_numpy(x), torch.from_numpy(y), seeds, clock, *extra)
 
-    makers = {"gemini_gnn": maker(our_step), "PyG": maker(pyg_step, False), "PyG trimmed": maker(pyg_step, True)}
+    makers = {"gemini_gnn": maker(our_step)}
+    if peers:
+        makers |= {"PyG": maker(pyg_step, False), "PyG trimmed": maker(pyg_step, True)}
+    else:
+        makers |= {"bf16_products": maker(our_step, True)}
     with in_processes(makers, arguments.timeout_s) as steps:
         for step in steps.values():
             step(clock, 0)  # compiles, loads, allocates
         taken = in_turns({name: functools.partial(step, clock) for name, step in steps.items()}, arguments.steps)
-    origins = {name: runs[0][1]["batches_from"] for name, runs in taken.items() if name != "gemini_gnn"}
+    origins = {name: runs[0][1]["batches_from"] for name, runs in taken.items() if peers and name != "gemini_gnn"}
     for name, origin in origins.items():
         print(f"  {name}'s batches come from {origin}")
     results = {}
@@ -228,7 +241,7 @@ def steps_section(arguments) -> dict:
         if name != "gemini_gnn"
     }
     for pair, ratio in ratios.items():
-        print(f"  {pair}: {ratio:.1f}x the time")
+        print(f"  {pair}: {ratio:.2f}x the time")
     os.sched_setaffinity(0, allowed)
     return {
         "clock": arguments.clock,
@@ -261,6 +274,7 @@ def ranks_section(arguments) -> dict:
             "communication_fraction": median(r["communication_fraction"] for r in told),
             "remote_bytes": told[0]["remote_bytes"],
             "phases_s": told[0]["phases_s"],
+            "parts_s": sorted((r["parts_s"] for r in told), key=lambda parts: sum(parts.values()))[len(told) // 2],
             "edge_cut": told[0]["edge_cut"],
             "test_accuracy": [r["test_accuracy"] for r in told],
         }
@@ -272,7 +286,16 @@ def ranks_section(arguments) -> dict:
             f"(edges per rank: {work[f'1 / {world} ranks']:.2f}x fewer), "
             f"communication {r['communication_fraction']:.1%}, edge cut {r['edge_cut']:.3f}"
         )
+    lost = {}
+    if "2" in results:
+        one, two = results["1"]["parts_s"], results["2"]["parts_s"]
+        lost = second_ranks_time(one, two, 1 / work["1 / 2 ranks"])
+        print("  where the second rank's time goes, ms per step: 1 rank, 2 ranks, beyond half of the first")
+        for name, seconds in lost.items():
+            print(f"    {name:30s} {one.get(name, 0) * 1e3:8.1f} {two.get(name, 0) * 1e3:8.1f} {seconds * 1e3:8.1f}")
+        print(f"    {'sum':30s}", *(f"{sum(column.values()) * 1e3:8.1f}" for column in (one, two, lost)))
     return {
+        "second_ranks_time_s": lost,
         "nodes": arguments.ranks_nodes,
         "global_batch": SEEDS,
         "cores": cores,
@@ -282,6 +305,48 @@ def ranks_section(arguments) -> dict:
         "work_ratios": work,
         "missing": [] if cores >= 4 else ["4 ranks: fewer than 4 cores"],
     }
+
+
+def parts_of_step(steps: list[dict]) -> dict[str, float]:
+    """Seconds of a step on one core by whose they are, mean over the events ``steps``; they add up to its wall time."""
+
+    def mean(kind: str, name: str) -> float:
+        return sum(step[kind].get(name, 0.0) for step in steps) / len(steps)
+
+    wall = sum(mean("phases_s", p) for p in ("input", "forward", "backward", "others", "update", "report", "snapshot"))
+    parts = {
+        "forward, backward": mean("cpu_s", "forward") + mean("cpu_s", "backward"),
+        "sampling": mean("cpu_s", "sample"),
+        "gathering": mean("cpu_s", "fetch"),
+        "DeepSpeed's step": mean("cpu_s", "update"),
+        "report, snapshot, queue": sum(mean("cpu_s", p) for p in ("input", "report", "snapshot")),
+    }
+    process = mean("cpu_s", "process")
+    parts["other threads (gloo, files)"] = process - sum(parts.values())
+    waits = {
+        "waiting for the slower rank": mean("phases_s", "others") + mean("phases_s", "input_others"),
+        "halo exchange": mean("phases_s", "exposed"),
+        "gradient reduction": mean("phases_s", "reduce"),
+    }
+    idle, waited = wall - process, sum(waits.values())
+    share = min(1.0, max(idle, 0.0) / waited) if waited else 0.0
+    parts |= {name: seconds * share for name, seconds in waits.items()}
+    parts["other processes, rest"] = wall - sum(parts.values())
+    return parts
+
+
+def second_ranks_time(one: dict[str, float], two: dict[str, float], edges: float) -> dict[str, float]:
+    """Seconds that a step of two ranks takes beyond half a step of one, by part.
+
+    Args:
+        edges: of a rank's step on two ranks, as a share of those on one; the half, if no neighborhoods overlapped.
+    """
+    lost = {"more work: less overlap": 0.0}
+    for name in one:
+        share = edges if name in ("forward, backward", "sampling", "gathering") else 0.5
+        lost["more work: less overlap"] += one[name] * (share - 0.5)
+        lost[name] = two[name] - one[name] * share
+    return lost
 
 
 def launch(world: int, run_dir: Path, cache: Path, arguments) -> dict:
@@ -318,15 +383,21 @@ def launch(world: int, run_dir: Path, cache: Path, arguments) -> dict:
         )
     result = json.loads((run_dir / "result.json").read_text())
     lines = [line for log in (run_dir / "events").glob("rank-*.jsonl") for line in log.read_text().splitlines()]
-    edges = sum(event["edges"] for event in map(json.loads, lines) if event["kind"] == "step")
+    steps = [event for event in map(json.loads, lines) if event["kind"] == "step"]
+    warm_up = result["steps"] // arguments.epochs
+    last = result["steps"] - result["config"]["sampling"]["prefetch"]  # after it no batches are left to make
     metas = [json.loads(meta.read_text()) for meta in cache.glob("**/meta.json")]
     cuts = [meta["quality"]["edge_cut"] for meta in metas if len(meta.get("bounds", [])) == world + 1]
-    return result | {"edge_cut": cuts[0] if cuts else float("nan"), "edges_per_step": edges / result["steps"]}
+    return result | {
+        "edge_cut": cuts[0] if cuts else float("nan"),
+        "edges_per_step": sum(step["edges"] for step in steps) / result["steps"],
+        "parts_s": parts_of_step([step for step in steps if warm_up < step["step"] <= last]),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", choices=["steps", "ranks", "both"], default="both")
+    parser.add_argument("--part", choices=["steps", "precision", "ranks", "all"], default="all")
     parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="of the steps; cpu: on a busy machine")
     parser.add_argument("--nodes", type=int, default=1_000_000)
     parser.add_argument("--edges", type=int, default=20_000_000)
@@ -344,9 +415,11 @@ def main() -> None:
     head = machine()
     print(f"{head['cpu']}, {head['cores']} cores, load {head['load_1min']:.1f}, {head['versions']}")
     results = {"machine": head, "fanouts": FANOUTS, "seeds": SEEDS}
-    if arguments.part in ("steps", "both"):
-        results["steps"] = steps_section(arguments)
-    if arguments.part in ("ranks", "both"):
+    if arguments.part in ("steps", "all"):
+        results["steps"] = steps_section(arguments, peers=True)
+    if arguments.part in ("precision", "all"):
+        results["precision"] = steps_section(arguments, peers=False)
+    if arguments.part in ("ranks", "all"):
         results["ranks"] = ranks_section(arguments)
     write(arguments.output, results)
 

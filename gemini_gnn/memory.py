@@ -36,7 +36,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     with _lock:
         block = _take(size + _ALIGNMENT)
     first = -block.ctypes.data % _ALIGNMENT
-    return torch.from_numpy(block[first : first + size]).view(dtype).view(tuple(shape))
+    # .data: no view to autograd, which lets nobody change a function's view in place
+    return torch.from_numpy(block[first : first + size]).view(dtype).view(tuple(shape)).data
 
 
 def _take(size: int) -> np.ndarray:

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gemini_gnn import memory
+from gemini_gnn.models import bf16
 from gemini_gnn.models.tensors import BlockTensors, SparseFeatures
 
 _SPLIT_EDGES = 20_000  # fewer edges than this are not worth waking a thread for
@@ -43,7 +44,7 @@ _FLOPS_PER_PRODUCT = 11
 _FLOPS_PER_VALUE = 100
 
 
-def linear(x: Tensor | SparseFeatures, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor | SparseFeatures, weight: Tensor, bias: Tensor | None = None, in_bf16: bool = False) -> Tensor:
     """``x W^T + b``: torch's own of dense rows; of sparse ones only the stored values are multiplied.
 
     A row is summed over its columns in ascending order, whichever other rows there are.
@@ -51,6 +52,7 @@ def linear(x: Tensor | SparseFeatures, weight: Tensor, bias: Tensor | None = Non
     Args:
         x: ``[rows, in]``.
         weight: ``[out, in]``.
+        in_bf16: see :mod:`gemini_gnn.models.bf16`; sparse rows on the CPU stay float32.
 
     Returns:
         ``[rows, out]``.
@@ -58,7 +60,7 @@ def linear(x: Tensor | SparseFeatures, weight: Tensor, bias: Tensor | None = Non
     if isinstance(x, SparseFeatures) and _compiled(x):
         out = _SparseLinear.apply(weight, x)
         return out if bias is None else out + bias
-    return F.linear(dense(x), weight, bias)
+    return (bf16.linear if in_bf16 else F.linear)(dense(x), weight, bias)
 
 
 def dense(x: Tensor | SparseFeatures) -> Tensor:

@@ -29,6 +29,8 @@ class GATConv(nn.Module):
         ``[num_src, in_features] -> [num_dst, out_features]``.
     """
 
+    in_bf16 = False
+
     def __init__(
         self,
         in_features: int,
@@ -60,7 +62,7 @@ class GATConv(nn.Module):
 
     def forward(self, block: BlockTensors, h_src: Tensor | SparseFeatures) -> Tensor:
         rows = block.num_dst
-        z = csr.linear(h_src, self.weight)
+        z = csr.linear(h_src, self.weight, in_bf16=self.in_bf16)
         by_head = z.view(block.num_src, self.heads, self.att_src.shape[1])
         score_src = (by_head * self.att_src).sum(-1)
         score_dst = (by_head[:rows] * self.att_dst).sum(-1)

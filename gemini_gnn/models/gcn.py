@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gemini_gnn.models import csr
-from gemini_gnn.models.network import Network, initialise
+from gemini_gnn.models.network import Network, initialise, relu_
 from gemini_gnn.models.tensors import BlockTensors, SparseFeatures
 
 
@@ -24,6 +24,8 @@ class GCNConv(nn.Module):
     Shapes:
         ``[num_src, in_features] -> [num_dst, out_features]``.
     """
+
+    in_bf16 = False
 
     def __init__(self, in_features: int, out_features: int, init: str = "xavier"):
         super().__init__()
@@ -43,8 +45,8 @@ class GCNConv(nn.Module):
             return csr.scaled_sum(block, h, row_scale, col_scale, block.edge_weight, own.reciprocal())
 
         if csr.project_first(block, h_src, self.out_features):
-            return aggregate(csr.linear(h_src, self.weight)) + self.bias
-        return csr.linear(aggregate(h_src), self.weight, self.bias)
+            return aggregate(csr.linear(h_src, self.weight, in_bf16=self.in_bf16)) + self.bias
+        return csr.linear(aggregate(h_src), self.weight, self.bias, self.in_bf16)
 
 
 def gcn(
@@ -59,4 +61,4 @@ def gcn(
 ) -> Network:
     """GCN with ReLU: ``layers`` convolutions, ``hidden`` wide, the last ``num_classes`` wide."""
     widths = [in_features] + [hidden] * (layers - 1) + [num_classes]
-    return Network([GCNConv(widths[i], widths[i + 1], init) for i in range(layers)], torch.relu_, dropout, layer_norm)
+    return Network([GCNConv(widths[i], widths[i + 1], init) for i in range(layers)], relu_, dropout, layer_norm)

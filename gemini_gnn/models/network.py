@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from gemini_gnn import memory
 from gemini_gnn.models import csr
 from gemini_gnn.models.tensors import BlockTensors, SparseFeatures
 
@@ -44,6 +46,11 @@ class Network(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
         self.activation = activation
         self.dropout = nn.Dropout(dropout)
+
+    def multiply_in_bf16(self) -> None:
+        """From now on, the dense products of all layers: see :mod:`gemini_gnn.models.bf16`."""
+        for conv in self.layers:
+            conv.in_bf16 = True  # type: ignore[assignment]
 
     def out_features(self, i: int) -> int:
         """Width of the rows that layer ``i`` returns."""
@@ -86,6 +93,25 @@ class Network(nn.Module):
             raise ValueError(f"expected one block per layer ({len(self.layers)}); got {len(blocks)}")
         if x.shape[0] != blocks[0].num_src:
             raise ValueError(f"expected a row per input node of the batch ({blocks[0].num_src}); got {x.shape[0]}")
+
+
+def relu_(h: Tensor) -> Tensor:
+    """``torch.relu_``; on the CPU its gradient lies in held memory. Fresh pages cost ten times the arithmetic."""
+    return _ReLU.apply(h) if h.device.type == "cpu" else torch.relu_(h)
+
+
+class _ReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h):
+        ctx.mark_dirty(h)
+        ctx.save_for_backward(torch.relu_(h))
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (h,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward.grad_input(grad, h, 0, grad_input=memory.empty(h.shape, h.dtype))
 
 
 def initialise(weight: Tensor, init: str) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemini_gnn.models import csr
-from gemini_gnn.models.network import Network, initialise
+from gemini_gnn.models.network import Network, initialise, relu_
 from gemini_gnn.models.tensors import BlockTensors, SparseFeatures
 
 
@@ -22,6 +21,8 @@ class SAGEConv(nn.Module):
         ``[num_src, in_features] -> [num_dst, out_features]``.
     """
 
+    in_bf16 = False
+
     def __init__(self, in_features: int, out_features: int, aggregator: str = "mean", init: str = "xavier"):
         super().__init__()
         self.in_features, self.out_features, self.aggregator = in_features, out_features, aggregator
@@ -34,11 +35,12 @@ class SAGEConv(nn.Module):
         if self.aggregator == "max":
             h_src = csr.dense(h_src)
             beside = torch.cat([csr.maximum(block, h_src), h_src[: block.num_dst]], dim=1)
-            return F.linear(beside, self.weight, self.bias)
+            return csr.linear(beside, self.weight, self.bias, self.in_bf16)
         if not csr.project_first(block, h_src, self.out_features):
-            return F.linear(csr.mean_beside_root(block, h_src), self.weight, self.bias)
+            return csr.linear(csr.mean_beside_root(block, h_src), self.weight, self.bias, self.in_bf16)
         neighbor, root = self.weight.split(self.in_features, dim=1)
-        return csr.mean(block, csr.linear(h_src, neighbor)) + csr.linear(h_src[: block.num_dst], root, self.bias)
+        own = csr.linear(h_src[: block.num_dst], root, self.bias, self.in_bf16)
+        return csr.mean(block, csr.linear(h_src, neighbor, in_bf16=self.in_bf16)) + own
 
 
 def sage(
@@ -55,6 +57,6 @@ def sage(
     """GraphSAGE with ReLU: ``layers`` convolutions, ``hidden`` wide, the last ``num_classes`` wide."""
     widths = [in_features] + [hidden] * (layers - 1) + [num_classes]
     convs = [SAGEConv(widths[i], widths[i + 1], aggregator, init) for i in range(layers)]
-    network = Network(convs, torch.relu_, dropout, layer_norm)
+    network = Network(convs, relu_, dropout, layer_norm)
     network.takes_sparse = aggregator == "mean"  # a maximum looks at every value
     return network

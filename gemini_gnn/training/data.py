@@ -41,7 +41,7 @@ class Key:
 
 @dataclass(frozen=True)
 class PreparedBatch:
-    """A batch in host memory of which only the remote rows are missing; ``sample_s`` and ``prepare_s`` went into it."""
+    """A batch in host memory of which only the remote rows are missing; the seconds went into it, as in :class:`MicroBatch`."""
 
     key: Key
     rows: Prepared
@@ -50,6 +50,8 @@ class PreparedBatch:
     edges: int
     sample_s: float
     prepare_s: float
+    sample_cpu_s: float
+    prepare_cpu_s: float
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class MicroBatch:
         float32, blocks: input side first.
         sample_s, fetch_s: seconds spent on sampling and on the features, the exchange included, of which
         transfer_s: moving data between ranks, meet_s: waiting for the slowest rank to come to the exchange.
+        sample_cpu_s, fetch_cpu_s: of sample_s and fetch_s the CPU time of the thread that made it.
     """
 
     key: Key
@@ -72,6 +75,8 @@ class MicroBatch:
     fetch_s: float
     transfer_s: float
     meet_s: float
+    sample_cpu_s: float = 0.0
+    fetch_cpu_s: float = 0.0
 
 
 class BatchSource:
@@ -141,20 +146,30 @@ class BatchSource:
 
     def prepare(self, key: Key) -> PreparedBatch:
         """Sample the blocks, and read the own rows of the features. Collective only where in-edges are partitioned."""
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.thread_time()
         board.doing(board.Phase.SAMPLING)
         batch = self.sampler.sample(self.plan.seeds(key.epoch, key.index, self.rank), key.epoch, key.index)
-        sampled = time.perf_counter()
+        sampled, sampled_cpu = time.perf_counter(), time.thread_time()
         rows = self.store.prepare(batch.input_nodes)
         y = labels(self.part.y, batch.seeds - self.part.begin)
         blocks = [to_tensors(block) for block in batch.blocks]
         if self.device.type == "cuda":
             y, blocks = y.pin_memory(), [pinned(block) for block in blocks]
-        return PreparedBatch(key, rows, y, blocks, batch.num_edges, sampled - began, time.perf_counter() - sampled)
+        return PreparedBatch(
+            key=key,
+            rows=rows,
+            y=y,
+            blocks=blocks,
+            edges=batch.num_edges,
+            sample_s=sampled - began,
+            prepare_s=time.perf_counter() - sampled,
+            sample_cpu_s=sampled_cpu - cpu,
+            prepare_cpu_s=time.thread_time() - sampled_cpu,
+        )
 
     def complete(self, prepared: PreparedBatch) -> MicroBatch:
         """Fetch the remote rows, and move all of it to the device. Collective."""
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.thread_time()
         board.doing(board.Phase.EXCHANGE)
         x = moved_features(self.store.complete(prepared.rows), self.device, self.dense)
         y = prepared.y.to(self.device, non_blocking=True)
@@ -173,6 +188,8 @@ class BatchSource:
             fetch_s=fetch_s,
             transfer_s=traffic.seconds - traffic.meet_s,
             meet_s=traffic.meet_s,
+            sample_cpu_s=prepared.sample_cpu_s,
+            fetch_cpu_s=prepared.prepare_cpu_s + time.thread_time() - cpu,
         )
 
     def make(self, key: Key) -> MicroBatch:

@@ -25,6 +25,7 @@ from gemini_gnn.graph.datasets import fingerprint, load_dataset
 from gemini_gnn.graph.graph import Graph, one_way_share
 from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.graph.partition.on_demand import open_or_make
+from gemini_gnn.models import bf16
 from gemini_gnn.observe.errors import forget_errors, record_error
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.progress import say
@@ -148,6 +149,11 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
         )
         for line in features_said(job.source, job.model):
             say(line)
+        if config.training.precision == "bf16_products" and bf16.slow_here(groups.device):
+            say(
+                "this CPU does not multiply bfloat16 (avx512_bf16, amx_bf16): training.precision=bf16_products makes "
+                "steps slower here; leave it out"
+            )
         one_way = one_way_share(graph.colptr, graph.row, graph.original)
         if one_way > 0.5:
             say(

@@ -12,6 +12,7 @@ the step and trimmed on resume.
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 import time
@@ -133,6 +134,9 @@ class Phases:
 
     On a GPU these are the host's seconds: what it has queued there it waits for at the next number it reads, so much of
     ``backward`` and ``update`` is found in the ``input`` and ``forward`` of the next step. ``reduce`` is the GPU's.
+
+    ``cpu`` are seconds of CPU time: of the training thread by phase, ``sample`` and ``fetch`` of the thread that made the
+    batches, and ``process`` of all threads. Where they share a core, they tell whose time a phase was.
     """
 
     input: float = 0.0
@@ -145,6 +149,7 @@ class Phases:
     update: float = 0.0
     report: float = 0.0
     snapshot: float = 0.0
+    cpu: dict[str, float] = field(default_factory=lambda: collections.defaultdict(float))
 
     def total(self) -> float:
         return self.input + self.forward + self.backward + self.others + self.update + self.report + self.snapshot
@@ -153,9 +158,10 @@ class Phases:
     def span(self, phase: str, shown: str = "") -> Iterator[None]:
         """Add the seconds of the block to ``phase``, which the board shows, or ``shown`` in its place."""
         board.mark(ON_BOARD[shown or phase])
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.thread_time()
         yield
         setattr(self, phase, getattr(self, phase) + time.perf_counter() - begin)
+        self.cpu[phase] += time.thread_time() - cpu
 
     def next_of(self, batches: Iterator[MicroBatch]) -> MicroBatch:
         """The next batch. Communication and slower ranks have the share in waiting for it that they had in making it."""
@@ -166,6 +172,8 @@ class Phases:
         if made_s > 0:
             self.exposed += (self.input - before) * batch.transfer_s / made_s
             self.input_others += (self.input - before) * batch.meet_s / made_s
+        self.cpu["sample"] += batch.sample_cpu_s
+        self.cpu["fetch"] += batch.fetch_cpu_s
         return batch
 
 
@@ -206,10 +214,13 @@ def build_run(
     source = BatchSource(graph, config, groups)
     model = build_model(config.model, graph.x.shape[1], graph.num_classes, config.seed)
     source.dense = needs_dense(model, groups.device)
+    if config.training.precision == "bf16_products":
+        model.multiply_in_bf16()  # type: ignore[operator]  # one of ours: validate() has seen to it
     engine = deepspeed_engine.build_engine(
         model.to(groups.device), config, config.training.epochs * source.steps_per_epoch
     )
-    # Evaluation has a float32 model of its own: the engine's may be partitioned (ZeRO-3) or bf16.
+    # Evaluation has a float32 model of its own: the engine's may be partitioned (ZeRO-3) or bf16. It measures the
+    # weights that are kept, as whoever loads them uses them: in float32, whatever they were trained with.
     copy = build_model(config.model, graph.x.shape[1], graph.num_classes, config.seed).to(groups.device)
     exact = not config.evaluation.fanouts and hasattr(copy, "layers") and hasattr(copy, "layer")
     fanouts = [-1] if exact else config.evaluation.fanouts or [-1] * config.model.layers
@@ -258,7 +269,8 @@ def train(run: Run) -> RunState:
                 step=state.step,
                 edges=edges,
                 captured=agreed.capture,
-                phases_s={k: round(v, 6) for k, v in vars(phases).items()},
+                phases_s={k: round(v, 6) for k, v in vars(phases).items() if k != "cpu"},
+                cpu_s={k: round(v, 6) for k, v in phases.cpu.items()},
             )
             run.report.step(phases, edges)
             if state.step % source.steps_per_epoch == 0:
@@ -281,6 +293,7 @@ def _one_step(
     config, state, source, engine = run.config, run.state, run.source, run.engine
     board.mark(Phase.SAMPLING, state.step + 1)
     phases, edges, loss_sum, reduce_before = Phases(), 0, 0.0, clock.seconds
+    process_cpu = time.process_time()
     seeds = source.seeds_in_step(state.step)
     # DeepSpeed divides by ranks and by micro-batches; the loss is the mean over all seeds of the step.
     scale = run.groups.world_size * config.training.accumulation / seeds
@@ -325,6 +338,7 @@ def _one_step(
         run.progress.step(state.step, loss_mean)
     with phases.span("snapshot", "checkpoint" if config.snapshot.mode == "nfs" else "snapshot"):
         run.snapshots.after_step(state.step, agreed.capture)
+    phases.cpu["process"] = time.process_time() - process_cpu
     return agreed, phases, edges
 
 

@@ -42,3 +42,24 @@ def test_steps_of_the_pyg_loops(monkeypatch, trim, peer):
     assert all(np.isfinite(result["loss"]) and result["edges"] > 0 for result in found)
     direct = peer is PyGSampler or (peer is LikeTorchSparse and not trim)
     assert all((result["batches_from"] == "NeighborLoader") == direct for result in found)
+
+
+def test_the_parts_of_a_step_and_of_what_two_ranks_lose_add_up():
+    """One rank: 10 s, of it 9 of CPU time. Two: 6 s, of it 5 of CPU time and 0.5 of waiting, so 0.5 s are nobody's."""
+    import training
+
+    def step(wall_s, wait_s, scale):
+        phases = {"input": 0.0, "forward": wall_s - wait_s, "backward": 0.0, "others": wait_s, "reduce": 0.0}
+        phases |= {"update": 0.0, "report": 0.0, "snapshot": 0.0, "exposed": 0.0, "input_others": 0.0}
+        cpu = {"forward": 6.0, "backward": 0.0, "sample": 1.0, "fetch": 1.0, "update": 0.5, "input": 0.25}
+        return {"phases_s": phases, "cpu_s": {name: s * scale for name, s in cpu.items()} | {"process": 9 * scale}}
+
+    one = training.parts_of_step([step(10.0, 0.0, 1.0)])
+    two = training.parts_of_step([step(6.0, 0.5, 5 / 9)] * 2)
+    assert sum(one.values()) == pytest.approx(10.0) and sum(two.values()) == pytest.approx(6.0)
+    assert one["other processes, rest"] == pytest.approx(1.0) and one["other threads (gloo, files)"] == 0.25
+    assert (two["waiting for the slower rank"], two["other processes, rest"]) == pytest.approx((0.5, 0.5))
+    lost = training.second_ranks_time(one, two, 5 / 9)
+    assert sum(lost.values()) == pytest.approx(6.0 - 10.0 / 2)
+    assert lost["more work: less overlap"] == pytest.approx(8.0 * (5 / 9 - 0.5))
+    assert lost["forward, backward"] == pytest.approx(0.0)

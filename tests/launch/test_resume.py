@@ -117,9 +117,12 @@ def test_everything_killed_and_the_command_typed_again(run_dir, tmp_path):
     assert not home.arena_of(run_dir).exists(), "nothing stays in memory after the end"
 
 
-@pytest.mark.parametrize("zero", [0, 3])
-def test_checkpoints_on_a_shared_folder_resume_bit_identical(tmp_path, zero):
-    settings = [*TINY, f"dataset.cache={tmp_path / 'cache'}", "training.epochs=4", f"deepspeed=zero{zero}"]
+@pytest.mark.parametrize(
+    ("zero", "training"), [(0, "default"), (3, "default"), (0, "bf16_products"), (3, "bf16_products")]
+)
+def test_checkpoints_on_a_shared_folder_resume_bit_identical(tmp_path, zero, training):
+    settings = [*TINY, f"dataset.cache={tmp_path / 'cache'}", f"training={training}", "training.epochs=4"]
+    settings += [f"deepspeed=zero{zero}"]
     trained(2, tmp_path / "undisturbed", *settings)
     nfs = [*settings, "snapshot=nfs", "snapshot.nfs_every=5"]
     codes = train_ranks(2, tmp_path / "run", *nfs, "faults.at=kill-rank 1 @ step 14")

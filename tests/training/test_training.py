@@ -98,6 +98,19 @@ def test_every_zero_stage_trains_the_same_in_bf16(small, tmp_path):
         np.testing.assert_allclose(losses, runs[0], rtol=2**-8)
 
 
+def test_every_zero_stage_trains_the_same_in_bf16_products(small, tmp_path):
+    """Rounding is a function of values that are float32 and the same, so stages and ranks part by no more than in float32
+    until a value crosses the border between two bfloat16 numbers; then a product moves by 2**-8 of itself."""
+    settings = [*EXACT, *small, *ADAM, "training.epochs=8", "training=bf16_products"]
+    expected, _ = trained(1, tmp_path / "one", *settings)
+    exact, _ = trained(1, tmp_path / "float32", *settings, "training.precision=fp32")
+    assert expected[-1] < 0.9 * expected[0] and expected != exact
+    np.testing.assert_allclose(expected, exact, rtol=2**-6)
+    for zero in range(4):
+        losses, _ = trained(2, tmp_path / f"zero{zero}", *settings, f"deepspeed=zero{zero}")
+        np.testing.assert_allclose(losses, expected, rtol=2**-8)
+
+
 SAMPLED = ["sampling.order=global", "model.dropout=0", "training.epochs=2", "optimizer=sgd", "sampling.fanouts=[4,3]"]
 
 
@@ -155,11 +168,11 @@ def test_early_stop_and_best_model(small, tmp_path):
     assert len(rows) == best["epoch"] + 2
 
 
+@pytest.mark.parametrize("training", ["bf16", "bf16_products"])
 @pytest.mark.parametrize("model", ["sage", "gcn", "gat"])
-def test_bf16_and_every_model_train(small, tmp_path, model):
-    losses, result = trained(
-        2, tmp_path / "run", *small, f"model={model}", "training=bf16", "training.epochs=6", "sampling.batch_size=64"
-    )
+def test_bf16_and_every_model_train(small, tmp_path, model, training):
+    settings = [*small, f"model={model}", f"training={training}", "training.epochs=6", "sampling.batch_size=64"]
+    losses, result = trained(2, tmp_path / "run", *settings)
     assert losses[-1] < losses[0]
     assert 0 < result["communication_fraction"] < 1
 
@@ -258,6 +271,14 @@ def test_a_bf16_engine_that_was_just_built_has_not_taken_a_step(optimizer):
     from tests.ranks import run_ranks
 
     assert run_ranks(fresh_bf16_state, 1, optimizer) == [(0.0, 0)]
+
+
+def test_a_cpu_that_does_not_multiply_bf16_is_named_at_the_start(small, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    settings = [*small, "training.epochs=1", "snapshot=none", "logger=quiet", f"run_dir={tmp_path / 'run'}"]
+    assert in_process(compose([*settings, "training.precision=bf16_products"])) == 0
+    out = "".join(capfd.readouterr())
+    assert "this CPU does not multiply bfloat16" in out and "leave it out" in out
 
 
 def group_timeouts_s(rank, world):
