@@ -133,22 +133,13 @@ def map_shaped(folder: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def map_features(folder: Path, names: Container[str], rows: int, width: int) -> np.ndarray | SparseRows:
-    """The features of a folder that holds the arrays ``names``: ``x``, or those of :func:`feature_arrays`."""
+    """The features of a folder with the arrays ``names``: ``x``; or ``x_ptr``, ``x_index``, and ``x_value`` unless all are 1."""
     if "x_ptr" not in names:
         return map_shaped(folder, "x", (rows, width))
     ptr = map_shaped(folder, "x_ptr", (rows + 1,))
     stored = (int(ptr[-1]),)
     index = map_shaped(folder, "x_index", stored)
     return SparseRows(ptr, index, map_shaped(folder, "x_value", stored) if "x_value" in names else None, width)
-
-
-def feature_arrays(x: np.ndarray | SparseRows) -> dict[str, np.ndarray]:
-    """Features as named arrays: ``x``; or ``x_ptr``, ``x_index`` and, unless all values are 1, ``x_value``."""
-    if not isinstance(x, SparseRows):
-        return {"x": x}
-    rows = x.packed()
-    arrays = {"x_ptr": rows.ptr, "x_index": rows.index}
-    return arrays if rows.value is None else arrays | {"x_value": rows.value}
 
 
 def verify_arrays(folder: Path, checksums: Mapping[str, str]) -> None:
