@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from gemini_gnn.graph.partition.check import check_partitioned
 from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.graph.partition.on_demand import expect_made
 from gemini_gnn.graph.sparse import dense
+from gemini_gnn.training import job
 from tests.graph.partition.test_assign import graph_of, graphs, two_cliques
 from tests.graph.partition.test_folder import with_words, written
 
@@ -148,6 +150,23 @@ def test_damage_to_what_is_held_is_named(tmp_path, name):
     else:
         with pytest.raises(PartitionError, match=rf"{name}\.npy: expected checksum"):
             got.verify_checksums(features=False)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_each_rank_reads_the_disk_of_its_own_machine_first(large, tmp_path, monkeypatch, verify):
+    """Rank 0 has read another machine's."""
+    got = sent(large, [1], tmp_path / "got")
+    path = got.folder / "row.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    config = Config()
+    config.dataset.name, config.partition.folder, config.partition.verify = "partitioned", str(got.folder), verify
+    monkeypatch.setattr(job.process_groups, "run_on_first", lambda *_: None)
+    groups = SimpleNamespace(rank=1, world_size=3, store=None)
+    if verify:
+        with pytest.raises(PartitionError, match=r"row\.npy: expected checksum"):
+            job.partitioned_graph(config, groups)
+    else:
+        assert job.partitioned_graph(config, groups).held == got.held
 
 
 def test_a_record_that_is_damaged_or_of_another_graph_is_refused(large, tmp_path):
