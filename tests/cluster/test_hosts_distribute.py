@@ -47,8 +47,8 @@ def test_private_disks_lose_a_machine_and_go_on(lab, small, calm_of, tmp_path):
     )
     assert checked.returncode == 0 and "features checked: those of parts 1, 2" in checked.stdout, checked.stdout
 
-    calm = calm_of(4, "training.epochs=40")
-    settings = [*small, "training.epochs=40", "dataset=partitioned", f"partition.folder={folder}"]
+    calm = calm_of(4, "training.epochs=110")
+    settings = [*small, "training.epochs=110", "dataset=partitioned", f"partition.folder={folder}"]
     run = Run(lab, settings, tmp_path / "run", HOSTS, 1)
     run.trains([HOSTS[:4]])
     lab.power_off("h2")
