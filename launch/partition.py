@@ -3,21 +3,26 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemini_gnn.compose import command, compose, take
-from gemini_gnn.config import Config
+from gemini_gnn.config import Config, replicas_of, seats_of
 from gemini_gnn.errors import ConfigError
 from gemini_gnn.observe.progress import say
 
 if TYPE_CHECKING:
     from gemini_gnn.graph.graph import Graph
+    from gemini_gnn.graph.partition.folder import PartitionedGraph
 
 PURPOSE = """Write a partitioned graph and print its quality and its folder; training finds it there.
   partition.method=metis|hash partition.parts=N [partition.balance_edges=true] [partition.folder=FOLDER]
   partition.plot=true   also draw a small graph as PNG, coloured by part, cut edges in red
   dataset=partitioned partition.folder=FOLDER   only print the quality of an existing one
+  --distribute HOSTFILE --to FOLDER   send each machine what it needs of it, into FOLDER on its own disk; HOSTFILE and
+                        recovery.standby_machines as the job will have them; srun in place of HOSTFILE: this allocation
   --check FOLDER        check that a partitioned graph holds every edge exactly once; with the settings it was
                         made from (dataset=...) compare it with the source graph too"""
 
@@ -25,19 +30,70 @@ MOST_EDGES = 2_000_000_000  # edges visited for the predicted traffic, about a m
 
 
 def main(arguments: list[str]) -> int:
-    if "--check" in arguments:
-        at = arguments.index("--check")
-        if at + 1 == len(arguments):
-            raise ConfigError("--check: expected a folder after it; got none")
-        arguments = [*arguments[:at], *arguments[at + 2 :], f"check={arguments[at + 1]}"]
-    overrides, extras = take(arguments, "check")
+    arguments = spelled(arguments, {"--check": "a folder", "--distribute": "a hostfile, or srun,", "--to": "a folder"})
+    overrides, extras = take(arguments, "check", "distribute", "to")
     config = compose(overrides)
     if "check" in extras:
         return check(config, extras["check"])
-    return make(config)
+    if ("distribute" in extras) != ("to" in extras):
+        raise ConfigError(
+            "--distribute HOSTFILE --to FOLDER: expected both, the machines and a folder on each one's own disk; got one"
+        )
+    if "distribute" in extras:
+        return distribute(config, extras["distribute"], Path(extras["to"]))
+    make(config)
+    return 0
 
 
-def make(config: Config) -> int:
+def spelled(arguments: list[str], options: dict[str, str]) -> list[str]:
+    """``--name VALUE`` as ``name=VALUE``, for the ``options``: what is expected after each. Pure."""
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word in options:
+            value = next(words, "")
+            if not value:
+                raise ConfigError(f"{word}: expected {options[word]} after it; got none")
+            word = f"{word.removeprefix('--')}={value}"
+        rest.append(word)
+    return rest
+
+
+def distribute(config: Config, hostfile: str, folder: Path) -> int:
+    from gemini_gnn.cluster import hosts
+    from gemini_gnn.graph.partition import held
+    from gemini_gnn.graph.partition.distribute import distribute
+
+    if not folder.is_absolute():
+        raise ConfigError(f"--to: expected an absolute path, which is the same on all machines; got {folder}")
+    how = "srun" if hostfile == "srun" else "ssh"
+    machines = hosts.allocated(os.environ) if how == "srun" else hosts.read_hostfile(Path(hostfile))
+    if not machines:
+        raise ConfigError("--distribute srun: expected to be in an allocation of SLURM; got none. Name a hostfile")
+    seats, slots = seats_of(config.recovery, len(machines)), machines[0][1]
+    copies = replicas_of(config.snapshot, seats)
+
+    def expect(parts: int) -> None:
+        if parts != seats * slots:
+            raise ConfigError(
+                f"partition.parts: expected one per rank, {seats * slots} ({seats} machines that train, slots={slots}); got "
+                f"{parts}. Set partition.parts={seats * slots}, or recovery.standby_machines, or name another hostfile"
+            )
+
+    config.partition.parts = config.partition.parts or seats * slots
+    expect(config.partition.parts)
+    graph = make(config)
+    expect(graph.parts)
+    parts = held.parts_of(len(machines), slots, len(machines) - seats, copies)
+    done = distribute(graph, machines, how, Path.cwd(), folder, parts, say)
+    if failed := [one.host for one in done if one.problem]:
+        print(f"{len(failed)} of {len(done)} machines lack it: {', '.join(failed)}. Mend them and type the same again")
+        return 1
+    print(f"on {len(done)} machines: train with dataset=partitioned partition.folder={folder}")
+    return 0
+
+
+def make(config: Config) -> PartitionedGraph:
     from gemini_gnn.graph import datasets
     from gemini_gnn.graph.array_folder import ticking
     from gemini_gnn.graph.partition import quality
@@ -85,11 +141,12 @@ def make(config: Config) -> int:
         with ticking("drawing", say):
             picture = plot_partitioned(pg, pg.folder / "parts.png")
         print(f"picture: {picture}")
-    return 0
+    return pg
 
 
 def check(config: Config, folder: str) -> int:
     from gemini_gnn.graph import datasets
+    from gemini_gnn.graph.partition import held
     from gemini_gnn.graph.partition.check import check_partitioned
     from gemini_gnn.graph.partition.folder import PartitionedGraph
 
@@ -103,6 +160,8 @@ def check(config: Config, folder: str) -> int:
         f"ok: {pg.folder}: {pg.num_nodes:,} nodes and {pg.num_edges:,} edges in {pg.parts} parts, every one exactly once, "
         f"{against}"
     )
+    if pg.held:
+        print(f"features checked: those of {held.named(pg.held.parts)}, which this machine holds")
     if source is None:
         print("add the dataset settings it was made with to compare it with the source graph, edge by edge")
     return 0

@@ -20,6 +20,7 @@ from gemini_gnn.config import Config, replicas_of, seats_of, to_mapping
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.faults import schedule
 from gemini_gnn.files import read_record
+from gemini_gnn.graph.partition import held
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.run_directory import RunDir, resume_of
 from gemini_gnn.recovery import joining, shim
@@ -46,6 +47,14 @@ def main(arguments: list[str]) -> int:
         seats = seats_of(config.recovery, place.machines)
         replicas_of(config.snapshot, seats)  # or the first machine refuses, and the others wait for it
         planned = schedule.planned(config.faults, seats * place.local_world_size).values()
+        if config.partition.folder:
+            stands_by = place.rank >= seats * place.local_world_size
+            own = range(place.rank - place.local_rank, place.rank - place.local_rank + place.local_world_size)
+            held.expect_here(
+                Path(config.partition.folder).expanduser(),
+                range(seats * place.local_world_size) if stands_by else own,
+                made=config.dataset.name == "partitioned",
+            )
         harm.check(sorted({fault.kind for fault in planned}), place.machines)
         # Again under the lock, later; here it costs no imports, and every machine ends at once. A living job answers for
         # itself: its worker agent is asked below. Every slot looks: one that went on would start a worker agent.

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -30,20 +31,27 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into that takes the name ``folder``, durably, when the block ends well, else vanishes."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def new_folder(folder: Path, replaces: bool = False) -> Iterator[Path]:
+    """A folder to write into that takes the name ``folder``, durably, when the block ends well, else vanishes.
+
+    Args:
+        replaces: a folder of this name may be there, and stays until then.
+    """
+    if folder.exists() and not replaces and (not folder.is_dir() or any(folder.iterdir())):
         raise PartitionError(f"expected a new or empty folder; {folder} exists; delete it or choose another")
-    place = folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp"
+    place, old = (folder.parent / f".{folder.name}.{secrets.token_hex(4)}.tmp" for _ in range(2))
     try:
         place.mkdir(parents=True)
         try:
             yield place
             sync(place)
+            if replaces and folder.exists():
+                os.rename(folder, old)
             os.rename(place, folder)
             sync(folder.parent)
         finally:
             shutil.rmtree(place, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise unwritable(folder, error) from error
 
@@ -51,7 +59,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def unwritable(folder: Path, error: OSError) -> PartitionError:
     return PartitionError(
         f"cannot write {folder}: {error.strerror or error}; free some room or choose another place with "
-        "partition.folder or dataset.cache"
+        "partition.folder, dataset.cache or --to"
     )
 
 
@@ -133,7 +141,7 @@ def map_shaped(folder: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def map_features(folder: Path, names: Container[str], rows: int, width: int) -> np.ndarray | SparseRows:
-    """The features of a folder that holds the arrays ``names``: ``x``, or those of :func:`feature_arrays`."""
+    """The features of a folder with the arrays ``names``: ``x``; or ``x_ptr``, ``x_index``, and ``x_value`` unless all are 1."""
     if "x_ptr" not in names:
         return map_shaped(folder, "x", (rows, width))
     ptr = map_shaped(folder, "x_ptr", (rows + 1,))
@@ -142,23 +150,17 @@ def map_features(folder: Path, names: Container[str], rows: int, width: int) -> 
     return SparseRows(ptr, index, map_shaped(folder, "x_value", stored) if "x_value" in names else None, width)
 
 
-def feature_arrays(x: np.ndarray | SparseRows) -> dict[str, np.ndarray]:
-    """Features as named arrays: ``x``; or ``x_ptr``, ``x_index`` and, unless all values are 1, ``x_value``."""
-    if not isinstance(x, SparseRows):
-        return {"x": x}
-    rows = x.packed()
-    arrays = {"x_ptr": rows.ptr, "x_index": rows.index}
-    return arrays if rows.value is None else arrays | {"x_value": rows.value}
-
-
-def verify_arrays(folder: Path, checksums: Mapping[str, str]) -> None:
+def verify_arrays(folder: Path, checksums: Mapping[str, str], pieces: Iterable[tuple[str, int, int, str]] = ()) -> None:
+    """Compare the checksums of files, and of pieces of files: (array, first byte, one behind the last, checksum)."""
     import xxhash
 
-    for name, expected in checksums.items():
+    whole = [(name, 0, sys.maxsize, expected) for name, expected in checksums.items()]
+    for name, begin, end, expected in [*whole, *pieces]:
         hasher = xxhash.xxh3_128()
         try:
             with open(folder / f"{name}.npy", "rb") as file:
-                while piece := file.read(8 << 20):
+                file.seek(begin)
+                while piece := file.read(min(8 << 20, end - file.tell())):
                     hasher.update(piece)
         except OSError as error:
             raise PartitionError(f"{folder / name}.npy cannot be read: {error.strerror or error}") from None
@@ -170,8 +172,11 @@ def verify_arrays(folder: Path, checksums: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def locked(folder: Path, timeout_s: float, say: Progress) -> Iterator[None]:
+def locked(folder: Path, timeout_s: float, say: Progress, setting: str = "") -> Iterator[None]:
     """Be the only one that makes ``folder``; where the file system knows no locks, go on without.
+
+    Args:
+        setting: that ``timeout_s`` comes from.
 
     Raises:
         PartitionError: no lock within ``timeout_s``, or the place cannot be written.
@@ -195,7 +200,7 @@ def locked(folder: Path, timeout_s: float, say: Progress) -> Iterator[None]:
                 if time.monotonic() > deadline:
                     raise PartitionError(
                         f"expected {folder} from the process that holds {path} within {timeout_s:.0f} s; look for that "
-                        "process, or raise partition.timeout_s"
+                        f"process{f', or raise {setting}' if setting else ''}"
                     ) from None
                 time.sleep(0.1)
             except OSError as error:

@@ -97,7 +97,7 @@ def test_a_silent_machine_does_not_hide_the_others():
 
 
 def test_a_machine_that_goes_away_meanwhile_explains_the_rest():
-    gone = machine("h1") | {"problem": "went away during the examination", "remedy": "ssh -v h1 true"}
+    gone = machine("h1") | {"problem": "went away meanwhile", "remedy": "ssh -v h1 true"}
     blocked = {"from": "h0", "to": "h1", "address": "10.0.0.1", "problem": "timed out"}
     answers = {"h0": {"problem": "Connection closed by peer"}, "h1": {"problem": "went away"}}
     for trial in ({"backend": "gloo", "answers": answers}, {}):

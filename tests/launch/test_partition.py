@@ -13,6 +13,7 @@ from gemini_gnn.graph.partition import plot
 from gemini_gnn.graph.partition.assign import partition_nodes
 from gemini_gnn.graph.partition.folder import PartitionedGraph
 from tests.graph.partition.test_assign import graph_of, two_cliques
+from tests.graph.partition.test_distribute import sent
 from tests.graph.partition.test_folder import written
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +59,11 @@ def test_the_command_makes_draws_checks_and_finds_it_again(tmp_path):
         (("partition.parts=2", "partition.method=scotch"), "scotch"),
         (("--check",), "--check: expected a folder"),
         (("--check", "nowhere"), "no meta.json"),
+        (("--distribute",), "--distribute: expected a hostfile"),
+        (("--distribute", "hosts"), "--distribute HOSTFILE --to FOLDER: expected both"),
+        (("--distribute", "hosts", "--to", "there"), "--to: expected an absolute path"),
+        (("--distribute", "hosts", "--to", "/there"), "cannot read the hostfile hosts"),
+        (("--distribute", "srun", "--to", "/there"), "--distribute srun: expected to be in an allocation"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, arguments, message):
@@ -115,3 +121,24 @@ def test_cuts_of_real_graphs(tmp_path):
         part = partition_nodes(graph, "hash", 4)
         edges = np.bincount(part, weights=degree)
         assert edges.max() / edges.min() < 1.5
+
+
+def test_machines_and_parts_must_fit(tmp_path):
+    (tmp_path / "hosts").write_text("h0 slots=2\nh1 slots=2\nh2 slots=2\n")
+    done = run(tmp_path, *SMALL, "--distribute", "hosts", "--to", "/there", "recovery.standby_machines=1")
+    assert (
+        done.returncode == 2
+        and "partition.parts: expected one per rank, 4 (2 machines that train, slots=2)" in done.stderr
+    )
+    assert not list((tmp_path / "cache").rglob("*.npy"))
+
+
+def test_training_without_the_own_features_ends_before_it_begins(tmp_path):
+    folder = sent(written(two_cliques(6), tmp_path / "p", parts=1), [], tmp_path / "got").folder
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "dataset=partitioned", f"partition.folder={folder}"]
+    done = subprocess.run(
+        [*command, f"run_dir={tmp_path / 'run'}"], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode == 2 and f"error: {folder} on " in done.stderr, done.stderr
+    assert "has no features of part 0: " in done.stderr and "--distribute HOSTFILE" in done.stderr
+    assert not (tmp_path / "run").exists()

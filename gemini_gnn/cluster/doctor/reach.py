@@ -5,13 +5,15 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import os
 import queue
+import select
 import shlex
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from gemini_gnn.cluster.hosts import KEEPALIVE
 CONNECT_S = 8
 END_S = 4.0  # for a probe to end by itself
 SAY_S = 2.0  # between two words of waiting
-GONE = "went away during the examination"
+PROBE = f"{PACKAGE}.probe"
+GONE = "went away meanwhile"
 
 Say = Callable[[str], None]
 
@@ -34,7 +37,7 @@ class Probe:
         login_s: from the start of ssh to the first word from there.
     """
 
-    def __init__(self, host: str, slots: int, how: str, folder: Path):
+    def __init__(self, host: str, slots: int, how: str, folder: Path, module: str = PROBE):
         self.host, self.slots, self.how, self.folder = host, slots, how, folder
         self.problem, self.remedy = "", ""
         self.login_s: float | None = None
@@ -44,7 +47,7 @@ class Probe:
         self._said: collections.deque[str] = collections.deque(maxlen=20)
         self._began = time.monotonic()
         self._process = subprocess.Popen(
-            command(host, how, folder, sys.executable),
+            command(host, how, folder, sys.executable, module),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -90,6 +93,35 @@ class Probe:
                 self._said.append(line.strip())
         return None
 
+    def stream(self, data: Iterable[bytes], stall_s: float, moved: Callable[[int], bool]) -> None:
+        """Bytes in place of an order; the next answer is to them. An end of the probe is noticed by that.
+
+        Args:
+            stall_s: after so long without a byte that moves, the probe is late.
+            moved: told how many bytes moved since, once a second at least; False: stop.
+        """
+        assert self._process.stdin is not None
+        self._number += 1
+        pipe = self._process.stdin.fileno()
+        os.set_blocking(pipe, False)
+        room = select.poll()
+        room.register(pipe, select.POLLOUT)
+        last = time.monotonic()
+        for piece in data:
+            left = memoryview(piece)
+            while left:
+                count = 0
+                if room.poll(1000):
+                    try:
+                        count = os.write(pipe, left)
+                    except BrokenPipeError:
+                        return
+                    left, last = left[count:], time.monotonic()
+                if not moved(count):
+                    return
+                if time.monotonic() - last > stall_s:
+                    return self.late(stall_s)
+
     def late(self, seconds: float) -> None:
         """It has not answered within ``seconds``."""
         self._give_up(None, seconds)
@@ -115,14 +147,15 @@ class Probe:
         self._process.wait(END_S)
 
 
-def command(host: str, how: str, folder: Path, python: str) -> list[str]:
+def command(host: str, how: str, folder: Path, python: str, module: str = PROBE) -> list[str]:
     """The command that starts the probe on ``host``. Pure.
 
     Args:
         how: "ssh" | "srun" | "here". folder: of the project, the same on all machines.
+        module: that takes orders and answers as the probe does.
     """
     hello = f"echo {shlex.quote(PREFIX + json.dumps({'login': True}))}"
-    start = f"{hello}; cd {shlex.quote(str(folder))} && exec {shlex.quote(python)} -u -m {PACKAGE}.probe"
+    start = f"{hello}; cd {shlex.quote(str(folder))} && exec {shlex.quote(python)} -u -m {module}"
     if how == "ssh":
         options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}", *shlex.split(KEEPALIVE)]
         return ["ssh", *options, host, start]
@@ -185,12 +218,12 @@ def ask(
 
 
 @contextlib.contextmanager
-def probes(hosts: Sequence[tuple[str, int]], how: str, folder: Path) -> Iterator[list[Probe]]:
+def probes(hosts: Sequence[tuple[str, int]], how: str, folder: Path, module: str = PROBE) -> Iterator[list[Probe]]:
     """A probe on each machine; none of them is left at the end."""
     made: list[Probe] = []
     try:
         for host, slots in hosts:
-            made.append(Probe(host, slots, how, folder))
+            made.append(Probe(host, slots, how, folder, module))
         yield made
     finally:
         for probe in made:

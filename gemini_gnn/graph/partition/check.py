@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from gemini_gnn.graph.sparse import SparseRows, dense, row_chunks
 def check_partitioned(pg: PartitionedGraph, graph: Graph | None = None, progress: Progress | None = None) -> None:
     """Check a partitioned graph, array by array, in chunks.
 
+    Features of parts that this machine does not hold are left out.
     Without ``graph``: the checksums; bounds without empty parts; ``original`` is a permutation, ascending within a part;
     the columns of the parts follow one another without gap or overlap; sources ascend by original id; the columns of
     sparse features lie within their width and ascend; halo lists are exact; counts and quality are those of
@@ -76,27 +78,39 @@ def check_partitioned(pg: PartitionedGraph, graph: Graph | None = None, progress
     if isinstance(pg.x, SparseRows):
         demand(int(pg.x.ptr[0]) == 0, "x_ptr.npy does not begin with 0")
         try:
-            pg.x.validate("features", lambda node: f"of node {original[node]}")
+            for begin, end in _held(pg):
+                _validate(pg.x[begin:end], original[begin:end])
         except DataError as error:
             demand(False, str(error))
 
     say("halo")
     cut = 0
-    for p in range(pg.parts):
-        shard = pg.part(p)
-        halo, crossing = halo_of(shard.begin, shard.end, colptr, row)
+    for p, (begin, end) in enumerate(pairwise(pg.bounds.tolist())):
+        halo, crossing = halo_of(begin, end, colptr, row)
         cut += crossing
-        demand(np.array_equal(halo, shard.halo), f"the halo list of part {p} is not its set of remote in-neighbors")
+        written = pg.halo[pg.halo_ptr[p] : pg.halo_ptr[p + 1]]
+        demand(np.array_equal(halo, written), f"the halo list of part {p} is not its set of remote in-neighbors")
     quality = measure(pg.bounds, colptr, pg.train_mask, np.diff(pg.halo_ptr).tolist(), cut, pg.x)
     demand(quality == meta.quality, "the quality in meta.json is not that of the arrays")
     for name, counts in zip(MASKS, (meta.train, meta.val, meta.test), strict=True):
         mask = getattr(pg, name)
-        found = [int(np.count_nonzero(mask[s.begin : s.end])) for s in map(pg.part, range(pg.parts))]
+        found = [int(np.count_nonzero(mask[begin:end])) for begin, end in pairwise(pg.bounds.tolist())]
         demand(found == counts, f"{name}.npy does not hold the numbers of nodes of meta.json")
 
     if graph is not None:
         say("source graph")
         _compare(pg, graph, demand)
+
+
+def _validate(rows: SparseRows, original: np.ndarray) -> None:
+    rows.validate("features", lambda row: f"of node {original[row]}")
+
+
+def _held(pg: PartitionedGraph) -> list[tuple[int, int]]:
+    """The ranges of new ids whose features are here."""
+    if pg.held is None:
+        return [(0, pg.num_nodes)]
+    return [(int(pg.bounds[p]), int(pg.bounds[p + 1])) for p in pg.held.parts]
 
 
 def _compare(pg: PartitionedGraph, graph: Graph, demand: Callable[[bool, str], None]) -> None:
@@ -114,9 +128,11 @@ def _compare(pg: PartitionedGraph, graph: Graph, demand: Callable[[bool, str], N
         if graph.edge_weight is not None and pg.edge_weight is not None:
             demand(np.array_equal(graph.edge_weight[at], pg.edge_weight[edges]), f"edge weights {where}")
     demand(graph.x.shape == pg.x.shape, f"x: expected shape {list(graph.x.shape)}; got {list(pg.x.shape)}")
-    for rows in row_chunks(pg.x):  # as numbers: the form is the folder's, not the graph's
-        same = np.array_equal(dense(pg.x[rows]), dense(graph.x[original[rows]]))
-        demand(same, f"x of nodes {rows.start}.. (new ids) differs from the source graph")
+    for begin, end in _held(pg):  # as numbers: the form is the folder's, not the graph's
+        ours, theirs = pg.x[begin:end], original[begin:end]
+        for rows in row_chunks(ours):
+            same = np.array_equal(dense(ours[rows]), dense(graph.x[theirs[rows]]))
+            demand(same, f"x of nodes {begin + rows.start}.. (new ids) differs from the source graph")
     for name in ("y", *MASKS):
         ours, theirs = getattr(pg, name), getattr(graph, name)
         demand(ours.shape == theirs.shape, f"{name}: expected shape {list(theirs.shape)}; got {list(ours.shape)}")

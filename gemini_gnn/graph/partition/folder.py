@@ -17,6 +17,7 @@
     halo.npy                 int32 or int64           per part the remote in-neighbors of its nodes, new ids ascending,
                                                       cut by halo_ptr
     node_ids.npy             the user's ids by *original* id, where they are not 0..nodes-1
+    held.json                only on machines that hold the features of some parts: see :mod:`held`
 
 Glossary: *original id*, the position in the :class:`Graph`; *new id*, the position after sorting by (part, original id),
 so that part p owns the new ids ``bounds[p]..bounds[p + 1] - 1``; *halo*, nodes that a part's nodes have as in-neighbors
@@ -29,7 +30,7 @@ No pickle: ``np.load(allow_pickle=False)`` and JSON.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ from gemini_gnn.errors import PartitionError
 from gemini_gnn.graph.array_folder import Progress, map_features, map_shaped, read_json, ticking, verify_arrays
 from gemini_gnn.graph.graph import Graph
 from gemini_gnn.graph.partition.assign import ranges
+from gemini_gnn.graph.partition.held import DIVIDED, Held
+from gemini_gnn.graph.partition.held import expect as expect_held
+from gemini_gnn.graph.partition.held import read as read_held
 from gemini_gnn.graph.partition.quality import Quality
 from gemini_gnn.graph.partition.shard import GraphShard
 from gemini_gnn.graph.sparse import SparseRows
@@ -87,7 +91,12 @@ class Meta:
 
 @dataclass(frozen=True)
 class PartitionedGraph:
-    """A partitioned graph, its arrays mapped read-only; see the module's docstring for their shapes and order."""
+    """A partitioned graph, its arrays mapped read-only; see the module's docstring for their shapes and order.
+
+    Attributes:
+        x: rows of parts that are not ``held`` read as 0, so rows are taken through :meth:`part`, which refuses them.
+        held: which parts' features are here; None: all.
+    """
 
     folder: Path
     meta: Meta
@@ -104,6 +113,7 @@ class PartitionedGraph:
     halo: np.ndarray
     halo_ptr: np.ndarray
     node_ids: np.ndarray | None
+    held: Held | None = None
 
     @property
     def num_nodes(self) -> int:
@@ -137,8 +147,11 @@ class PartitionedGraph:
         """
         folder = Path(folder)
         meta = _parse_meta(folder, read_json(folder, "meta.json", "a partitioned graph", READABLE))
+        held = read_held(folder)
+        if held is not None and held.fingerprint != meta.fingerprint:
+            raise PartitionError(f"{folder}: held.json is of another graph; delete the folder and distribute it again")
         if verify:
-            verify_arrays(folder, meta.checksums)
+            _verify(folder, meta, held)
         n, m = meta.num_nodes, meta.num_edges
         y_shape = (n, meta.num_classes) if meta.multi_label else (n,)
         shapes = {
@@ -160,11 +173,12 @@ class PartitionedGraph:
             bounds=np.array(meta.bounds, dtype=np.int64),
             halo_ptr=np.array(meta.halo_ptr, dtype=np.int64),
             x=x,
+            held=held,
             **arrays,  # type: ignore[arg-type]
         )
 
     def verify_checksums(self, progress: Progress | None = None, *, features: bool = True) -> None:
-        """Read the arrays and compare their checksums with ``meta.json``.
+        """Read the arrays, as far as they are held, and compare their checksums with ``meta.json`` and ``held.json``.
 
         Args:
             progress: told now and then while it takes long.
@@ -174,9 +188,8 @@ class PartitionedGraph:
         Raises:
             PartitionError: naming the array.
         """
-        checked = {name: sum_ for name, sum_ in self.meta.checksums.items() if features or name not in ("x", "x_value")}
         with ticking(f"reading {self.folder} to compare its checksums", progress or (lambda _: None)):
-            verify_arrays(self.folder, checked)
+            _verify(self.folder, self.meta, self.held, () if features else ("x", "x_value"))
 
     def expect(
         self,
@@ -214,10 +227,11 @@ class PartitionedGraph:
         """Part ``p`` as views.
 
         Raises:
-            PartitionError: no such part.
+            PartitionError: no such part, or its features are not held here.
         """
         if not 0 <= p < self.parts:
             raise PartitionError(f"{self.folder}: expected a part in 0..{self.parts - 1}; got {p}")
+        expect_held(self.folder, self.held, [p])
         begin, end = int(self.bounds[p]), int(self.bounds[p + 1])
         edges = slice(int(self.colptr[begin]), int(self.colptr[end]))
         return GraphShard(
@@ -259,7 +273,12 @@ class PartitionedGraph:
         return inverse(self.original)
 
     def as_graph(self) -> Graph:
-        """The graph it was made from, in the order of the original ids: a copy in memory."""
+        """The graph it was made from, in the order of the original ids: a copy in memory.
+
+        Raises:
+            PartitionError: features of some parts are not held here.
+        """
+        expect_held(self.folder, self.held, range(self.parts))
         new = self.new_of_original()
         degree = np.diff(self.colptr)[new]
         colptr = np.zeros(self.num_nodes + 1, dtype=np.int64)
@@ -279,6 +298,13 @@ class PartitionedGraph:
             node_ids=self.node_ids,
             notes=dict(self.meta.notes),
         )
+
+
+def _verify(folder: Path, meta: Meta, held: Held | None, without: Container[str] = ()) -> None:
+    pieces = held.pieces if held else ()
+    whole = {name: sum_ for name, sum_ in meta.checksums.items() if not (held and name in DIVIDED)}
+    whole = {name: sum_ for name, sum_ in whole.items() if name not in without}
+    verify_arrays(folder, whole, [piece for piece in pieces if piece[0] not in without])
 
 
 def _parse_meta(folder: Path, value: dict[str, Any]) -> Meta:

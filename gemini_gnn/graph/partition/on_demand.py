@@ -15,6 +15,7 @@ from gemini_gnn.graph.datasets import fingerprint as dataset_fingerprint
 from gemini_gnn.graph.graph import Graph
 from gemini_gnn.graph.partition.assign import partition_nodes
 from gemini_gnn.graph.partition.folder import FORMAT_VERSION, PartitionedGraph
+from gemini_gnn.graph.partition.held import expect as expect_held
 from gemini_gnn.graph.partition.write import write_partitioned
 
 
@@ -61,7 +62,7 @@ def open_or_make(
 
     if (graph := found()) is not None:
         return graph
-    with locked(folder, partition.timeout_s, say):
+    with locked(folder, partition.timeout_s, say, "partition.timeout_s"):
         if (graph := found()) is not None:
             return graph
         source = load()
@@ -85,7 +86,7 @@ def open_or_make(
 
 
 def expect_made(config: Config, parts: int, fingerprint: str | None) -> None:
-    """Refuse a machine that has not the partitioned graph of a living job.
+    """Refuse a machine that has not the partitioned graph of a living job, with the features of all parts: it may take any place.
 
     Args:
         parts: ranks of the job. fingerprint: of the graph that the job trains on; None: not known yet.
@@ -105,7 +106,9 @@ def expect_made(config: Config, parts: int, fingerprint: str | None) -> None:
             f"this machine has not the job's partitioned graph: expected {folder}; copy it from a machine of the job, or "
             "name the folder that holds it with dataset.cache=FOLDER"
         )
-    PartitionedGraph.open(folder).expect(fingerprint=fingerprint or own)
+    graph = PartitionedGraph.open(folder)
+    graph.expect(fingerprint=fingerprint or own)
+    expect_held(folder, graph.held, range(graph.parts))
 
 
 def partition_settings(partition: PartitionConfig) -> dict[str, Any]:
