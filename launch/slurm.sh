@@ -49,14 +49,22 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
 fi
 [ "$spares" = 0 ] || settings+=("recovery.standby_machines=$spares")
 
-each_node() { srun --no-kill --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" "$@"; }
+# each_node SECONDS COMMAND...: once on each node that is up. For a node that is down srun would wait for ever.
+each_node() {
+    local up count
+    up="$(sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --format='%N %T' |
+        awk '$2 !~ /down|[*]/ { print $1 }' | sort -u | paste -sd,)"
+    count="$(tr , '\n' <<< "$up" | wc -l)"
+    timeout "$1" srun --no-kill --nodelist="$up" --nodes="$count" --ntasks="$count" --ntasks-per-node=1 "${@:2}"
+}
 
 if [ -n "${STAGE:-}" ]; then
     [ -d "$STAGE" ] || die "STAGE: expected a folder with a partitioned graph; there is no $STAGE"
     # The same in the next job of this run: partition.folder is a setting of it.
     local_graph="${LOCAL:-/tmp}/gemini_gnn-$(realpath -m "$run_dir" | sha256sum | cut -c1-16)"
     echo "copying $STAGE to $local_graph of $SLURM_JOB_NUM_NODES nodes"
-    each_node sh -c 'rm -rf "$1" && cp -r "$0" "$1"' "$STAGE" "$local_graph" || die "could not copy $STAGE to $local_graph of every node: is there room?"
+    each_node 7200 sh -c 'rm -rf "$1" && cp -r "$0" "$1"' "$STAGE" "$local_graph" ||
+        die "could not copy $STAGE to $local_graph of every node within two hours: is there room? LOCAL=FOLDER names another"
     settings+=("partition.folder=$local_graph")
 fi
 
@@ -77,7 +85,7 @@ while kill -0 "$step" 2>/dev/null; do # a trap ends a wait
     wait "$step"
     code=$?
 done
-[ -z "${STAGE:-}" ] || each_node rm -rf "$local_graph"
+[ -z "${STAGE:-}" ] || each_node 120 rm -rf "$local_graph"
 # Why the job ended, and whether its newest snapshot is on storage. SIGTERM: SLURM wants the nodes (preemption).
 ended="$(python -c 'import json, sys
 found = json.load(open(sys.argv[1]))
@@ -86,7 +94,7 @@ case "$ended" in "SIGTERM "*) again=1 ;; esac
 # Somebody who typed `scancel` wants no requeue.
 if [ "$again" = 1 ] && [ "$code" != 0 ] && [ "$(squeue --noheader --format=%T --jobs="$job")" = RUNNING ]; then
     # Other nodes may get the job: what it holds in memory would stay on these.
-    [ "${ended##* }" != True ] || each_node python launch/stop.py "run_dir=$run_dir" keep=false > /dev/null
+    [ "${ended##* }" != True ] || each_node 120 python launch/stop.py "run_dir=$run_dir" keep=false > /dev/null
     trap - USR1 TERM
     echo "the job is requeued, and goes on in $run_dir"
     scontrol requeue "$job" || die "could not requeue; type: sbatch again with RUN_DIR=$run_dir"

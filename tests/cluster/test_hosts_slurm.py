@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -138,11 +139,16 @@ def test_a_batch_job_goes_on_where_slurm_ended_it(lab, graph, calm, tmp_path, wa
 
 @pytest.mark.long
 def test_a_node_that_loses_power_costs_a_batch_job_nothing(lab, graph, calm, tmp_path):
+    """Nor does the script wait for it, when it removes the staged graph from the nodes."""
     conf = slurm_up(lab, tmp_path, ["h0", "h1", "h2"])
-    batch = Batch(lab, conf, tmp_path, ["--nodes=3", *SMALL], [*graph, *EPOCHS], {"SPARES": "1"})
+    (staged,) = Path(graph[-1].partition("=")[2]).glob("partitions/*-4-*/")
+    variables = {"SPARES": "1", "STAGE": str(staged), "LOCAL": "/run"}
+    batch = Batch(lab, conf, tmp_path, ["--nodes=3", *SMALL], [*graph, *EPOCHS], variables)
     batch.trains(20)
     lab.power_off("h1")
     batch.ends()
     assert batch.shows("Restarts") == "0", batch.log.read_text()[-6000:]
     same_run(batch.run_dir, calm)
     assert read_status(batch.run_dir)["state"] == "done"
+    for host in ("h0", "h2"):
+        assert lab.run(host, ["sh", "-c", "ls -d /run/gemini_gnn-*/"]).returncode != 0
