@@ -77,7 +77,9 @@ OVERLAY = """
 set -e
 mkdir "$0/upper" "$0/work" "$0/root"
 mount -t overlay overlay -o "lowerdir=/,upperdir=$0/upper,workdir=$0/work" "$0/root"
-for name in dev proc sys; do mount --rbind "/$name" "$0/root/$name"; done
+for name in dev sys; do mount --rbind "/$name" "$0/root/$name"; done
+mount -t proc proc "$0/root/proc"
+mount -t tmpfs -o mode=1777 tmpfs "$0/root/dev/shm"
 exec chroot "$0/root" bash -e "/$1"
 """
 
