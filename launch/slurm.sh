@@ -15,8 +15,6 @@ set -u
 die() { echo "error: $*" >&2; exit 2; }
 
 [ -n "${SLURM_JOB_ID:-}" ] || die "expected to run under SLURM; type: sbatch launch/ibex_cpu.sbatch dataset=cora"
-cd "${SLURM_SUBMIT_DIR:-.}" && [ -f launch/train.py ] ||
-    die "expected to be submitted from the root of the repository; got $PWD. cd there and type sbatch again"
 for name in SLURM_JOB_NUM_NODES SLURM_NTASKS; do
     [ -n "${!name:-}" ] || die "$name is not set: expected sbatch with --nodes and --ntasks-per-node, as in launch/ibex_cpu.sbatch"
 done
@@ -25,16 +23,25 @@ case "$spares" in *[!0-9]* | "") die "SPARES: expected a number of nodes; got '$
 [ "$spares" -lt "$SLURM_JOB_NUM_NODES" ] ||
     die "SPARES: expected fewer than the $SLURM_JOB_NUM_NODES nodes of the job; got $spares. Ask for more: sbatch --nodes=N"
 if [ -z "${SLURM_MEM_PER_NODE:-}${SLURM_MEM_PER_CPU:-}${SLURM_MEM_PER_GPU:-}" ]; then
-    echo "remark: no --mem was asked for; the snapshots in /dev/shm count against what SLURM gives by default"
+    echo "remark: no --mem was asked for. Snapshots in /dev/shm count against what SLURM gives by default: if that is" \
+        "too little, type sbatch --mem=64G"
 fi
 
-run_dir="${RUN_DIR:-runs/slurm-$SLURM_JOB_ID}"
+job="$SLURM_JOB_ID"
+run_dir="${RUN_DIR:-runs/slurm-$job}"
 settings=()
+if [ -n "${SWEEP:-}" ]; then
+    [ -f "$SWEEP" ] || die "SWEEP: expected a file with settings; there is no $SWEEP"
+    [ -n "${SLURM_ARRAY_TASK_ID:-}" ] ||
+        die "SWEEP: expected a job array, a task per line of $SWEEP; type sbatch --array=1-$(grep -c '' "$SWEEP")"
+fi
 if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
+    job="${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" # the number of one task may be that of the whole array
     run_dir="${RUN_DIR:-runs/slurm-$SLURM_ARRAY_JOB_ID}-$SLURM_ARRAY_TASK_ID"
     if [ -n "${SWEEP:-}" ]; then
-        line="$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SWEEP")" && [ -n "$line" ] ||
-            die "$SWEEP: expected settings in line $SLURM_ARRAY_TASK_ID, for this task of the array; got none"
+        [ "$SLURM_ARRAY_TASK_ID" != 0 ] && line="$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SWEEP")" && [ -n "$line" ] ||
+            die "$SWEEP: expected settings in line $SLURM_ARRAY_TASK_ID, for this task of the array; got none." \
+                "Type sbatch --array=1-$(grep -c '' "$SWEEP")"
         read -r -a settings <<< "$line"
     else
         settings=("seed=$SLURM_ARRAY_TASK_ID")
@@ -42,13 +49,22 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
 fi
 [ "$spares" = 0 ] || settings+=("recovery.standby_machines=$spares")
 
-each_node() { srun --no-kill --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" "$@"; }
+# each_node SECONDS COMMAND...: once on each node that is up. For a node that is down srun would wait for ever.
+each_node() {
+    local up count
+    up="$(sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --format='%N %T' |
+        awk '$2 !~ /down|[*]/ { print $1 }' | sort -u | paste -sd,)"
+    count="$(tr , '\n' <<< "$up" | wc -l)"
+    timeout "$1" srun --no-kill --nodelist="$up" --nodes="$count" --ntasks="$count" --ntasks-per-node=1 "${@:2}"
+}
 
 if [ -n "${STAGE:-}" ]; then
     [ -d "$STAGE" ] || die "STAGE: expected a folder with a partitioned graph; there is no $STAGE"
-    local_graph="${LOCAL:-/tmp}/gemini_gnn-$SLURM_JOB_ID"
+    # The same in the next job of this run: partition.folder is a setting of it.
+    local_graph="${LOCAL:-/tmp}/gemini_gnn-$(realpath -m "$run_dir" | sha256sum | cut -c1-16)"
     echo "copying $STAGE to $local_graph of $SLURM_JOB_NUM_NODES nodes"
-    each_node cp -r "$STAGE/." "$local_graph" || die "could not copy $STAGE to $local_graph of every node: is there room?"
+    each_node 7200 sh -c 'rm -rf "$1" && cp -r "$0" "$1"' "$STAGE" "$local_graph" ||
+        die "could not copy $STAGE to $local_graph of every node within two hours: is there room? LOCAL=FOLDER names another"
     settings+=("partition.folder=$local_graph")
 fi
 
@@ -69,18 +85,18 @@ while kill -0 "$step" 2>/dev/null; do # a trap ends a wait
     wait "$step"
     code=$?
 done
-[ -z "${STAGE:-}" ] || each_node rm -rf "$local_graph"
+[ -z "${STAGE:-}" ] || each_node 120 rm -rf "$local_graph"
 # Why the job ended, and whether its newest snapshot is on storage. SIGTERM: SLURM wants the nodes (preemption).
 ended="$(python -c 'import json, sys
 found = json.load(open(sys.argv[1]))
 print(found.get("reason"), found.get("checkpoint") == found.get("recoverable"))' "$run_dir/status.json" 2>/dev/null)"
 case "$ended" in "SIGTERM "*) again=1 ;; esac
 # Somebody who typed `scancel` wants no requeue.
-if [ "$again" = 1 ] && [ "$code" != 0 ] && [ "$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")" = RUNNING ]; then
+if [ "$again" = 1 ] && [ "$code" != 0 ] && [ "$(squeue --noheader --format=%T --jobs="$job")" = RUNNING ]; then
     # Other nodes may get the job: what it holds in memory would stay on these.
-    [ "${ended##* }" != True ] || each_node python launch/stop.py "run_dir=$run_dir" keep=false > /dev/null
+    [ "${ended##* }" != True ] || each_node 120 python launch/stop.py "run_dir=$run_dir" keep=false > /dev/null
     trap - USR1 TERM
     echo "the job is requeued, and goes on in $run_dir"
-    scontrol requeue "$SLURM_JOB_ID" || die "could not requeue; type: sbatch again with RUN_DIR=$run_dir"
+    scontrol requeue "$job" || die "could not requeue; type: sbatch again with RUN_DIR=$run_dir"
 fi
 exit "$code"

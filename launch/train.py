@@ -22,7 +22,7 @@ from gemini_gnn.faults import schedule
 from gemini_gnn.files import read_record
 from gemini_gnn.graph.partition import held
 from gemini_gnn.observe.progress import say
-from gemini_gnn.observe.run_directory import RunDir, resume_of
+from gemini_gnn.observe.run_directory import RunDir, check_size, resume_of
 from gemini_gnn.recovery import joining, shim
 from gemini_gnn.recovery.outcome import STOPPED
 from gemini_gnn.recovery.stop import drop_finished
@@ -60,6 +60,7 @@ def main(arguments: list[str]) -> int:
         # itself: its worker agent is asked below. Every slot looks: one that went on would start a worker agent.
         try:
             RunDir.check_earlier_run(Path(config.run_dir), config)
+            check_size(config, place)
         except RunDirError:
             if place.local_rank == 0:
                 drop_finished(Path(config.run_dir), config.snapshot.arena)
@@ -69,7 +70,7 @@ def main(arguments: list[str]) -> int:
         stand_by(lambda: _partition_of(Path(config.run_dir)))
     if place.rank == 0:
         say("loading PyTorch and DeepSpeed, a few seconds")
-    code = run(place, config, resume_of(config), config.distributed.start_timeout_s)
+    code = run(place, config, resume_of(config, seats * place.local_world_size), config.distributed.start_timeout_s)
     if code not in (0, STOPPED):
         launcher.free_launcher(place)
     return code

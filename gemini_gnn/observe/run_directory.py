@@ -31,10 +31,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from gemini_gnn.config import Config, from_mapping, to_mapping
+from gemini_gnn.cluster.place import Place
+from gemini_gnn.config import Config, from_mapping, seats_of, to_mapping
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.faults import injection
-from gemini_gnn.files import rename, write_atomically
+from gemini_gnn.files import read_record, rename, write_atomically
 from gemini_gnn.observe.failures import FAILURES
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.status import write_status
@@ -187,6 +188,41 @@ def changed_settings(path: Path, config: Config) -> list[str]:
     return differences(to_mapping(read_config(path)), to_mapping(config))
 
 
+def check_size(config: Config, place: Place) -> None:
+    """Raise if a run that did steps would go on with another number of ranks: each trains a part of the graph.
+
+    Raises:
+        RunDirError: how many ranks the run has, how many this launch, and what to type.
+    """
+    path, slots, seats = Path(config.run_dir), place.local_world_size, seats_of(config.recovery, place.machines)
+    ranks, standbys = _ranks_of(path, seats * slots), place.machines - seats
+    if config.resume == "never" or ranks == seats * slots or not steps_done(path):
+        return
+    each = max(n for n in range(1, slots + 1) if ranks % n == 0)
+    nodes = ranks // each + standbys
+    again = {
+        "slurm": f"--nodes={nodes} --ntasks-per-node={each}",
+        "torchrun": f"--nnodes={nodes} --nproc-per-node={each}",
+    }.get(place.launcher, f"{nodes} hosts with slots={each} in the hostfile")
+    if nodes == 1 and place.launcher in ("deepspeed", "plain"):
+        again = f"deepspeed --num_accelerators {each}"
+    raise RunDirError(
+        f"run_dir {path}: expected {ranks} ranks, as the run in it has, each for a part of the graph; got {seats * slots}, "
+        f"{slots} on each of {_count(seats)} that train{'s' * (seats == 1)}. Start on {_count(nodes)}"
+        f"{f' ({standbys} of them standing by)' * (standbys > 0)} with {each} each ({again}), give another run_dir=..., "
+        "or resume=never to start it over"
+    )
+
+
+def _count(machines: int) -> str:
+    return f"{machines} machine{'s' * (machines != 1)}"
+
+
+def _ranks_of(path: Path, unknown: int) -> int:
+    """Of the run in ``path``; ``unknown`` where it did not say: it is new, or of an older version."""
+    return int(read_record(path / "model.json").get("ranks", unknown))
+
+
 def steps_done(path: Path) -> int:
     """The last step in ``losses.csv``; 0: the run failed at the start, and its settings may be mended."""
     if not (path / "losses.csv").exists():
@@ -210,12 +246,12 @@ def keep_earlier(path: Path, names: Sequence[str] = RESULTS) -> None:
             rename(path / name, file)
 
 
-def resume_of(config: Config) -> str:
-    """``config.resume``; "never" where the settings of a run that has not done a step were changed: a snapshot taken
-    before its first step is of the settings before."""
+def resume_of(config: Config, ranks: int) -> str:
+    """``config.resume``; "never" where the settings or the ranks of a run that has not done a step were changed: a snapshot
+    taken before its first step is of those before."""
     path = Path(config.run_dir)
-    anew = config.resume == "auto" and not steps_done(path) and changed_settings(path, config)
-    return "never" if anew else config.resume
+    other = changed_settings(path, config) or _ranks_of(path, ranks) != ranks
+    return "never" if config.resume == "auto" and other and not steps_done(path) else config.resume
 
 
 def read_config(path: Path) -> Config:

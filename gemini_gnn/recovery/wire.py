@@ -322,7 +322,10 @@ class Wire(messages.Channel):
         if self._opens:  # whatever is wrong: the peer shall say so, too
             self._write(self._proof(of_opener=True) + b"\n")
         if not holds:
-            words = f"{self.peer} has another job's token. Two jobs meet at one port: give this one its own: {OWN_PORT}"
+            words = (
+                f"{self.peer} has another job's token. Two jobs meet at one port: give this one its own: {OWN_PORT}. Or run_dir "
+                "is not one folder that all machines share: `python launch/doctor.py run_dir=...` tells"
+            )
             self._refuse(Stranger(words))
         elif self._peer_version != (messages.PROTOCOL, version()):
             protocol, theirs = self._peer_version

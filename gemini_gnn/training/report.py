@@ -200,12 +200,14 @@ def versions() -> dict[str, str]:
 
 
 def model_card(config: Config, graph: PartitionedGraph) -> dict[str, Any]:
-    """The values that :func:`gemini_gnn.load` needs beside the weights; and the graph, for standbys and machines that join."""
+    """The values that :func:`gemini_gnn.load` needs beside the weights; and for later starts, standbys and machines that join the
+    graph and the number of ranks."""
     return {
         "model": asdict(config.model),
         "in_features": graph.x.shape[1],
         "num_classes": graph.num_classes,
         "multi_label": graph.multi_label,
+        "ranks": graph.parts,
         "graph": graph.meta.fingerprint,
         "partition": os.fspath(graph.folder.absolute()),
     }

@@ -57,6 +57,7 @@ def test_private_disks_lose_a_machine_and_go_on(lab, small, calm_of, tmp_path):
     run.is_as(calm)
 
 
+@pytest.mark.long
 def test_srun_reaches_the_machines_of_an_allocation(lab, small, tmp_path):
     if reason := absent():
         pytest.skip(reason)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
+from gemini_gnn.observe.run_directory import read_config
 from gemini_gnn.observe.status import read_status
 from tests.cluster.test_hosts_train import ROOT, graph, losses, nobody_trains, wait_until
 from tests.lab.slurm import absent, slurm_up
@@ -79,6 +81,34 @@ def test_a_batch_job_is_requeued_before_its_time_limit(lab, graph, calm, tmp_pat
 
 
 @pytest.mark.long
+def test_a_sweep_on_staged_data_is_requeued_task_by_task(lab, tmp_path):
+    """Two tasks of an array, a node each. Their graph lies where only their node sees it: /run is each host's own."""
+    conf = slurm_up(lab, tmp_path, ["h0", "h1"])
+    small = ["dataset.nodes=2000", f"dataset.cache={tmp_path / 'cache'}", *EPOCHS]
+    sweep = {1: "seed=3 optimizer.lr=0.01", 2: "seed=4"}
+    for task, line in sweep.items():
+        trained(2, tmp_path / f"calm-{task}", *small, *line.split())
+    (staged,) = (tmp_path / "cache" / "partitions").glob("*/")
+    (tmp_path / "sweep").write_text("\n".join(sweep.values()) + "\n")
+    variables = {"STAGE": str(staged), "LOCAL": "/run", "SWEEP": str(tmp_path / "sweep")}
+    batch = Batch(lab, conf, tmp_path, ["--array=1-2", "--nodes=1", *SMALL], small, variables)
+    for task in sweep:
+        run_dir = tmp_path / f"run-{task}"
+        wait_until(lambda: len(losses(run_dir)) >= 20, tmp_path / f"log-{task}")  # noqa: B023
+        batch.typed("scancel", "--batch", "--signal=USR1", f"{batch.job}_{task}")
+    for task in sweep:
+        batch.job = f"{batch.job.partition('_')[0]}_{task}"
+        batch.ends()
+        assert batch.shows("Restarts") == "1", batch.log.read_text()[-6000:]
+        same_run(tmp_path / f"run-{task}", tmp_path / f"calm-{task}")
+        assert read_config(tmp_path / f"run-{task}").partition.folder.startswith("/run/gemini_gnn-")
+    assert batch.log.read_text().count(f"copying {staged} to /run/gemini_gnn-") == 4
+    for host in ("h0", "h1"):
+        assert lab.run(host, ["sh", "-c", "ls -d /run/gemini_gnn-*/"]).returncode != 0
+    assert nobody_trains(lab)
+
+
+@pytest.mark.long
 def test_a_job_that_is_cancelled_is_not_requeued(lab, graph, tmp_path):
     conf = slurm_up(lab, tmp_path, ["h0", "h1"])
     batch = Batch(lab, conf, tmp_path, ["--nodes=2", *SMALL], [*graph, "training.epochs=100000"])
@@ -110,27 +140,16 @@ def test_a_batch_job_goes_on_where_slurm_ended_it(lab, graph, calm, tmp_path, wa
 
 @pytest.mark.long
 def test_a_node_that_loses_power_costs_a_batch_job_nothing(lab, graph, calm, tmp_path):
+    """Nor does the script wait for it, when it removes the staged graph from the nodes."""
     conf = slurm_up(lab, tmp_path, ["h0", "h1", "h2"])
-    batch = Batch(lab, conf, tmp_path, ["--nodes=3", *SMALL], [*graph, *EPOCHS], {"SPARES": "1"})
+    (staged,) = Path(graph[-1].partition("=")[2]).glob("partitions/*-4-*/")
+    variables = {"SPARES": "1", "STAGE": str(staged), "LOCAL": "/run"}
+    batch = Batch(lab, conf, tmp_path, ["--nodes=3", *SMALL], [*graph, *EPOCHS], variables)
     batch.trains(20)
     lab.power_off("h1")
     batch.ends()
     assert batch.shows("Restarts") == "0", batch.log.read_text()[-6000:]
     same_run(batch.run_dir, calm)
     assert read_status(batch.run_dir)["state"] == "done"
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("variables", "said"),
-    [
-        ({"SPARES": "2"}, "error: SPARES: expected fewer than the 2 nodes of the job; got 2"),
-        ({"SPARES": "x"}, "error: SPARES: expected a number of nodes; got 'x'"),
-        ({"STAGE": "/no/such"}, "error: STAGE: expected a folder with a partitioned graph; there is no /no/such"),
-    ],
-)
-def test_settings_of_a_batch_job_are_checked(lab, graph, tmp_path, variables, said):
-    conf = slurm_up(lab, tmp_path, ["h0", "h1"])
-    batch = Batch(lab, conf, tmp_path, ["--nodes=2", *SMALL], graph, variables)
-    batch.ends("FAILED")
-    assert said in batch.log.read_text()
+    for host in ("h0", "h2"):
+        assert lab.run(host, ["sh", "-c", "ls -d /run/gemini_gnn-*/"]).returncode != 0

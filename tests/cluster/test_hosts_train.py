@@ -161,6 +161,7 @@ def test_a_machine_that_loses_power_is_named_and_the_launcher_ends(lab, graph, t
     assert nobody_trains(lab)
 
 
+@pytest.mark.long
 def test_everything_is_killed_and_the_command_typed_again(lab, graph, losses_here, tmp_path):
     """With the hosts in another order. Each shard is only on the other machine then, and in no checkpoint: it is fetched."""
     run_dir = tmp_path / "run"
@@ -186,6 +187,7 @@ def test_everything_is_killed_and_the_command_typed_again(lab, graph, losses_her
     assert terminal(run_dir).count("holds a finished run (result.json)") == 2
 
 
+@pytest.mark.long
 def test_a_machine_that_dies_while_the_job_starts_is_named(lab, graph, tmp_path):
     """Started from a machine that is not of the job: here the launcher's own ssh has to give up."""
     run_dir = tmp_path / "run"

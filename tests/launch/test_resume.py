@@ -55,15 +55,15 @@ def start(run_dir, *overrides):
     return subprocess.Popen(command, cwd=ROOT, env=environ, stdout=log, stderr=log, start_new_session=True)
 
 
-def start_slots(run_dir, *overrides):
+def start_slots(run_dir, *overrides, world=2, output=subprocess.DEVNULL):
     """The same without a launcher, which costs as long as the trainers' own start."""
     slots = []
-    for rank in range(2):
-        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_SIZE": 2}
+    for rank in range(world):
+        place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_SIZE": world}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500, "DS_ACCELERATOR": "cpu"}
         environ = {**os.environ, **{key: str(value) for key, value in place.items()}}
         command = [sys.executable, "launch/train.py", f"run_dir={run_dir}", *overrides]
-        slots.append(subprocess.Popen(command, cwd=ROOT, env=environ, stdout=subprocess.DEVNULL))
+        slots.append(subprocess.Popen(command, cwd=ROOT, env=environ, stdout=output, stderr=output))
     return slots
 
 
@@ -220,6 +220,10 @@ def test_an_orderly_stop_loses_no_step(run_dir, tmp_path):
     os.killpg(job.pid, signal.SIGINT)
     assert job.wait(60) != 0
     stopped = steps_done(run_dir)
+    with open(tmp_path / "refused", "w") as said:
+        other = start_slots(run_dir, *settings, world=3, output=said)
+        assert [slot.wait(60) for slot in other] == [2, 2, 2]
+    assert "expected 2 ranks, as the run in it has, each for a part" in (tmp_path / "refused").read_text()
     again = start_slots(run_dir, *settings, "resume=must")
     wait_for(lambda: True if steps_done(run_dir) > stopped + 5 else None, "new steps")
     assert f"going on after step {stopped} of" in (run_dir / "logs" / "rank-0.log").read_text()

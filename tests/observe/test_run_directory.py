@@ -2,17 +2,20 @@
 
 import json
 import os
+import re
 import threading
 
 import pytest
 from omegaconf import OmegaConf
 
+from gemini_gnn.cluster.place import Place
 from gemini_gnn.config import Config, to_mapping
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.observe import terms
 from gemini_gnn.observe.run_directory import (
     LossLog,
     RunDir,
+    check_size,
     differences,
     read_config,
     read_losses,
@@ -179,14 +182,68 @@ def test_a_run_that_lost_its_folder_writes_nothing_any_more(tmp_path):
 
 def test_settings_may_be_mended_until_the_first_step(tmp_path):
     config, other = (Config(run_dir=str(tmp_path / "run"), seed=seed) for seed in (0, 5))
-    assert resume_of(config) == "auto"  # a new folder
+    assert resume_of(config, 2) == "auto"  # a new folder
     RunDir.claim(config).release()
     (tmp_path / "run" / "losses.csv").write_text("step,epoch,loss\n")
-    assert resume_of(config) == "auto" and resume_of(other) == "never"
+    assert resume_of(config, 2) == "auto" and resume_of(other, 2) == "never"
     with pytest.raises(RunDirError, match="seed: 0 -> 5"):
         RunDir.claim(Config(run_dir=config.run_dir, seed=5, resume="must"))
     RunDir.claim(other).release()
-    assert resume_of(other) == "auto" and read_config(tmp_path / "run").seed == 5
+    assert resume_of(other, 2) == "auto" and read_config(tmp_path / "run").seed == 5
+
+
+@pytest.mark.parametrize(
+    ("world", "slots", "standbys", "launcher", "said"),
+    [
+        (
+            6,
+            2,
+            0,
+            "slurm",
+            "got 6, 2 on each of 3 machines that train. Start on 2 machines with 2 each (--nodes=2 --nt",
+        ),
+        (
+            6,
+            3,
+            0,
+            "slurm",
+            "got 6, 3 on each of 2 machines that train. Start on 2 machines with 2 each (--nodes=2 --nt",
+        ),
+        (
+            4,
+            2,
+            1,
+            "slurm",
+            "1 machine that trains. Start on 3 machines (1 of them standing by) with 2 each (--nodes=3 --",
+        ),
+        (
+            2,
+            1,
+            0,
+            "deepspeed",
+            "Start on 4 machines with 1 each (4 hosts with slots=1 in the hostfile), give another run_",
+        ),
+        (8, 8, 0, "deepspeed", "Start on 1 machine with 4 each (deepspeed --num_accelerators 4), give another run_dir"),
+        (2, 1, 0, "torchrun", "Start on 4 machines with 1 each (--nnodes=4 --nproc-per-node=1), give another run_dir"),
+        (4, 1, 0, "deepspeed", None),
+        (6, 2, 1, "slurm", None),
+    ],
+)
+def test_a_run_goes_on_with_as_many_ranks_as_it_had(tmp_path, world, slots, standbys, launcher, said):
+    config = Config(run_dir=str(tmp_path))
+    config.recovery.standby_machines = standbys
+    place = Place(0, world, 0, slots, "h0", "h0", 1, launcher)
+    check_size(config, place)  # a new folder
+    (tmp_path / "model.json").write_text('{"ranks": 4}')
+    check_size(config, place)  # no step is lost
+    assert (resume_of(config, world - slots * standbys) == "never") == (said is not None)
+    (tmp_path / "losses.csv").write_text("step,epoch,loss\n1,1,0.5\n")
+    if said is None:
+        return check_size(config, place)
+    with pytest.raises(RunDirError, match=f"expected 4 ranks, as the run in it has.*{re.escape(said)}"):
+        check_size(config, place)
+    config.resume = "never"
+    check_size(config, place)
 
 
 def test_what_is_started_over_is_kept_beside(tmp_path):
