@@ -975,8 +975,8 @@ class Channel:
     def is_connected(self) -> bool:
         return True
 
-    def acknowledged_s(self) -> float:
-        """Seconds since the peer's machine showed that it lives; inf: this kind of socket does not tell."""
+    def unacknowledged_s(self) -> float:
+        """For how long the peer's machine has shown no life; inf: this kind of socket does not tell."""
         return math.inf
 
     def send(self, message: Message, timeout_s: float = 0.0) -> bool:

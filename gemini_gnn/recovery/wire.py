@@ -59,7 +59,7 @@ _READ_AHEAD = 1 << 16
 _WAKE_BYTES = 512 << 10  # of raw bytes, that a receiver waits for before it reads
 
 STALLS = 4.0  # times as long may a peer say nothing whose kernel acknowledges all: its machine lives, and is busy
-_LAST_ACK = 56  # of struct tcp_info (linux/tcp.h): uint32, milliseconds
+_UNACKED = 24  # of struct tcp_info (linux/tcp.h): uint32, packets on their way
 
 FIRST_WORD = b"gemini_gnn "
 HELLO = re.compile(
@@ -73,11 +73,12 @@ def is_silent(channel: messages.Channel, quiet_s: float, silence_s: float) -> bo
     """Whether a peer that has said nothing for ``quiet_s`` counts as silent.
 
     A machine without power or network acknowledges nothing. A process that is starved or stopped for a moment says nothing
-    either, but the kernel of its machine goes on acknowledging heartbeats.
+    either, but the kernel of its machine goes on acknowledging heartbeats. Call it at every look, also when all is well.
     """
+    unanswered_s = channel.unacknowledged_s()  # counts from the first look that finds something
     if quiet_s <= silence_s:
         return False
-    return quiet_s > STALLS * silence_s or channel.acknowledged_s() > silence_s
+    return quiet_s > STALLS * silence_s or unanswered_s > silence_s / 2
 
 
 class Stranger(ValueError):
@@ -123,6 +124,7 @@ class Wire(messages.Channel):
         self._peer_version = (0, "")
         self._key = b""
         self._sent = self._taken = 0  # lines since the handshake
+        self._unanswered_s = math.inf  # when a look first found something unacknowledged
         self._early: list[bytes] = []  # messages that were sent before the end of the handshake
         self._early_bytes = 0
         self._unsent = bytearray(self._hello + b"\n" if opens else b"")  # the first receive() sends it
@@ -132,13 +134,18 @@ class Wire(messages.Channel):
     def fileno(self) -> int:
         return -1 if self._epoll.closed else self._epoll.fileno()
 
-    def acknowledged_s(self) -> float:
-        """Seconds since the peer's kernel acknowledged anything."""
+    def unacknowledged_s(self) -> float:
+        """Seconds since a look first found something that the peer's kernel has not acknowledged; 0: it has all.
+
+        Time in which this process does not run, and so sends nothing, counts for nothing: the kernels go on meanwhile.
+        """
         try:
-            about = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _LAST_ACK + 4)
+            about = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _UNACKED + 4)
         except OSError:
             return math.inf
-        return struct.unpack_from("=I", about, _LAST_ACK)[0] / 1000
+        now, waiting = time.monotonic(), struct.unpack_from("=I", about, _UNACKED)[0] > 0
+        self._unanswered_s = min(self._unanswered_s, now) if waiting else math.inf
+        return max(0.0, now - self._unanswered_s)
 
     @property
     def is_connected(self) -> bool:

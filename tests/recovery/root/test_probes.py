@@ -9,7 +9,15 @@ import pytest
 from gemini_gnn.recovery.messages import Member
 from gemini_gnn.recovery.root.probes import PATIENCE_S, Probes
 
-NOWHERE = "192.0.2.1"  # for documentation (RFC 5737): no machine has it
+
+@pytest.fixture
+def silent():
+    """A port whose kernel answers nothing: it takes one connection that nobody accepts, and no more."""
+    with (
+        socket.create_server(("127.0.0.1", 0), backlog=0) as full,
+        socket.create_connection(full.getsockname(), timeout=10),
+    ):
+        yield full.getsockname()[1]
 
 
 @pytest.fixture
@@ -33,8 +41,8 @@ def test_a_kernel_that_answers_lives_also_if_no_agent_does(listener):
     assert looks({1: Member("h1", "127.0.0.1", port), 2: Member("h2", "127.0.0.1", free)}) == []
 
 
-def test_one_that_does_not_answer_is_lost(listener):
-    assert looks({1: Member("h1", NOWHERE, 9), 2: Member("h2", "127.0.0.1", listener.getsockname()[1])}) == [1]
+def test_one_that_does_not_answer_is_lost(listener, silent):
+    assert looks({1: Member("h1", "127.0.0.1", silent), 2: Member("h2", "127.0.0.1", listener.getsockname()[1])}) == [1]
 
 
 def test_one_that_never_joined_is_not_asked():
@@ -42,7 +50,7 @@ def test_one_that_never_joined_is_not_asked():
     assert not probes.under_way and probes.look(PATIENCE_S + 1) == []
 
 
-def test_closed_probes_ask_nobody():
-    probes = Probes({1: Member("h1", NOWHERE, 9)}, 0.0)
+def test_closed_probes_ask_nobody(silent):
+    probes = Probes({1: Member("h1", "127.0.0.1", silent)}, 0.0)
     probes.close()
     assert not probes.under_way and probes.look(PATIENCE_S + 1) == []
