@@ -39,7 +39,7 @@ from gemini_gnn.files import read_record, rename, write_atomically
 from gemini_gnn.observe.failures import FAILURES
 from gemini_gnn.observe.progress import say
 from gemini_gnn.observe.status import write_status
-from gemini_gnn.observe.terms import Beats, claim_term, make_run_dir
+from gemini_gnn.observe.terms import OVER, Beats, claim_term, make_run_dir, newest_holder
 
 # Settings that may change between two starts of one run: none of them changes the losses of its steps. snapshot.mode may
 # not change: one mode does not find what another has kept.
@@ -191,12 +191,17 @@ def changed_settings(path: Path, config: Config) -> list[str]:
 def check_size(config: Config, place: Place) -> None:
     """Raise if a run that did steps would go on with another number of ranks: each trains a part of the graph.
 
+    Where a job may still live, its agent has the word: that it runs is the better news.
+
     Raises:
         RunDirError: how many ranks the run has, how many this launch, and what to type.
     """
     path, slots, seats = Path(config.run_dir), place.local_world_size, seats_of(config.recovery, place.machines)
     ranks, standbys = _ranks_of(path, seats * slots), place.machines - seats
     if config.resume == "never" or ranks == seats * slots or not steps_done(path):
+        return
+    term, beat, lives = newest_holder(path)
+    if term and beat != OVER and lives is not False:
         return
     each = max(n for n in range(1, slots + 1) if ranks % n == 0)
     nodes = ranks // each + standbys

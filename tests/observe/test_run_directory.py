@@ -242,6 +242,12 @@ def test_a_run_goes_on_with_as_many_ranks_as_it_had(tmp_path, world, slots, stan
         return check_size(config, place)
     with pytest.raises(RunDirError, match=f"expected 4 ranks, as the run in it has.*{re.escape(said)}"):
         check_size(config, place)
+    terms.make_run_dir(tmp_path)
+    term = terms.claim_term(tmp_path, {})
+    check_size(config, place)  # this process has the run directory: a start is told so
+    terms.leave_term(tmp_path, term)
+    with pytest.raises(RunDirError, match="expected 4 ranks"):
+        check_size(config, place)
     config.resume = "never"
     check_size(config, place)
 
