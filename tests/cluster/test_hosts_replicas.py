@@ -33,11 +33,11 @@ def calm_of(graph, tmp_path_factory):
     """By number of ranks and settings, the run directory of ranks on localhost that nobody disturbs."""
     made = {}
 
-    def calm(ranks, *settings):
+    def calm(ranks, *settings, timeout_s=120):
         key = (ranks, *settings)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("calm") / "run"
-            trained(ranks, made[key], *graph, *settings)
+            trained(ranks, made[key], *graph, *settings, timeout_s=timeout_s)
         return made[key]
 
     return calm
@@ -144,9 +144,9 @@ def test_power_offs_at_random_instants(lab, graph, calm_of, tmp_path, request, c
         names[lost], spare = spare, names[lost]
         chance.shuffle(names)
     process = start_each(lab, graph, run_dir, names, *settings, "resume=must")
-    assert ended(process, run_dir, 120 + 3 * count) == 0, f"seed {seed}\n{terminal(run_dir)[-6000:]}"
+    assert ended(process, run_dir, 120 + 12 * count) == 0, f"seed {seed}\n{terminal(run_dir)[-6000:]}"
     assert planned(run_dir)[-1] >= last
-    same_run(run_dir, calm_of(3, *settings))
+    same_run(run_dir, calm_of(3, *settings, timeout_s=120 + 12 * count))
 
 
 def flip(lab, host, pattern):
