@@ -121,7 +121,8 @@ def test_another_host_in_the_place_of_a_lost_one_loses_no_step(lab, graph, calm_
         assert lab.run(host, ["ls", "/dev/shm"]).stdout == ""
 
 
-@pytest.mark.parametrize("count", [5, pytest.param(100, marks=[pytest.mark.long, pytest.mark.timeout(7200)])])
+@pytest.mark.long
+@pytest.mark.parametrize("count", [5, pytest.param(100, marks=pytest.mark.timeout(7200))])
 def test_power_offs_at_random_instants(lab, graph, calm_of, tmp_path, request, count):
     """Each is followed by a start with another host in the lost one's place, the others in any order."""
     seed = request.config.getoption("seed") or 1
