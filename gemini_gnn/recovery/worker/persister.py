@@ -4,8 +4,9 @@ It is a process of its own (``python -P -m gemini_gnn.recovery.worker.persister`
 process; its agent may kill it at any instant and start another one (snapshot/persist.py says what a kill leaves). What goes
 wrong is an answer, never an end of this process: a full disk, a missing permission, a slot that was overwritten.
 
-It dies with its agent. While an order to load is carried out it writes into the arena, so it holds the trainers' lock as long
-as it lives: no other agent begins a membership before it is gone. It pins a slot only while it copies that shard.
+It dies with its agent. It writes into the arena only for an order to load. While it carries one out it holds the trainers'
+lock: no other agent begins a membership before it is gone. Storage that hangs while a checkpoint is written stops no next
+start: it pins one slot, the one it copies.
 
 It runs at the lowest priority, for cores and for disks. What it has written leaves the page cache at once.
 """
@@ -138,7 +139,6 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)  # the agent decides
     processes.name_this("gnn-persister")
     lower_priority()
-    lock = locks.hold_trainers_lock(options.arena)
     storage = storage_of(options.arena, options.run_dir, options.folder, options.keep, options.job)
     agent = messages.Channel(socket.socket(fileno=options.channel), messages.TO_PERSISTER)
     beat_s = time.monotonic()
@@ -151,8 +151,11 @@ def main() -> None:
 
     while not agent.closed:
         for order in agent.wait(3600.0):
-            agent.send(obey(order, storage, moved), timeout_s=10.0)
-    os.close(lock)
+            lock = locks.hold_trainers_lock(options.arena) if isinstance(order, messages.Load) else None
+            answer = obey(order, storage, moved)
+            if lock is not None:
+                os.close(lock)
+            agent.send(answer, timeout_s=10.0)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from gemini_gnn.observe import terms
@@ -63,7 +64,8 @@ class Agent:
         assert self.channel.send(order, timeout_s=10.0)
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline and not self.channel.closed:
-            if answers := self.channel.wait(deadline - time.monotonic()):
+            said = self.channel.wait(deadline - time.monotonic())
+            if answers := [one for one in said if one != messages.Alive()]:  # on a busy machine a load takes seconds
                 (answer,) = answers
                 return answer
         raise AssertionError(f"no answer to {order}")
@@ -85,7 +87,6 @@ def test_every_order_and_its_answer(memory, tmp_path):
     with agent_of(memory, tmp_path) as agent:
         ask = agent.ask
         assert ask(messages.ListCheckpoints()) == messages.Checkpoints([], [])
-        assert locks.living_trainer(memory) == agent.process.pid
         assert os.getpriority(os.PRIO_PROCESS, agent.process.pid) == 19
         assert "gnn-persister" in Path(f"/proc/{agent.process.pid}/comm").read_text()
         gone = ask(messages.Persist(Identity(1, 1, 9), SHARDS))
@@ -117,7 +118,6 @@ def test_every_order_and_its_answer(memory, tmp_path):
 
         agent.channel.close()
         assert agent.process.wait(PATIENCE_S) == 0
-        assert locks.living_trainer(memory) is None
 
 
 def test_what_goes_wrong_is_an_answer(memory, tmp_path):
@@ -144,6 +144,7 @@ def test_a_hanging_file_system_hangs_only_this_process(memory, tmp_path):
             time.sleep(0.01)
         assert agent.channel.wait(0.0) == [] and not agent.channel.closed
         assert is_free(slots_of(memory, "common")[0][1]) and is_free(slots_of(memory, "rank-00000")[-1][1])
+        assert locks.living_trainer(memory) is None  # the next start need not wait for the file system
         agent.process.kill()
         assert agent.process.wait(PATIENCE_S) == -signal.SIGKILL
         assert is_free(slots_of(memory, "common")[-1][1])
@@ -168,12 +169,13 @@ def test_it_dies_with_its_agent(memory, tmp_path):
     try:
         assert channel.send(messages.ListCheckpoints(), timeout_s=10.0)
         assert channel.wait(PATIENCE_S) == [messages.Checkpoints([], [])]
-        handle = os.pidfd_open(locks.living_trainer(memory))
+        (process,) = psutil.Process(agent.pid).children()
+        handle = os.pidfd_open(process.pid)
         agent.kill()
         agent.wait(PATIENCE_S)
         # This test holds both ends of its channel: it is the kernel that ends it.
         ended, _, _ = select.select([handle], [], [], PATIENCE_S)
-        assert ended and locks.living_trainer(memory) is None
+        assert ended
         os.close(handle)
     finally:
         agent.kill()
@@ -250,6 +252,7 @@ def test_what_nobody_wants_any_more_is_given_up_and_the_rest_is_done_by_the_next
             helper.give_up(messages.Load, messages.Persist)
             until(lambda: said)
             assert said == [messages.Checkpoints([identity], [SHARDS])] and helper.pid not in (0, first)
+            assert locks.living_trainer(memory) is None
         finally:
             pid = helper.pid
             helper.close()
