@@ -414,7 +414,7 @@ class Agent:
     def _stop(self, message: messages.Stop) -> None:
         """Ask the root to end the job. Without a root it ends here."""
         if self.allegiance.reaches_root:
-            self._tell(message)
+            self.allegiance.ask_to_stop(message)
         elif self.outcome is None:
             self.outcome = Outcome("stopped", message.code, message.reason, keep=message.keep)
 

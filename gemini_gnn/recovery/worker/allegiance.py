@@ -68,6 +68,8 @@ class Allegiance:
         self._watch: terms.Watch | None = None  # while a root is looked for
         self._roster: messages.Roster | None = None  # of the last root with a term
         self._lost: Lost | None = None  # why that one is lost
+        self._stop: messages.Stop | None = None  # was asked for here
+        self._greeted: messages.Welcome | None = None  # of the root that knows of it
 
     # --- the beginning ------------------------------------------------------------------------------------------------
 
@@ -211,6 +213,11 @@ class Allegiance:
         if self.uplink is not None:
             self.uplink.tell(message)
 
+    def ask_to_stop(self, message: messages.Stop) -> None:
+        """Ask this root to end the job, and each that follows: this one may lose its term before it has done so."""
+        self._stop = message
+        self.tell(message)
+
     def look(
         self, join: Callable[[], messages.Join | None], fence: Callable[[], None], now: float
     ) -> list[messages.Message]:
@@ -227,6 +234,10 @@ class Allegiance:
         said = self.uplink.look(join, now)
         if self.uplink.welcome is not None:
             self.number, self._start = self.uplink.welcome.machine, self.uplink.welcome.start
+            if self._greeted is not self.uplink.welcome:
+                self._greeted = self.uplink.welcome
+                if self._stop is not None:
+                    self.tell(self._stop)
         for message in said:
             self._hear(message)
         if self.root is not None and self.root.resigned:
