@@ -134,6 +134,6 @@ def completed(state: State, identity: Identity, problem: str) -> Step:
 def _failed(state: State, identity: Identity, problem: str) -> Step:
     """Let go of the snapshot; say why, unless it was said of the one before. Steps and paths of the two differ by numbers."""
     said = re.sub(r"\d+", "", problem)
-    text = f"checkpoint of step {identity.step}: {problem}. Training goes on; older checkpoints stay"
+    text = f"checkpoint of step {identity.step}: {problem}. Older checkpoints stay"
     state, new = replace(state, asked=0, persisted={}, completing=None, said=said), said != state.said
     return state, [Ask(0), Say(text)] if new else [Ask(0)]
