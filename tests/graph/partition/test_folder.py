@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from gemini_gnn.config import Config
 from gemini_gnn.errors import PartitionError
 from gemini_gnn.graph.array_folder import locked, new_folder, ticking
+from gemini_gnn.graph.datasets import fingerprint
 from gemini_gnn.graph.partition import write
 from gemini_gnn.graph.partition.assign import partition_nodes
 from gemini_gnn.graph.partition.check import check_partitioned
 from gemini_gnn.graph.partition.folder import PartitionedGraph
-from gemini_gnn.graph.partition.on_demand import open_or_make
+from gemini_gnn.graph.partition.on_demand import expect_made, open_or_make, partition_folder
 from gemini_gnn.graph.partition.quality import balance, chunks, human_bytes, sampled_epoch_bytes, table
 from gemini_gnn.graph.partition.write import write_partitioned
 from gemini_gnn.graph.sparse import SparseRows, dense, laid_out, sparse
@@ -328,6 +329,26 @@ def test_made_once_then_opened(tmp_path):
     with pytest.raises(PartitionError, match="made for another graph"):
         open_or_make(config, 3, load, "beef")
     assert calls == [1, 1]
+
+
+def test_a_machine_that_joins_needs_the_graph_of_the_job(tmp_path):
+    """Another data set, no partition, or a folder of that name with another graph in it."""
+    config = config_for(tmp_path)
+    own = fingerprint(config.dataset)
+    with pytest.raises(PartitionError, match=f"another data set than the job: expected the graph beef, got {own}"):
+        expect_made(config, 3, "beef")
+    with pytest.raises(PartitionError, match="has not the job's partitioned graph: expected .*blocks-"):
+        expect_made(config, 3, own)
+    open_or_make(config, 3, lambda: two_cliques(6), own)
+    expect_made(config, 3, own)
+    expect_made(config, 3, None)
+    with pytest.raises(PartitionError, match="has not the job's partitioned graph"):
+        expect_made(config, 4, own)
+    folder = partition_folder(config, 3, own)
+    shutil.rmtree(folder)
+    written(two_cliques(6), folder)  # of the graph f00d
+    with pytest.raises(PartitionError, match=f"made for another graph .*expected {own}, got f00d"):
+        expect_made(config, 3, own)
 
 
 def test_too_many_parts_leave_nothing_behind(tmp_path):
