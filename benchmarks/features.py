@@ -76,6 +76,7 @@ def settings(dataset: list[str], layout: str, ranks: int, epochs: int, run_dir: 
         *dataset,
         f"dataset.cache={cache}",
         f"features.layout={layout}",
+        "features.shared=false",  # bytes on the wire, as between machines
         f"sampling.fanouts={FANOUTS}".replace(" ", ""),
         f"sampling.batch_size={BATCH // ranks}",
         "model.layers=2",

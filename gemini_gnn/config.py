@@ -86,7 +86,9 @@ class SamplingConfig:
 
 @dataclass
 class FeaturesConfig:
-    in_ram: bool = True  # copy own rows out of the mapped file; False: read them through the page cache
+    in_ram: bool = True  # read own rows into memory once; False: when a batch needs them
+    # Ranks of one machine read each other's rows from the file that all of them map; False: through the halo exchange.
+    shared: bool = True
     # auto: only the values that are not zero are stored, sent and multiplied, where that takes a quarter of the memory
     layout: str = _one_of("auto", "dense", "sparse")
 

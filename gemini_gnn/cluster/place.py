@@ -43,6 +43,12 @@ class Place:
         """Number of machines of the job (every one has the same number of ranks)."""
         return self.world_size // self.local_world_size
 
+    @property
+    def ranks_here(self) -> range:
+        """The ranks on this machine."""
+        first = self.rank - self.local_rank
+        return range(first, first + self.local_world_size)
+
 
 # --- the ranks of the job ---------------------------------------------------------------------------------------------
 

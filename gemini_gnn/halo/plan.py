@@ -13,8 +13,8 @@ class Split:
     """Node ids by where their rows are: here or at another rank.
 
     Attributes:
-        own: int64 ``[own]`` positions (in the ids that were split) of the nodes this rank owns, ascending.
-        own_local: int64 ``[own]`` their row within this rank's range (id - bounds[rank]).
+        own: int64 ``[own]`` positions (in the ids that were split) of the nodes whose rows are here, ascending.
+        own_local: int64 ``[own]`` their row within the range that is here (id - its begin).
         remote: int64 ``[remote]`` positions of all others, by owner, ascending within one owner.
         remote_ids: int64 ``[remote]`` their new ids, in that order.
         counts: int64 ``[world]`` remote ids per owner; 0 at this rank.
@@ -63,14 +63,17 @@ def by_owner(ids: np.ndarray, bounds: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.argsort(narrow, kind="stable"), counts
 
 
-def split(ids: np.ndarray, bounds: np.ndarray, rank: int) -> Split:
+def split(ids: np.ndarray, bounds: np.ndarray, rank: int, here: tuple[int, int] | None = None) -> Split:
     """Own and remote rows of ``ids`` (new ids, any order).
+
+    Args:
+        here: begin and end of the ids whose rows this rank reads itself; None: those that it owns.
 
     Raises:
         ValueError: an id outside the graph.
     """
     ids = np.ascontiguousarray(ids, dtype=np.int64)
-    begin, end = int(bounds[rank]), int(bounds[rank + 1])
+    begin, end = here or (int(bounds[rank]), int(bounds[rank + 1]))
     is_own = (ids >= begin) & (ids < end)
     own, remote = np.flatnonzero(is_own), np.flatnonzero(~is_own)
     far = ids[remote]

@@ -78,6 +78,7 @@ FREE_SETTINGS: tuple[str, ...] = (
     "sampling.prefetch",
     "sampling.chunk_bytes",
     "features.in_ram",
+    "features.shared",
 )
 
 RESULTS = ("metrics.jsonl", "model.safetensors", "model.json", "losses.csv")  # the files of a run besides its settings

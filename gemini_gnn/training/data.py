@@ -118,8 +118,14 @@ class BatchSource:
             self.in_edges_over(self.exchange), config.sampling.fanouts, config.seed, config.sampling.weighted
         )
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        x, begin, end = self.x, self.part.begin, self.part.end
+        # In another form or type than the file's each rank has rows of its own.
+        self.shared = config.features.shared and x is self.part.x and dtype == torch.float32 and len(groups.machine) > 1
+        if self.shared:
+            begin, end = int(graph.bounds[groups.machine[0]]), int(graph.bounds[groups.machine[-1] + 1])
+            x = graph.x[begin:end]
         self.store = FeatureStore(
-            self.x, self.part.begin, self.part.end, self.exchange, in_ram=config.features.in_ram, dtype=dtype
+            x, begin, end, self.exchange, in_ram=config.features.in_ram, dtype=dtype, shared=self.shared
         )
         seeds = [graph.train_seeds(p) for p in range(graph.parts)]
         self.plan = BatchPlan(seeds, graph.original, config.sampling.batch_size, config.sampling.order, config.seed)

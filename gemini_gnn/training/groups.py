@@ -32,6 +32,7 @@ class Groups:
     Attributes:
         backend: "gloo" | "nccl".
         device: where the model and the features of a batch live.
+        machine: the ranks on this machine.
         halo, evaluation: groups for the halo exchange and for evaluation (None on one rank).
         control: a gloo group for small host-side agreement, whatever the backend (None on one rank).
         store: the rendezvous store, for "wait until rank 0 has done it".
@@ -41,6 +42,7 @@ class Groups:
     world_size: int
     backend: str
     device: torch.device
+    machine: range
     halo: Any
     evaluation: Any
     control: Any
@@ -152,6 +154,7 @@ def join(place: Place, config: DistributedConfig, listen_fd: int | None = None, 
         world_size=place.world_size,
         backend=backend,
         device=device,
+        machine=place.ranks_here,
         halo=None if single else dist.new_group(backend=backend, timeout=timeout),
         evaluation=None if single else dist.new_group(backend=backend, timeout=timeout),
         control=None if single else dist.new_group(backend="gloo", timeout=timeout),

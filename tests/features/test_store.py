@@ -196,6 +196,41 @@ def test_gathered_rows_are_those_on_disk(bounds):
     run_ranks(gathers, 3, np.array(bounds))
 
 
+def gathers_on_machines(rank, world, machine, folder):
+    """Machines of ``machine`` ranks, each of which maps the same files."""
+    bounds = np.array([0, 10, 300, 300, NODES])[: world + 1] if world > 2 else np.array([0, 200, NODES])
+    first = rank - rank % machine
+    begin, end = int(bounds[first]), int(bounds[first + machine])
+    halo = HaloExchange(dist.new_group(backend="gloo"), bounds, rank, chunk_bytes=999, timeout_s=30)
+    mapped = {path.stem: np.load(path, mmap_mode="r") for path in folder.iterdir()}
+    words = SparseRows(mapped["ptr"], mapped["index"], mapped["value"], WIDTH)
+    for local, full in ((mapped["x"], features()), (words, bags().dense())):
+        for in_ram in (True, False):
+            store = FeatureStore(local[begin:end], begin, end, halo, in_ram, shared=True)
+            for key in range(8):
+                rng = np.random.default_rng([rank, key])
+                ids = rng.permutation(NODES)[: rng.integers(0, 120)]
+                rows = store.gather(ids)
+                rows = rows if isinstance(rows, torch.Tensor) else rows.dense()
+                assert np.array_equal(rows.numpy(), full[ids])
+            counts = store.take_counts()
+            assert (counts.own > 0) == (begin < end)
+            assert (counts.remote > 0) == (counts.remote_bytes > 0) == (machine < world)
+    with pytest.raises(DataError, match="the exchange's rank"):
+        FeatureStore(mapped["x"][:9], 0, 9, halo, shared=True)
+    return halo.take_traffic()
+
+
+@pytest.mark.parametrize(("world", "machine"), [(2, 2), (4, 2), (4, 1)])
+def test_ranks_of_one_machine_read_each_others_rows(world, machine, tmp_path):
+    """From the file that all of them map; a job on one machine exchanges nothing."""
+    words = bags()
+    for name, array in (("x", features()), ("ptr", words.ptr), ("index", words.index), ("value", words.value)):
+        np.save(tmp_path / f"{name}.npy", array)
+    for traffic in run_ranks(gathers_on_machines, world, machine, tmp_path):
+        assert (traffic.calls > 0) == (machine < world)
+
+
 def broken_out_early(rank, world):
     """Ranks that leave the loop after the same batch can go on with the same exchange, however far ahead each was."""
     x = features()

@@ -297,7 +297,7 @@ def test_free_settings_do_not_make_another_run():
         ("evaluation", {"every": 3, "fanouts": [4, 4], "batch_size": 1000}),
         ("logger", {"progress": False, "tensorboard": False, "wandb": True, "wandb_project": "mine"}),
         ("sampling", {"topology": "partitioned", "prefetch": 0, "chunk_bytes": 4096}),
-        ("features", {"in_ram": False}),
+        ("features", {"in_ram": False, "shared": False}),
         ("partition", {"timeout_s": 1.0, "plot": True, "verify": False}),
     ):
         assert old[group].keys() >= changed.keys()

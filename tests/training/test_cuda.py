@@ -228,6 +228,7 @@ def test_what_snapshots_cost_on_this_gpu(tmp_path):
 @pytest.mark.parametrize("topology", ["replicated", "partitioned"])
 def test_two_ranks_over_nccl_give_the_losses_of_one(tmp_path, topology):
     same = ["experiment=exactness", *SMALL, "sampling.fanouts=[5,3]", f"sampling.topology={topology}"]
+    same += ["features.shared=false"]  # as ranks of two machines
     alone, _ = trained(tmp_path / "one", *same, "sampling.batch_size=128")
     both, result = trained(tmp_path / "two", *same, "sampling.batch_size=64", ranks=2)
     np.testing.assert_allclose(both, alone, rtol=1e-4)

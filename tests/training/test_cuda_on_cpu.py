@@ -209,7 +209,15 @@ def batches_in_two_stages(rank, world, folder):
                 PartitionedGraph.open(folder),
                 config,
                 groups.Groups(
-                    rank, world, "gloo", torch.device("cpu"), torch.distributed.new_group(), None, None, None
+                    rank=rank,
+                    world_size=world,
+                    backend="gloo",
+                    device=torch.device("cpu"),
+                    machine=range(rank, rank + 1),
+                    halo=torch.distributed.new_group(),
+                    evaluation=None,
+                    control=None,
+                    store=None,
                 ),
             )
             for _ in range(2)

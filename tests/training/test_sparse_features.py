@@ -140,7 +140,7 @@ def test_only_a_declared_model_on_the_cpu_gets_sparse_features():
 
 def same_batches(rank, world, folder, precision):
     group = torch.distributed.new_group() if world > 1 else None
-    place = groups.Groups(rank, world, "gloo", torch.device("cpu"), group, None, None, None)
+    place = groups.Groups(rank, world, "gloo", torch.device("cpu"), range(rank, rank + 1), group, None, None, None)
     sources = [
         BatchSource(
             PartitionedGraph.open(folder),

@@ -120,13 +120,13 @@ def test_sampled_losses_agree_on_any_ranks_partition_and_topology(small, tmp_pat
     assert len(expected) > 2
     for name, world, more in (
         ("two", 2, ["partition=hash"]),
-        ("four", 4, ["partition=metis"]),
-        ("remote", 2, ["partition=hash", "sampling.topology=partitioned"]),
+        ("four", 4, ["partition=metis", "features.shared=false"]),
+        ("remote", 2, ["partition=hash", "sampling.topology=partitioned", "features.shared=false"]),
     ):
         settings_of = [*settings, f"sampling.batch_size={40 // world}", *more]
         losses, result = trained(world, tmp_path / name, *settings_of)
         np.testing.assert_allclose(losses, expected, rtol=1e-5)
-        assert result["remote_bytes"] > 0
+        assert (result["remote_bytes"] > 0) == ("features.shared=false" in more)
         assert result["test_accuracy"] == pytest.approx(one["test_accuracy"], abs=0.02)
 
 
