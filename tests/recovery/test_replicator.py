@@ -503,6 +503,49 @@ def test_orders_that_still_hold_are_remembered():
         assert orders == left
 
 
+def test_orders_that_nobody_lives_to_carry_out_have_an_answer():
+    replicate, advance = Replicate(1, 1, None, None, [], [], [], 0), Advance(step(1))
+    wanted = messages.Wanted("rank-00001", step(1), messages.Peer("h1", "10.0.0.1", 9))
+    orders = [
+        replicate,
+        advance,
+        Fetch(3, [wanted]),
+        messages.Load(4, step(2), ["common"]),
+        messages.Persist(step(1), ["common"]),
+        messages.Complete(step(1), ["common"]),
+        messages.ListCheckpoints(),
+    ]
+    left, answers = helpers.declined(orders, "why")
+    assert left == [replicate, advance]
+    assert answers == [
+        Fetched(3, [messages.Miss("rank-00001", step(1), "h1", False, "why")]),
+        Fetched(4, [messages.Miss("common", step(2), "storage", False, "why")]),
+        messages.Persisted(step(1), "why"),
+        messages.Completed(step(1), "why"),
+        messages.Checkpoints([], [], "why"),
+    ]
+    waits = [order for order in orders if type(order) in helpers.ANSWERS]
+    assert len(answers) == len(waits), "each order that has an answer gets one"
+    for answer in answers:
+        orders = helpers.remembered(orders, answer)
+    assert orders == left
+
+
+def test_a_fetch_that_kills_each_replicator_fails_instead_of_being_tried_for_ever(machines, monkeypatch):
+    (a,) = machines(1)
+    monkeypatch.setattr(helpers, "AGAIN_S", (0.0, 0.0))
+    a.helper._command = ["gemini_gnn.no_such_module"]  # dies at once
+    wanted = messages.Wanted("rank-00001", step(1), messages.Peer("h1", "127.0.0.1", 9))
+    replicate = Replicate(1, 1, None, None, [], [], [], 0)
+    a.helper.send(replicate)
+    a.helper.send(Fetch(7, [wanted]))
+    until(lambda: any(isinstance(one, Fetched) for one in a.heard), a)
+    (fetched,) = [one for one in a.heard if isinstance(one, Fetched)]
+    (miss,) = fetched.misses
+    assert (fetched.attempt, miss.shard) == (7, "rank-00001") and "for the 5th time in a row" in miss.text
+    assert len(troubles(a)) == helpers.DEATHS and a.helper._orders == [replicate]
+
+
 # --- pace -------------------------------------------------------------------------------------------------------------
 
 

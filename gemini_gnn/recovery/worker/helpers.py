@@ -5,7 +5,9 @@ the process, not its number, says whether it is gone: the agent reaps children o
 to another one. A dead or silent helper is replaced, once it is gone: two never write into one arena.
 
 Losses. What was sent to a helper that dies may be lost. So the handle remembers the orders that still hold
-(:func:`remembered`) and gives them to the next one: an answer may come twice, or for a request that was begun twice.
+(:func:`remembered`) and gives them to the next one: an answer may come twice, or for a request that was begun twice. An
+order that nobody lived to carry out in `DEATHS` attempts is answered with a failure (:func:`declined`): the root looks for
+another way, instead of waiting for ever. Copying goes on with the next helper.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from gemini_gnn.recovery.worker.journal import Journal
 
 AGAIN_S = (0.1, 5.0)  # from a helper that died to the next: the first time, and at most
 STEADY_S = 30.0  # of life; then the next death is a first one again
+DEATHS = 5  # one after the other, 3 s in all
 
 ANSWERS: dict[type, type] = {
     messages.Quiet: messages.Silent,
@@ -48,6 +51,29 @@ def remembered(orders: Sequence[messages.Message], message: messages.Message) ->
             return [*orders, message]
     answered = next((one for one in orders if ANSWERS.get(type(one)) is type(message)), None)
     return [one for one in orders if one is not answered]
+
+
+def declined(orders: Sequence[messages.Message], why: str) -> tuple[list[messages.Message], list[messages.Message]]:
+    """The orders that a next helper still gets, and the failures that answer the others. Pure."""
+    left: list[messages.Message] = []
+    answers: list[messages.Message] = []
+    for order in orders:
+        match order:
+            case messages.Fetch(attempt, wanted):
+                misses = [messages.Miss(one.shard, one.identity, one.peer.name, False, why) for one in wanted]
+                answers.append(messages.Fetched(attempt, misses))
+            case messages.Load(attempt, identity, shards):
+                misses = [messages.Miss(shard, identity, "storage", False, why) for shard in shards]
+                answers.append(messages.Fetched(attempt, misses))
+            case messages.Persist(identity):
+                answers.append(messages.Persisted(identity, why))
+            case messages.Complete(identity):
+                answers.append(messages.Completed(identity, why))
+            case messages.ListCheckpoints():
+                answers.append(messages.Checkpoints([], [], why))
+            case _:  # copying: it can wait
+                left.append(order)
+    return left, answers
 
 
 class Helper:
@@ -82,6 +108,7 @@ class Helper:
         self._handle = -1  # of the process, until it is gone
         self._begun_s = self._heard_s = self._looked_s = 0.0
         self._next_s, self._delay_s = -math.inf, AGAIN_S[0]
+        self._deaths = 0  # in a row
 
     def send(self, order: messages.Message) -> None:
         """Have it done, by the next helper if this one does not live to do it."""
@@ -113,11 +140,13 @@ class Helper:
         said = self._channel.receive()
         for message in said:
             self._heard_s = now
-            self._orders = remembered(self._orders, message)
+            orders, self._orders = self._orders, remembered(self._orders, message)
+            if len(self._orders) < len(orders):
+                self._deaths = 0
         if self._channel.closed:
-            said.append(self._lose(str(self._channel.complaint or "its connection closed"), now))
+            said += self._lose(str(self._channel.complaint or "its connection closed"), now)
         elif now - self._heard_s > self._silence_s:
-            said.append(self._lose(f"it was silent for {now - self._heard_s:.1f} s", now))
+            said += self._lose(f"it was silent for {now - self._heard_s:.1f} s", now)
         return said
 
     def close(self) -> None:
@@ -142,7 +171,7 @@ class Helper:
             self._handle = os.pidfd_open(self.pid)  # our child, not reaped yet
         except OSError as error:  # out of processes, memory or descriptors
             channel.close()
-            return [self._put_off(f"cannot be started: {error.strerror}; it is tried again", now)]
+            return self._put_off(f"cannot be started: {error.strerror}; it is tried again", now)
         finally:
             theirs.close()
         self._channel, self._begun_s, self._heard_s, self._looked_s = channel, now, now, now
@@ -152,18 +181,23 @@ class Helper:
             channel.send(order, timeout_s=1.0)
         return []
 
-    def _lose(self, reason: str, now: float) -> messages.Trouble:
+    def _lose(self, reason: str, now: float) -> list[messages.Message]:
         pid = self.pid
         self._forget()
         if now - self._begun_s > STEADY_S:
-            self._delay_s = AGAIN_S[0]
+            self._delay_s, self._deaths = AGAIN_S[0], 0
         return self._put_off(f"(pid {pid}) is lost: {reason}; another one is started", now)
 
-    def _put_off(self, why: str, now: float) -> messages.Trouble:
+    def _put_off(self, why: str, now: float) -> list[messages.Message]:
         self._next_s, self._delay_s = now + self._delay_s, min(2 * self._delay_s, AGAIN_S[1])
         trouble = messages.Trouble(f"{self.name} on {os.uname().nodename} {why}")
         self._journal.log("helper_lost", name=self.name, text=trouble.text)
-        return trouble
+        self._deaths += 1
+        if self._deaths < DEATHS:
+            return [trouble]
+        self._deaths = 0
+        self._orders, answers = declined(self._orders, f"{self.name} {why}, for the {DEATHS}th time in a row")
+        return [trouble, *answers]
 
     def _forget(self) -> None:
         if self._channel is not None:
