@@ -278,11 +278,13 @@ def training_lines(document: Document) -> Iterator[Line]:
             world = pair.split()[2]
             if world != "1":
                 share = ranks["worlds"][world]["communication_fraction"]
+                slower = shown(ranks["two_jobs_at_once"], "x")
                 yield Line(
                     f"1 -> {world} ranks: times faster",
                     ratio,
                     "x",
-                    f"work allows {shown(ranks['work_ratios'][pair], 'x')}; communication {shown(share, '%')}",
+                    f"work allows {shown(ranks['work_ratios'][pair], 'x')}; communication {shown(share, '%')}; "
+                    f"two jobs at once: {slower}",
                     TWO_RANKS_TIMES if world == "2" else None,
                     eats="beyond half a step of one rank: " + parts_in_words(ranks["second_ranks_time_s"]),
                 )

@@ -20,12 +20,14 @@ batches lack what trim_to_layer needs. Our blocks hold more edges than PyG's sub
 every known node draws at each hop, not only the new ones.
 
 Ranks. The real launcher on a community graph partitioned by METIS, the same global batch on 1, 2, 4 ranks as far as there are
-cores; seconds per epoch and the share of exposed communication as result.json tells them. A table says where the second
+cores; seconds per epoch and the share of exposed communication as result.json tells them. In turn with these, two jobs of one
+rank run at once on two cores. They have nothing to do with each other, so by as much as each is slower than one alone, cores
+share caches, memory and a host. No second rank can be faster than that allows. A table says where the second
 rank's time goes: what a step of two ranks takes beyond half a step of one, of CPU time as the events tell it. On its
 core all threads of a rank run in turns, so a step is the CPU time of each and what is left, in which the core idles
 (or runs another process). That is shared out to the waits in proportion to their wall time; all rows add up to the
 difference measured. The first epoch does not count, nor the last steps, which make no batches any more. On a busy machine
-the rest is large; the CPU times still hold. `--part ranks --rounds 3` should take about five minutes on a quiet one.
+the rest is large; the CPU times still hold. `--part ranks --rounds 3` takes about ten minutes on a quiet one.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -259,10 +262,16 @@ def ranks_section(arguments) -> dict:
     worlds = [world for world in (1, 2, 4) if world <= cores]
     print(f"ranks: {worlds} of one core each; this machine has {cores}" + ("" if cores >= 4 else ": no run with 4"))
     runs: dict[int, list[dict]] = {world: [] for world in worlds}
+    at_once: list[float] = []  # seconds per epoch of two jobs that have nothing to do with each other
     with tempfile.TemporaryDirectory(prefix="training-benchmark-") as folder:
         for turn in range(arguments.rounds):
             for world in worlds:
                 runs[world].append(launch(world, Path(folder) / f"run-{world}-{turn}", Path(folder), arguments))
+            if cores >= 2:
+                dirs = [Path(folder) / f"alone-{core}-{turn}" for core in (0, 1)]
+                with ThreadPoolExecutor(2) as pool:
+                    jobs = [pool.submit(launch, 1, dirs[core], Path(folder), arguments, core) for core in (0, 1)]
+                    at_once += [job.result()["epoch_s"] for job in jobs]
     results, ratios, work = {}, {}, {}
     for world, told in runs.items():
         # Two ranks of half the seeds sample more than one rank of all: neighborhoods that overlap are sampled twice. So
@@ -286,8 +295,13 @@ def ranks_section(arguments) -> dict:
             f"(edges per rank: {work[f'1 / {world} ranks']:.2f}x fewer), "
             f"communication {r['communication_fraction']:.1%}, edge cut {r['edge_cut']:.3f}"
         )
-    lost = {}
+    lost, slower = {}, 1.0
     if "2" in results:
+        slower = median(at_once) / results["1"]["epoch_s"]
+        print(
+            f"  two jobs of one rank at once: each takes {slower:.2f}x as long as one alone, so of "
+            f"{work['1 / 2 ranks']:.2f}x this machine allows {work['1 / 2 ranks'] / slower:.2f}x"
+        )
         one, two = results["1"]["parts_s"], results["2"]["parts_s"]
         lost = second_ranks_time(one, two, 1 / work["1 / 2 ranks"])
         print("  where the second rank's time goes, ms per step: 1 rank, 2 ranks, beyond half of the first")
@@ -296,6 +310,7 @@ def ranks_section(arguments) -> dict:
         print(f"    {'sum':30s}", *(f"{sum(column.values()) * 1e3:8.1f}" for column in (one, two, lost)))
     return {
         "second_ranks_time_s": lost,
+        "two_jobs_at_once": slower,
         "nodes": arguments.ranks_nodes,
         "global_batch": SEEDS,
         "cores": cores,
@@ -349,8 +364,12 @@ def second_ranks_time(one: dict[str, float], two: dict[str, float], edges: float
     return lost
 
 
-def launch(world: int, run_dir: Path, cache: Path, arguments) -> dict:
-    """result.json of a training run, with the edge cut of its partition and the edges of a step over all ranks."""
+def launch(world: int, run_dir: Path, cache: Path, arguments, core: int = 0) -> dict:
+    """result.json of a training run, with the edge cut of its partition and the edges of a step over all ranks.
+
+    Args:
+        core: of rank 0; the other ranks have the next ones.
+    """
     command = [*DEEPSPEED, "--num_accelerators", str(world), "benchmarks/pinned.py", "launch/train.py"]
     command += [
         "dataset=blocks",
@@ -373,7 +392,7 @@ def launch(world: int, run_dir: Path, cache: Path, arguments) -> dict:
         f"run_dir={run_dir}",
         *arguments.set,
     ]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "FIRST_CORE": str(core)}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=arguments.timeout_s
     )

@@ -161,6 +161,7 @@ SAMPLES = {
             "worlds": {n: {"epoch_s": 2.0 / int(n), "communication_fraction": 0.01} for n in ("1", "2")},
             "ratios": {"1 / 1 ranks": 1.0, "1 / 2 ranks": 1.8},
             "work_ratios": {"1 / 1 ranks": 1.0, "1 / 2 ranks": 1.9},
+            "two_jobs_at_once": 1.1,
             "second_ranks_time_s": {"more work: less overlap": 0.04, "forward, backward": 0.02},
         },
     },
@@ -215,7 +216,7 @@ SEEN = {
     "training": [
         "| times faster than PyG | 12.0x | 9.00 s; batches from NeighborLoader |",
         "| a step with bf16_products, of float32's | 67 % | 0.50 s beside 0.75 s | <= 60 % | **MISSED** |",
-        "| 1 -> 2 ranks: times faster | 1.8x | work allows 1.9x; communication 1.0 % | >= 1.8x | **MISSED** |",
+        "| 1 -> 2 ranks: times faster | 1.8x | work allows 1.9x; communication 1.0 %; two jobs at once: 1.1x |",
     ],
     "features": [
         "| words: epoch_s, times less than dense | 6.0x | dense 9.00 s | >= 8.0x | **MISSED** |",
