@@ -1,7 +1,8 @@
 """No false alarm: a busy machine, a file system that hangs and agents that are stopped for a moment are no failures.
 
-Four hosts share the cores of this machine with as many busy loops as it has. The run directory lies on a network file
-system that stops answering for 20 s. Each agent is stopped for two seconds. Nothing of it may restart anything.
+Four hosts that train and a standby share the cores of this machine with as many busy loops as it has. The run directory
+lies on a network file system that stops answering for 20 s. Each agent is stopped for two seconds. Nothing of it may
+restart anything.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tests.cluster.test_hosts_train import ROOT, ended, graph, losses, terminal,
 __all__ = ["graph"]  # the fixture
 
 pytestmark = [pytest.mark.lab]
-HOSTS = ["h0", "h1", "h2", "h3"]
+HOSTS = ["h0", "h1", "h2", "h3", "h4"]  # the last one stands by
 HANGS_S = 20.0
 STOPS_S = 2.0  # longer than `silence_s`: the kernels of the hosts go on acknowledging heartbeats
 
@@ -61,13 +62,14 @@ def test_nothing_fails_and_nothing_is_restarted(lab, network_folder, graph, tmp_
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
     launcher = [*DEEPSPEED, "--hostfile", str(lab.hostfile(HOSTS))]
     settings = [*graph, "training.epochs=100000", "evaluation.every=50", "partition.folder=" + str(tmp_path / "parts")]
+    settings.append("recovery.standby_machines=1")
     try:
         process = train(lab, "h0", launcher, *settings, run_dir=run_dir, output=seen)
         wait_until(lambda: len(losses(seen)) > 5 or process.poll() is not None, seen)
         begin, hangs, turn = time.monotonic(), 0, 0
         while time.monotonic() - begin < minutes * 60:
             assert process.poll() is None, terminal(seen)[-6000:]
-            stop_for(lab, [HOSTS[turn % 4]], "gemini_gnn.recovery.worker.agent", STOPS_S)
+            stop_for(lab, [HOSTS[turn % len(HOSTS)]], "gemini_gnn.recovery.worker.agent", STOPS_S)
             if turn % 8 == 2:  # all of them at once: the whole job sees the same server
                 stop_for(lab, HOSTS, "sshfs", HANGS_S)
                 hangs += 1
@@ -75,6 +77,7 @@ def test_nothing_fails_and_nothing_is_restarted(lab, network_folder, graph, tmp_
             turn += 1
         status, done = read_status(seen), len(losses(seen))
         assert (status["term"], status["generation"], status["state"]) == (1, 1, "running")
+        assert [one["ready"] for one in status["machines"]] == [True] * len(HOSTS)
         assert read_failures(seen) == [] and "restarting" not in terminal(seen) and hangs
         wait_until(lambda: len(losses(seen)) > done or process.poll() is not None, seen)
     finally:
