@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -103,10 +104,18 @@ class Job:
         return found
 
     def pid_of(self, role: str) -> int:
-        """The agent, or the warm parent (what it forks looks like it, but for the name)."""
-        pids = [pid for pid, kind in self.processes().items() if kind == role]
-        (pid,) = [pid for pid in pids if role != "warm" or psutil.Process(pid).name() == "gnn-warm"]
-        return pid
+        """The agent, or the warm parent (what it forks looks like it, but for the name).
+
+        A process that is about to become another program has the command line of its parent for a moment.
+        """
+
+        def alone() -> list[int]:
+            pids = [pid for pid, kind in self.processes().items() if kind == role]
+            with contextlib.suppress(psutil.NoSuchProcess):
+                pids = [pid for pid in pids if role != "warm" or psutil.Process(pid).name() == "gnn-warm"]
+            return pids if len(pids) == 1 else []
+
+        return int(wait_for(alone, f"one {role}")[0])
 
     def clean(self) -> None:
         """Whatever a test has left, and only then."""
