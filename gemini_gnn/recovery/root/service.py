@@ -505,12 +505,11 @@ class Root:
         assert self._bound is not None
         address = self.members[self.state.seats[0]].address if len(self.state.machines) > 1 else "127.0.0.1"
         restored = self.copies.identity
-        if self.copies.loads and restored is not None and (steps := self.state.reached - restored.step) > 0:
-            work_s = steps * (self.ledger.step_s or self._step_s)
-            self._say(
-                f"host memory holds nothing newer: the job goes on from the checkpoint of step {restored.step}; {steps} steps "
-                f"are done again, {work_s:.1f} s of work"
-            )
+        if self.copies.loads and restored is not None:
+            words = f"host memory holds nothing newer: the job goes on from the checkpoint of step {restored.step}"
+            if (steps := self.state.reached - 1 - restored.step) > 0:  # the step that was reached was not done
+                words += f"; {steps} steps are done again, {steps * (self.ledger.step_s or self._step_s):.1f} s of work"
+            self._say(words)
         self.copies.begun(generation)
         self._tell_roster()
         for link in self.links:
