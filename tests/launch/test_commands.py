@@ -68,8 +68,9 @@ def test_quickstart_trains_and_recovers(quickstart):
     assert (folder / "run" / "losses.png").stat().st_size > 10_000
     for key in ("test_accuracy", "val_accuracy", "macro_f1", "epochs", "world_size", "epoch_s", "edges_per_s"):
         assert isinstance(result[key], (int, float)), key
-    for key in ("communication_fraction", "remote_bytes", "peak_rss_bytes"):
+    for key in ("communication_fraction", "peak_rss_bytes"):
         assert result[key] > 0, key
+    assert result["remote_bytes"] == 0, "ranks of one machine read each other's features"
     assert result["world_size"] == 2 and result["versions"]["torch"] and result["config"]["dataset"]["nodes"] == 600
 
 
