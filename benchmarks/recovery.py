@@ -1,7 +1,7 @@
 """What each kind of failure costs, beside a plain DeepSpeed job that is typed again and resumes from its checkpoint.
 
     python benchmarks/recovery.py [--rounds 5] [--only trainer,checkpoint]
-    python benchmarks/recovery.py --all            # also by bytes of state, and what the agents cost; 20 to 25 minutes
+    python benchmarks/recovery.py --all            # also by bytes of state, and what the agents cost; 50 minutes
     python benchmarks/recovery.py --all --quick    # the same, small and once
 
 Two ranks on this machine, a job for each failure:
