@@ -38,7 +38,7 @@ from gemini_gnn.snapshot.store.identity import Identity
 MAX_MESSAGE_BYTES = 16 << 20
 READ_BYTES = 1 << 20  # when so much has come, what is complete is handed out first
 MAX_DESCRIPTORS = 253  # the kernel's limit for one message
-PROTOCOL = 8  # of messages to an agent, which may be of an older installation: count up with every change
+PROTOCOL = 9  # of messages to an agent, which may be of an older installation: count up with every change
 
 
 # --- slot process (or a visitor) -> agent --------------------------------------------------------------------
@@ -216,6 +216,8 @@ class Join:
         ready: it can fork a generation. unable: why it never can; ``time_s`` as in :class:`RankFailed`.
         address, port: of its replicator; port 0: it has none. Address "": where the connection comes from.
         root_port: where it answers if it becomes root.
+        disk: names its run directory, where each machine has one of its own; else empty. newest: the highest term that it knew
+            there before this start, won or granted.
     """
 
     machine: int
@@ -231,6 +233,25 @@ class Join:
     start: str = ""
     generation: int = 0
     reached: int = 0
+    disk: str = ""
+    newest: int = 0
+
+
+@dataclass(frozen=True)
+class Voted:
+    """The answer to Vote: see ``root/ballot.py``.
+
+    Attributes:
+        claimer, number: as asked. newest: the highest number that this machine has granted, or knows to be won.
+        won: the record of a newer term than `known`, if this machine knows one. votes: of lower numbers that it has granted.
+    """
+
+    claimer: str
+    number: int
+    granted: bool
+    newest: int
+    won: dict[str, Any]
+    votes: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -373,6 +394,7 @@ class Roster:
     Attributes:
         term: the newest that the root knows of. seats: of that term: by seat, the number of its machine.
         members: by number.
+        record: of that term, where each machine has a run directory of its own, to be kept there; else empty.
     """
 
     term: int
@@ -380,6 +402,24 @@ class Roster:
     seats: list[int]
     root: int
     generation: int
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Vote:
+    """Grant ``number`` to the process of ``record``. ``known``: the newest term that it knows. The answer is Voted."""
+
+    number: int
+    known: int
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class News:
+    """For a run directory of the worker's own: the status of the job, or what a failure cost."""
+
+    status: dict[str, Any] = field(default_factory=dict)
+    failure: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -835,9 +875,9 @@ class Failed:
 
 Message = (
     Register | Stop | Inject | Accepted | Follow | Refused | Ending | Stepped | Say | Ended
-    | Join | Able | Unable | Stuck | RankListens | RankFailed | RankExited | Beat | Holds | Bound | Stored | Committed
+    | Join | Able | Unable | Stuck | RankListens | RankFailed | RankExited | Beat | Holds | Bound | Stored | Committed | Voted
     | Survey | Look | AskCheckpoints | PersistAt | Inspect | Catalog
-    | Welcome | RootBeat | Roster | Moved | Bind | Begin | Close | AskToStop | DumpStacks | Commit | Finish
+    | Welcome | RootBeat | Roster | Vote | News | Moved | Bind | Begin | Close | AskToStop | DumpStacks | Commit | Finish
     | Replicate | Advance | Quiet | Silent | Fetch | Fetched | Copied | Damaged | Alive | Trouble
     | Offer | Go | Kept | Later | NotKept | Ask | Serve | Lacks
     | Persist | Persisted | Complete | Completed | ListCheckpoints | Checkpoints | Load
@@ -864,6 +904,7 @@ TO_ROOT = (
     Persisted,
     Completed,
     Committed,
+    Voted,
     Stop,
     Inject,
     Inspect,
@@ -873,6 +914,8 @@ TO_WORKER = (
     Refused,
     RootBeat,
     Roster,
+    Vote,
+    News,
     Moved,
     Bind,
     Survey,

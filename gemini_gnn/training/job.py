@@ -26,6 +26,7 @@ from gemini_gnn.graph.graph import Graph, one_way_share
 from gemini_gnn.graph.partition.folder import PartitionedGraph
 from gemini_gnn.graph.partition.on_demand import open_or_make
 from gemini_gnn.models import bf16
+from gemini_gnn.observe import votes
 from gemini_gnn.observe.errors import forget_errors, record_error
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.progress import say
@@ -53,8 +54,11 @@ def main(payload: dict[str, Any], place: Place, listen_fd: int | None = None) ->
         0 when the run is complete, STOPPED after an orderly stop before that.
     """
     here = snapshot_context.current()
-    if here.generation > 1 and (Path(payload["run_dir"]) / "result.json").exists():
-        return 0  # the run was complete when a trainer was lost on its way out
+    result = Path(payload["run_dir"]) / "result.json"
+    if here.generation > 1 and result.exists():
+        if votes.private(result.parent) is None:
+            return 0  # the run was complete when a trainer was lost on its way out
+        result.unlink(missing_ok=True)  # other machines may lack it: all finish once more
     try:
         return run(from_checked(payload, Config), place, listen_fd)
     except RunDirError:  # the folder is not ours: nothing is written there
@@ -74,6 +78,7 @@ def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
     groups = process_groups.join(place, config.distributed, listen_fd, membership=membership)
     board.milestone(board.Milestone.JOINED)
     claimed: list[RunDir] = []
+    private = votes.private(Path(config.run_dir)) is not None
     resume = here.resume if here else config.resume  # of an agent's trainers only the first generation forgets
 
     def claim() -> None:
@@ -87,9 +92,11 @@ def run(config: Config, place: Place, listen_fd: int | None = None) -> int:
     except RunDirError:
         process_groups.part(groups)  # else ranks that still join would take the end of rank 0 for the error
         raise
+    if private and place.rank > 0 and place.local_rank == 0:
+        claim()
     run_dir = claimed[0] if claimed else None
     try:
-        code = _with_groups(config, place, groups, run_dir)
+        code = _with_groups(config, place, groups, run_dir, private)
     except BaseException as error:
         if run_dir is not None:
             run_dir.status("failed", reason=f"{type(error).__name__}: {error}"[:2000])
@@ -114,10 +121,12 @@ def _speak(rank: int) -> None:
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-def _with_groups(config: Config, place: Place, groups: process_groups.Groups, run_dir: RunDir | None) -> int:
+def _with_groups(
+    config: Config, place: Place, groups: process_groups.Groups, run_dir: RunDir | None, private: bool
+) -> int:
     writer = Writer("events")
     events = EventLog(writer, Path(config.run_dir) / "events" / f"rank-{place.rank}.jsonl", rank=place.rank)
-    report = Report(run_dir, config, groups)
+    report = Report(run_dir, config, groups, private)
     try:
         events.emit("start", machine=place.machine, pid=os.getpid(), backend=groups.backend, device=str(groups.device))
         if run_dir is not None:
@@ -196,6 +205,8 @@ def _train(job: Run, run_dir: RunDir | None) -> int:
 
     # No rank is done before the result is on disk: an agent drops the snapshots of ranks that are.
     process_groups.run_on_first(groups.store, groups.rank, "result.json", config.distributed.timeout_s, finish)
+    if run_dir is not None and groups.rank > 0:
+        finish()
     if run_dir is not None:
         say(
             f"done: test accuracy {_shown(result['test_accuracy'], 4)} at the best validation "

@@ -1,7 +1,12 @@
-"""The results of a run: losses.csv, metrics.jsonl, TensorBoard, W&B, the best model and result.json. Rank 0 writes."""
+"""The results of a run: losses.csv, metrics.jsonl, TensorBoard, W&B, the best model and result.json. Rank 0 writes.
+
+Where machines share no run directory, the first rank of each machine writes them on its own disk. A machine that was not
+there from the beginning gets what it lacks from another one (:meth:`Report.begin`).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -19,7 +24,8 @@ from gemini_gnn.config import Config, to_mapping
 from gemini_gnn.errors import ConfigError
 from gemini_gnn.files import write_atomically
 from gemini_gnn.graph.partition.folder import PartitionedGraph
-from gemini_gnn.observe.run_directory import LossLog, RunDir
+from gemini_gnn.observe.progress import say
+from gemini_gnn.observe.run_directory import LossLog, RunDir, read_losses
 from gemini_gnn.training.groups import Groups
 from gemini_gnn.training.state import RunState
 
@@ -27,10 +33,10 @@ PHASES = ("input", "exposed", "input_others", "forward", "backward", "others", "
 
 
 class Report:
-    """Collects on every rank, writes on rank 0 (``run_dir`` is None elsewhere)."""
+    """Collects on every rank, writes on rank 0 (``run_dir`` is None elsewhere). ``private``: on the first of each machine."""
 
-    def __init__(self, run_dir: RunDir | None, config: Config, groups: Groups):
-        self.run_dir, self.config, self.groups = run_dir, config, groups
+    def __init__(self, run_dir: RunDir | None, config: Config, groups: Groups, private: bool = False):
+        self.run_dir, self.config, self.groups, self.private = run_dir, config, groups, private
         self.phases = dict.fromkeys(PHASES, 0.0)
         self.steps, self.edges, self.busy_s = 0, 0, 0.0
         self.epoch_s: list[float] = []
@@ -41,10 +47,15 @@ class Report:
         self._wandb: Any = None
 
     def begin(self, state: RunState) -> None:
-        """Bring the files to ``state``: rows beyond its step are dropped, rows lost with a machine are put back."""
+        """Bring the files to ``state``: rows beyond its step are dropped, rows lost with a machine are put back.
+
+        Collective, where machines share no run directory.
+        """
+        if self.private:
+            self._share_history(state)
         if self.run_dir is None or self._losses is None:
             return
-        if self.config.logger.wandb:
+        if self.config.logger.wandb and self.groups.rank == 0:
             self._wandb = _start_wandb(self.config)
         self._losses.resume(state.step, state.losses)
         if state.losses:
@@ -58,6 +69,41 @@ class Report:
         # A new file, as of the losses: another rank 0 may have the old one open.
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows), durable=False)
         self._metrics = open(path, "a")
+
+    def _share_history(self, state: RunState) -> None:
+        """The machine with most of the run's rows sends its files to those that have fewer: they came later, or were away."""
+        group, own = self.groups.control, (-1, -1)  # of a rank that writes nothing
+        if self.run_dir is not None:
+            path = self.run_dir.path / "losses.csv"
+            losses = {row[0] for row in read_losses(path) if row[0] <= state.step} if path.exists() else set[int]()
+            metrics = [
+                row for row in _read_rows(self.run_dir.path / "metrics.jsonl") if row["epoch"] <= state.evaluated
+            ]
+            own = len(losses), len(metrics)
+        if group is None:
+            return
+        gathered = [torch.zeros(2, dtype=torch.int64) for _ in range(self.groups.world_size)]
+        dist.all_gather(gathered, torch.tensor(own), group=group)
+        held = [tuple(map(int, one)) for one in gathered]
+        most = max(held)
+        if all(one in (most, (-1, -1)) for one in held):
+            return
+        source = held.index(most)
+        for name in ("losses.csv", "metrics.jsonl", "model.safetensors"):
+            content = b""
+            if self.groups.rank == source:
+                assert self.run_dir is not None
+                with contextlib.suppress(FileNotFoundError):  # before the first evaluation
+                    content = (self.run_dir.path / name).read_bytes()
+            length = torch.tensor([len(content)])
+            dist.broadcast(length, source, group=group)
+            data = torch.frombuffer(bytearray(content or bytes(int(length))), dtype=torch.uint8) if length else None
+            if data is not None:
+                dist.broadcast(data, source, group=group)
+                if self.run_dir is not None and own < most:
+                    write_atomically(self.run_dir.path / name, data.numpy().tobytes(), durable=False)
+        if self.groups.rank == source:
+            say("sent the results so far to the machines that lack them")
 
     def loss(self, state: RunState, epoch: int, loss: float) -> None:
         self._loss = loss

@@ -251,6 +251,14 @@ def test_a_call_measures_and_knows_whom_it_reached():
 # --- what is shared ---------------------------------------------------------------------------------------------------
 
 
+def test_a_run_directory_of_each_machines_own():
+    own, lacks = {"seen_s": None, "type": "ext4", "private": True}, {"seen_s": None, "type": "ext4", "private": False}
+    (found,) = shared(h0=own, h1=own, h2=own, h3=own)
+    assert (found.verdict, found.subject) == (verdicts.OK, "all") and "3 must live" in found.text
+    (found,) = shared(h0=own, h1=lacks)
+    assert (found.verdict, found.subject) == (verdicts.BAD, "h1") and "hosts.py private" in found.remedy
+
+
 def shared(**looks):
     return list(verdicts.folder({"folder": "/r/x", "looks": looks}, "/r"))
 

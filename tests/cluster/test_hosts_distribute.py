@@ -1,21 +1,74 @@
-"""Machines without a shared disk for the data: each gets its parts, trains on them, and a standby has what a lost one had."""
+"""Machines without a shared disk: each gets its parts of the data, and a run directory of its own.
+
+A lost machine's place is taken by a standby, and every machine has the results. Of a job that is cut in two only the half
+with a majority of the machines goes on.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
+from gemini_gnn.cluster.hosts import KEEPALIVE
+from gemini_gnn.cluster.launcher import DEEPSPEED
+from gemini_gnn.observe.run_directory import read_losses
+from gemini_gnn.observe.status import read_status
 from tests.cluster.test_hosts_lost import Run, calm_of, small
-from tests.cluster.test_hosts_train import ROOT
+from tests.cluster.test_hosts_train import ROOT, train
 from tests.lab.slurm import absent, slurm_up
+from tests.launch.test_resume import same_run
 
 __all__ = ["calm_of", "small"]  # the fixtures
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
 HOSTS = ["h0", "h1", "h2", "h3", "h4"]
+
+
+class OwnDisks(Run):
+    """A job whose machines share no run directory; it is looked at on the disk of ``watched``."""
+
+    def __init__(self, lab, settings, folder, output, hosts, standbys):
+        self.folder, self.watched = folder, hosts[-1]
+        super().__init__(lab, settings, output, hosts, standbys)
+
+    def start(self, *settings):
+        made = on(self.lab, "h5", "launch/hosts.py", "private", self.lab.hostfile(self.hosts), f"run_dir={self.folder}")
+        assert made.returncode == 0 and made.stdout.count(": made") == len(self.hosts), made.stdout
+        launcher = [*DEEPSPEED, "--hostfile", str(self.lab.hostfile(self.hosts))]
+        environ, self.begun = {"PDSH_SSH_ARGS_APPEND": KEEPALIVE}, False
+        settings = [*self.settings, *settings]
+        self.process = train(
+            self.lab, self.host, launcher, *settings, run_dir=self.folder, environ=environ, output=self.run_dir
+        )
+
+    def seen(self, host=None) -> Path:
+        return self.lab.disk(host or self.watched, self.folder)
+
+    @property
+    def status(self):
+        return read_status(self.seen())
+
+    @property
+    def steps(self):
+        """As rank 0 has them."""
+        seats = self.seats
+        path = self.seen(seats[0]) / "losses.csv" if seats else None
+        return [row[0] for row in read_losses(path)] if path is not None and path.exists() else []
+
+    def is_as(self, calm):
+        """On every machine that trained in the end."""
+        for host in self.seats:
+            same_run(self.seen(host), calm)
+            assert read_status(self.seen(host))["state"] == "done"
+
+
+def on(lab, host, *command):
+    words = [sys.executable, *map(str, command)]
+    return lab.run(host, words, 120, cwd=ROOT, env=dict(os.environ))
 
 
 def test_private_disks_lose_a_machine_and_go_on(lab, small, calm_of, tmp_path):
@@ -49,10 +102,31 @@ def test_private_disks_lose_a_machine_and_go_on(lab, small, calm_of, tmp_path):
 
     calm = calm_of(4, "training.epochs=110")
     settings = [*small, "training.epochs=110", "dataset=partitioned", f"partition.folder={folder}"]
-    run = Run(lab, settings, tmp_path / "run", HOSTS, 1)
+    run = OwnDisks(lab, settings, f"/run/{tmp_path.name}/run", tmp_path / "run", HOSTS, 1)
     run.trains([HOSTS[:4]])
-    lab.power_off("h2")
-    run.trains([["h0", "h1", "h4", "h3"]])
+    lab.power_off("h0")  # the root's, and rank 0's
+    run.trains([["h4", "h1", "h2", "h3"]])
+    assert run.status["term"] > 1
+    run.ends()
+    run.is_as(calm)
+
+
+def test_of_a_job_cut_in_two_only_the_half_with_a_majority_goes_on(lab, small, calm_of, tmp_path):
+    """Each half has a machine that trained, and a standby for the other's place."""
+    calm = calm_of(2, "training.epochs=220")
+    folder = f"/run/{tmp_path.name}/run"
+    run = OwnDisks(lab, [*small, "training.epochs=220"], folder, tmp_path / "run", HOSTS, 3)
+    run.trains([["h0", "h1"]])
+    run.stands_by("h2", "h3", "h4")
+    lab.split(["h0", "h2"])
+    run.trains([["h3", "h1"], ["h4", "h1"]])
+    alone = (lab.disk("h0", folder) / "losses.csv").read_text()
+    assert read_status(lab.disk("h0", folder))["term"] < run.status["term"]
+    run.goes_on(20)
+    assert (lab.disk("h0", folder) / "losses.csv").read_text() == alone, "the other half has trained, too"
+    assert (lab.disk("h2", folder) / "terms").is_dir() and not (lab.disk("h2", folder) / "losses.csv").exists()
+    lab.heal()
+    run.stands_by("h0", "h2")
     run.ends()
     run.is_as(calm)
 

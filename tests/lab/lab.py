@@ -230,6 +230,10 @@ class Lab:
         path.write_text("".join(f"{host} slots={slots}\n" for host in hosts))
         return path
 
+    def disk(self, name: str, path: str) -> Path:
+        """``path`` on a host's own disks, as it is reached from here; gone with the host's power."""
+        return Path(f"/proc/{self._host(name).pid}/root{path}")
+
     def is_on(self, name: str) -> bool:
         """False for a host that was powered off, or whose first process was killed."""
         host = self._host(name)

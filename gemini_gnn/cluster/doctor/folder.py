@@ -56,16 +56,20 @@ def begin(run_dir: Path, token: str) -> None:
 
 
 def look(folder: Path, token: str) -> dict[str, Any]:
-    """As seen from here: ``seen_s`` until the word was there (None: never), ``won`` the creation, the ``lock``, the ``type``."""
+    """As seen from here: ``seen_s`` until the word was there (None: never), ``won`` the creation, the ``lock``, the ``type``.
+
+    ``private``: the run directory was made for this machine alone (``launch/hosts.py private``).
+    """
     began, seen_s = time.monotonic(), None
-    while seen_s is None and time.monotonic() - began < SEEN_S:
+    private = (folder.parent / "terms" / "private").exists()
+    while seen_s is None and not private and time.monotonic() - began < SEEN_S:
         if (folder / "word").exists() and (folder / "word").read_text() == token:
             seen_s = time.monotonic() - began
         else:
             time.sleep(0.1)
     kind = files.file_system(folder.resolve(), Path("/proc/self/mountinfo").read_text())
     if seen_s is None:
-        return {"seen_s": None, "type": kind}
+        return {"seen_s": None, "type": kind, "private": private}
     won = files.create(folder / "one", token)
     with open(folder / "lock", "r+") as file:
         return {"seen_s": seen_s, "type": kind, "won": won, "lock": lock(file)}

@@ -290,6 +290,9 @@ def folder(found: Mapping[str, Any], run_dir: str) -> Iterator[Finding]:
         return
     looks: Mapping[str, Mapping[str, Any]] = found["looks"]
     first, *_ = looks
+    if any(look.get("private") for look in looks.values()):
+        yield from private(looks, run_dir)
+        return
     seen = {host: look for host, look in looks.items() if look.get("seen_s") is not None}
     for host, look in looks.items():
         if "problem" in look:
@@ -299,7 +302,12 @@ def folder(found: Mapping[str, Any], run_dir: str) -> Iterator[Finding]:
             kind = look["type"] + (", of that machine alone" if look["type"] in LOCAL else "")
             text = f"{run_dir} is not the folder of {first}: a file just written there is not seen ({kind})"
             yield Finding(
-                BAD, host, "run_dir", text, f"name a folder that all machines share: run_dir=...; ssh {host} df"
+                BAD,
+                host,
+                "run_dir",
+                text,
+                f"name a folder that all machines share: run_dir=...; ssh {host} df. If there is none: "
+                f"`python launch/hosts.py private HOSTFILE run_dir={run_dir}`",
             )
         elif look["seen_s"] > SEEN_S:
             text = f"sees a new file after {look['seen_s']:.1f} s: failures are noticed later by that"
@@ -319,6 +327,19 @@ def folder(found: Mapping[str, Any], run_dir: str) -> Iterator[Finding]:
     if len(seen) == len(looks) and len(winners) == 1:
         yield Finding(OK, "all", "run_dir", f"one folder on {_count(len(looks), 'machine')} ({kinds})")
     yield locks(seen, kinds)
+
+
+def private(looks: Mapping[str, Mapping[str, Any]], run_dir: str) -> Iterator[Finding]:
+    """Each machine is to have a run directory of its own."""
+    lacking = [host for host, look in looks.items() if not look.get("private")]
+    for host in lacking:
+        words = looks[host].get("problem", "was not made for this machine")
+        remedy = f"python launch/hosts.py private HOSTFILE run_dir={run_dir}"
+        yield Finding(BAD, host, "run_dir", f"{run_dir} {words}, other machines have one of their own", remedy)
+    if not lacking:
+        most = len(looks) // 2 + 1
+        text = f"each of {_count(len(looks), 'machine')} has its own; {most} must live for a job to go on"
+        yield Finding(OK, "all", "run_dir", text)
 
 
 def _count(number: int, thing: str) -> str:

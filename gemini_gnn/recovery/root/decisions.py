@@ -456,7 +456,8 @@ def _tick(state: State, now: float) -> Step:
             return _close(state, state.outcome, now, at_once=True)
         case Phase.CLAIMING:
             text = (
-                f"no term could be claimed within {state.limits.wait_s:.0f} s (recovery.wait_s): does run_dir answer?"
+                f"no term could be claimed within {state.limits.wait_s:.0f} s (recovery.wait_s): does run_dir answer? Where "
+                "each machine has its own (launch/hosts.py private), more than half of them must be here"
             )
             return _close(state, failed(text, now), now, at_once=True)
         case Phase.RUNNING if state.hung is not None:

@@ -3,7 +3,8 @@
 Ownership. The root holds the job's term and its beats, the listening socket at which the other machines' workers join, and one
 connection per worker. The worker of its own machine is connected by a socket pair: one machine is a root with one worker, by
 the same code. The root owns no process, and of files ``status.json`` and ``failures.jsonl``, which the journal's thread writes.
-A thread claims terms (``claiming.py``): a file system that hangs delays the next generation, not the loop.
+A thread claims terms (``claiming.py``): a file system that hangs delays the next generation, not the loop. Where each machine
+has a run directory of its own, the machines vote first (``ballot.py``), and the root sends them what they are to keep in it.
 
 Succession. A root may be killed at any instruction, or its machine lost. The other workers lose their connection, kill their
 trainers, and look for a root; one of them becomes it (``worker/succession.py``). That one knows the machines and their seats
@@ -24,6 +25,7 @@ Why no two halves of a job ever train: see ``decisions.py``.
 
 from __future__ import annotations
 
+import secrets
 import selectors
 import socket
 import time
@@ -37,7 +39,7 @@ from gemini_gnn.observe.failures import add_to_result
 from gemini_gnn.recovery import messages, wire
 from gemini_gnn.recovery.board import Board, dated
 from gemini_gnn.recovery.outcome import Outcome
-from gemini_gnn.recovery.root import decisions, hangs, report
+from gemini_gnn.recovery.root import ballot, decisions, hangs, report
 from gemini_gnn.recovery.root import state as job
 from gemini_gnn.recovery.root.claiming import Claim, Won
 from gemini_gnn.recovery.root.copies import Copies
@@ -48,6 +50,9 @@ from gemini_gnn.recovery.root.restoring import Storage
 from gemini_gnn.recovery.worker.journal import Journal
 
 LEAVE_S = 10.0  # from the outcome to the end of the last other worker
+ALONE_SILENCES = (
+    2.0  # after so many times `silence_s` without a majority a root that cannot go on looks for another one
+)
 STRANGERS = 64  # connections at once that have not joined
 DONE_S = 1.0  # for the last word in status.json
 PERSIST_S = 20.0  # for the last snapshot to get to storage; a launcher gives its slot processes 30 s
@@ -91,6 +96,7 @@ class Root:
         start: names this start of the job, over all its roots.
         beats: of the term; None before it is claimed.
         links: connections to workers, joined or not.
+        voters: the disks whose majority grants terms, where machines share no run directory; else empty.
         finished: every other worker has been told the outcome, or cannot be.
         resigned: another root has the job.
     """
@@ -117,9 +123,11 @@ class Root:
         selector: selectors.BaseSelector,
         now: float,
         members: Sequence[messages.Member] = (),
+        voters: Sequence[str] = (),
     ):
         """
         Args:
+            voters: as the attribute.
             members: as the last root knew them.
             launched: world size and local world size of the launch, standbys included.
             record: of this process, kept with the terms that it claims.
@@ -129,7 +137,12 @@ class Root:
         self.settings, self.resume, self.launched, self.record = settings, resume, launched, record
         self.address, self.token = address, token
         self.listener, self.ledger, self.journal, self.selector = listener, ledger, journal, selector
-        self.faults = faults
+        self.faults, self.voters = faults, frozenset(voters)
+        self._disks: dict[int, str] = {}  # by machine, of those that have joined
+        self._claimer = secrets.token_hex(8)  # names this root where machines vote
+        self._ballot: tuple[ballot.Ballot, dict[str, Any]] | None = None  # under way, for the term of this record
+        self._number = 0  # the last that was asked for
+        self._alone_s = now  # when a majority of the voters was here last, or none was needed
         self.copies = Copies(
             snapshot, len(state.seats), state.local, self._send, self._say, journal, now, term=term, storage=storage
         )
@@ -207,6 +220,7 @@ class Root:
         for problem in self.faults.look(self._boards().values(), self.state, self._agents()):
             self._act(job.Say(problem), now)
         self._look_at_claim(now)
+        self._look_for_majority(now)
         if self.resigned:
             return
         for machine in self._probes.look(now):
@@ -215,6 +229,12 @@ class Root:
         self._see(job.Tick(), now)
         if self.state.phase is job.Phase.WAITING and not self._said_waits and now - self._phase_s >= WAITS_S:
             self._say_waits(now)
+        if self._ballot is not None and not self._said_waits and now - self._phase_s >= WAITS_S:
+            self._said_waits = True
+            granted, voters = len(self._ballot[0].granted), len(self.voters)
+            self._say(
+                f"waiting for more machines: {granted} of {voters} have voted for a new term, {voters // 2 + 1} must"
+            )
         self.copies.answer_visitors(now)
         if now - self._beaten_s >= self.settings.heartbeat_s:
             self._beat(now)
@@ -328,6 +348,8 @@ class Root:
                 if number == self._asked and port > 0:
                     self._bound = number, port
                     self._look_at_plan(now)
+            case messages.Voted():
+                self._voted(link.machine, message, now)
             case messages.Damaged(_, _, text):
                 self._see(job.Damaged(link.machine, text), now)
             case messages.Beat():
@@ -350,6 +372,9 @@ class Root:
         self.copies.peers[number] = messages.Peer(join.name, address, join.port)
         self.copies.joined(number)
         self.members[number] = messages.Member(join.name, address, join.root_port)
+        self._disks[number] = join.disk
+        if self.voters and self.state.phase is job.Phase.FORMING and join.newest >= self.term:
+            self._begin_above(join.newest)
         self.journal.log("worker_joined", machine=number, name=join.name, pid=join.pid)
         welcome = messages.Welcome(self.term, self.settings.heartbeat_s, self.settings.silence_s, number, self.start)
         link.channel.send(welcome)
@@ -384,6 +409,12 @@ class Root:
         world, local = self.launched
         if join.start not in ("", self.start):
             return f"another start of this job has run_dir; {join.name} belongs to the last one, which is over"
+        if bool(join.disk) != bool(self.voters):
+            one, other = (join.name, "the root's machine") if join.disk else ("the root's machine", join.name)
+            return (
+                f"{one} has a run directory of its own, {other} has not: `python launch/hosts.py private HOSTFILE "
+                "run_dir=...` makes one on each, or name a folder that all share"
+            )
         same_launch = join.world_size == world or join.machine < 0 or number >= world // local
         if join.local_world_size == local and same_launch and number <= len(self.state.machines):
             return ""
@@ -398,9 +429,11 @@ class Root:
         if len(self.state.machines) == 1 or not self.state.claimed:
             return
         nobody = messages.Member("", "", 0)
-        members = [self.members.get(number, nobody) for number in range(len(self.state.machines))]
         state = self.state
-        self._tell(messages.Roster(self.term, members, list(state.trained), state.root, state.generation))
+        members = [self.members.get(number, nobody) for number in range(len(state.machines))]
+        settled = self.voters and self.beats is not None and state.phase is not job.Phase.FORMING
+        record = {"term": self.term} | self._record() if settled else {}
+        self._tell(messages.Roster(self.term, members, list(state.trained), state.root, state.generation, record))
 
     # --- what the root does -------------------------------------------------------------------------------------------
 
@@ -552,23 +585,81 @@ class Root:
                 self._take(result.won, now)
             elif result.holder.get("start", self.start) != self.start:
                 self._see(job.StopAsked("another start took run_dir", 2, force=True), now)
-            if result.won is None or self._claim_again is None:
-                self._see(job.Claimed(result.won is not None), now)
-                if result.won is None and self.state.outcome is None:
-                    self._resign("another root agent has the next term", result.holder)
+            if result.won is None:
+                self._outdone(result.holder, now)
+            elif self._claim_again is None:
+                self._see(job.Claimed(True), now)
+        if self._ballot is not None and self.state.phase is not job.Phase.CLAIMING:
+            self._ballot = None  # it is about other machines than are here now
         if self._claim is None and self._claim_again is not None and not self.resigned:
             witness, self._claim_again = self._claim_again, None
-            members = [self.members.get(number) for number in range(len(self.state.machines))]
-            record = self.record | {
-                "seats": list(self.state.seats),
-                "names": [one.name if one else "" for one in members],
-                "address": self.address,
-                "port": self.listener.getsockname()[1] if self.listener else 0,
-                "root": self.state.root,
-                "start": self.start,
-            }
-            fence_s = FENCE_SILENCES * self.settings.silence_s
-            self._claim = Claim(self.journal.run_dir, self.term, record, witness, self.beats, fence_s)
+            if not self.voters:
+                self._claim_term(self.term, self._record(), witness)
+            elif witness:
+                claim = ballot.begin(self._claimer, self.term, self._number + 1, self.voters)
+                self._ask_for_votes(claim, self._record())
+            else:
+                self._ballot = None
+                self._say("no machine that trained last is here: waiting for one")
+
+    def _outdone(self, holder: dict[str, Any], now: float) -> None:
+        """Another root has the next term."""
+        self._see(job.Claimed(False), now)
+        if self.state.outcome is None:
+            self._resign("another root agent has the next term", holder)
+
+    def _record(self) -> dict[str, Any]:
+        """Of this root and these seats, kept with the term that it claims."""
+        members = [self.members.get(number) for number in range(len(self.state.machines))]
+        record = self.record | {
+            "seats": list(self.state.seats),
+            "names": [one.name if one else "" for one in members],
+            "address": self.address,
+            "port": self.listener.getsockname()[1] if self.listener else 0,
+            "root": self.state.root,
+            "start": self.start,
+        }
+        if self.voters:
+            trains = [self._disks.get(number, "") for number in self.state.seats]
+            record |= {"claimer": self._claimer, "voters": sorted(self.voters), "trains": trains}
+        return record
+
+    def _claim_term(self, before: int, record: dict[str, Any], witness: bool) -> None:
+        """Claim the term after ``before``."""
+        fence_s = FENCE_SILENCES * self.settings.silence_s
+        self._claim = Claim(self.journal.run_dir, before, record, witness, self.beats, fence_s)
+
+    def _begin_above(self, newest: int) -> None:
+        """Before the first generation: a machine knows ``newest`` of an earlier start. This folder is no other process's."""
+        before, record = self.beats, self._record()
+        terms.succeed(self.journal.run_dir, newest, record, self._claimer)
+        self.term = self.copies.term = self.journal.term = self.ledger.term = newest + 1
+        self.beats = terms.Beats(self.journal.run_dir, self.term)
+        if before is not None:
+            before.stop(0.0)
+
+    # --- votes, where machines share no run directory ------------------------------------------------------------------
+
+    def _ask_for_votes(self, claim: ballot.Ballot, record: dict[str, Any]) -> None:
+        self._ballot, self._number = (claim, record), claim.number
+        self._tell(messages.Vote(claim.number, claim.known, record))
+
+    def _voted(self, machine: int, voted: messages.Voted, now: float) -> None:
+        if self._ballot is None or voted.claimer != self._claimer:
+            return
+        (claim, record), self._ballot = self._ballot, None
+        if voted.won.get("term", 0) > self.term:
+            self._outdone(voted.won, now)
+            return
+        seen = ballot.answered(claim, self._disks[machine], voted.number, voted.granted, voted.newest, voted.votes)
+        joined = {self._disks[link.machine] for link in self.links if link.machine is not None}
+        if seen.number != claim.number:
+            self._ask_for_votes(seen, record)
+        elif ballot.is_won(seen, joined):
+            self.journal.log("votes", number=seen.number, granted=len(seen.granted), voters=len(seen.voters))
+            self._claim_term(seen.number - 1, record, True)
+        else:
+            self._ballot = seen, record
 
     def _take(self, won: Won, now: float) -> None:
         """The next term is ours."""
@@ -585,6 +676,25 @@ class Root:
             news = f"{here} has the root agent now, and restarts all {self.state.world} trainers"
             for text in [f"{cause.text}; {news}" if cause else news, *self._unsaid]:
                 self._say(text)
+
+    @property
+    def may_be_left(self) -> bool:
+        """No claim is under way that may be won by now. A ballot without an end is lost with this root."""
+        return self.state.phase is not job.Phase.CLAIMING or (bool(self.voters) and self._claim is None)
+
+    def _look_for_majority(self, now: float) -> None:
+        """Where machines share no run directory, a root that cannot go on while others may have a majority hears nothing of
+        theirs. It resigns: its machines look for a root, and it may become one again."""
+        if not self.voters:
+            return
+        phases = (job.Phase.WAITING, job.Phase.RECOVERING, job.Phase.PLANNING, job.Phase.CLAIMING)
+        joined = {self._disks[link.machine] for link in self.links if link.machine is not None}
+        others = 2 * len(self.voters - joined) > len(self.voters)
+        alone = others and self.state.phase in phases and self.state.outcome is None
+        if not alone or self.beats is None or self._claim is not None:
+            self._alone_s = now
+        elif now - self._alone_s > ALONE_SILENCES * self.settings.silence_s:
+            self._resign(f"only {len(joined & self.voters)} of {len(self.voters)} machines are here", {})
 
     @property
     def _lost_term(self) -> bool:
@@ -628,12 +738,19 @@ class Root:
         reached = self.state.reached
         kept = self.ledger.failed(cause, machine, before.generation, reached, failed_s, seen_s, now, time.time())
         if kept is not None:
-            self.journal.failure(kept)
+            self._keep(kept)
+
+    def _keep(self, failure: dict[str, Any]) -> None:
+        """On every disk, where machines share none."""
+        self.journal.failure(failure)
+        if self.voters:
+            own = self.state.root
+            self._tell(messages.News(failure=failure), lambda link: link.machine != own)
 
     def _account(self, outcome: Outcome, now: float) -> None:
         """The job has ended: what its failures cost goes into its result."""
         if (kept := self.ledger.end(now)) is not None:
-            self.journal.failure(kept)
+            self._keep(kept)
         if outcome.kind == "done":
             failures = list(self.ledger.failures)
             self.journal.writer.submit(add_to_result, self.journal.run_dir, failures, self.ledger.totals(now))
@@ -655,7 +772,7 @@ class Root:
         """Some machine has beaten. A hang is looked for once all have: an old board stands still by itself."""
         boards = self._boards()
         if (kept := self.ledger.look(boards, self.state.world, now)) is not None:
-            self.journal.failure(kept)
+            self._keep(kept)
         total_steps = max((board.total_steps for board in boards.values()), default=0)
         if total_steps != self._total_steps:
             self._total_steps = total_steps
@@ -680,8 +797,13 @@ class Root:
     def _report(self, now: float) -> None:
         """Write status.json."""
         self._reported_s = now
-        if self._ended_s is None:
-            self.journal.status(**self.status(now))
+        if self._ended_s is not None:
+            return
+        status = self.status(now)
+        self.journal.status(**status)
+        if self.voters and self.beats is not None:
+            own, here = self.state.root, {"time": time.time(), "machine": self.journal.machine, "term": self.term}
+            self._tell(messages.News(status=here | status), lambda link: link.machine != own)
 
     def status(self, now: float) -> dict[str, Any]:
         """The job now, in the fields of ``observe.status``. After the end, as it was then."""

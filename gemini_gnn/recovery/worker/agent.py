@@ -36,6 +36,7 @@ from typing import Any
 
 from gemini_gnn.cluster.place import Place, check_master, check_place, launcher_variables
 from gemini_gnn.errors import ConfigError, GeminiError
+from gemini_gnn.observe import terms, votes
 from gemini_gnn.recovery import board, home, messages, processes
 from gemini_gnn.recovery.outcome import Failure, Outcome, failed
 from gemini_gnn.recovery.worker import beginning, decisions, harm, out_of_memory
@@ -252,7 +253,16 @@ class Agent:
             start=self.allegiance.start,
             generation=self.state.generation,
             reached=self.allegiance.reached,
+            disk=self.allegiance.private.disk if self.allegiance.private else "",
+            newest=self.allegiance.newest,
         )
+
+    def _vote(self, asked: messages.Vote) -> None:
+        """In the loop: a machine whose own disk hangs is to fall silent."""
+        try:
+            self._tell(self.allegiance.vote(asked))
+        except OSError as error:
+            self._say(f"{self.machine} cannot vote: {self.run_dir}: {error.strerror}")
 
     def _bind(self, number: int) -> None:
         """The store listens before any trainer is forked: a client that came first would lose half a second."""
@@ -300,6 +310,8 @@ class Agent:
             ):
                 assert self.copies is not None
                 self.copies.obey(message, self.board, now)
+            case messages.Vote():
+                self._vote(message)
             case messages.Finish(outcome, away):
                 self.outcome, self.away, self.told = outcome, away, True
 
@@ -474,6 +486,8 @@ class Agent:
         """
         place = request.place
         check_master(place)
+        if votes.private(self.run_dir) is not None and not request.snapshot.folder:  # each disk would have a part of it
+            request = replace(request, snapshot=replace(request.snapshot, persist_every="never"))
         done = self.allegiance.begin(request, self._say)
         spare = {self.children.warm.pid} if self.children.warm is not None else set[int]()
         stuck = beginning.kill_leftovers(self.arena, self.journal, self.limits.reap_s, spare)
@@ -589,6 +603,8 @@ class Agent:
         root = self.allegiance.root
         if root is not None:
             status = root.status(time.monotonic())
+        elif self.allegiance.private is not None and self.told:  # nobody else writes into this run directory
+            status, self.journal.speaks_for_job = dict(self.journal.mirrored), True
         visitors, beats = self.allegiance.close()
         self.visitors += visitors
         self.listener.close()
@@ -606,6 +622,8 @@ class Agent:
         self.journal.log(
             "ended", outcome=outcome.kind, code=outcome.code, reason=outcome.reason, dropped_bytes=dropped[1]
         )
+        if self.allegiance.private is not None and root is None and self.journal.mirrored:
+            self.journal.writer.submit(terms.leave_term, self.run_dir, self.journal.mirrored["term"])
         self.journal.close(JOURNAL_S)
         if beats is not None:
             beats.stop()  # from here on another agent may write into the run directory

@@ -28,12 +28,11 @@ from pathlib import Path
 
 from gemini_gnn.errors import ClusterError, RunDirError
 from gemini_gnn.files import write_atomically
-from gemini_gnn.observe import terms
+from gemini_gnn.observe import terms, votes
 from gemini_gnn.observe.status import read_status
 from gemini_gnn.recovery import home, messages, wire
 from gemini_gnn.recovery.outcome import Outcome, failed
 from gemini_gnn.recovery.root.service import Root
-from gemini_gnn.recovery.root.state import Phase
 from gemini_gnn.recovery.worker import beginning
 from gemini_gnn.recovery.worker.copies import address_towards, everywhere
 from gemini_gnn.recovery.worker.journal import Journal
@@ -51,6 +50,7 @@ class Allegiance:
         scout: looks for another root while the one here has no term.
         reached: the newest step that the trainers here were in.
         outcome: once the job is over for this machine without a word of the root.
+        private: of this machine's run directory, if it shares none. newest: the highest term known there before this start.
     """
 
     def __init__(self, run_dir: Path, arena: Path, journal: Journal, selector: selectors.BaseSelector):
@@ -60,6 +60,8 @@ class Allegiance:
         self.scout: Uplink | None = None
         self.reached = 0
         self.outcome: Outcome | None = None
+        self.private: votes.Private | None = None
+        self.newest = 0
         self._run_dir, self._arena, self._journal, self._selector = run_dir, arena, journal, selector
         self._start = ""  # names the start of the job
         self._beats: terms.Beats | None = None  # of the term that was claimed before the root was made
@@ -83,6 +85,8 @@ class Allegiance:
         several, first = place.machines > 1, place.rank < place.local_world_size
         self.number = -1 if request.joins else place.rank // place.local_world_size
         self.token = self._read_token() if several else b""
+        self.private = votes.private(self._run_dir) if several else None
+        self.newest = votes.newest(self._run_dir) if self.private and self._beats is None else self.newest
         self._listen(request)
         if several and (not first or request.deaths > 0) and not self._was_done(request):
             return False
@@ -100,6 +104,7 @@ class Allegiance:
             self._listener,
             self._journal,
             self._selector,
+            self.private,
         )
         return self._beats is None
 
@@ -180,10 +185,11 @@ class Allegiance:
                 return Route(first, math.inf), term
             self.number = own[0]
         if root == self.number:
-            return route(members, self.number, None, now), term
+            return route(members, self.number, None, now, self.private is not None), term
         if "port" in record:
             first = Target(str(record["address"]), int(record["port"]))
-        return route(members, self.number, first, now + request.recovery.return_s), term
+        until_s = now + request.recovery.return_s
+        return route(members, self.number, first, until_s, self.private is not None), term
 
     # --- the root -----------------------------------------------------------------------------------------------------
 
@@ -212,6 +218,18 @@ class Allegiance:
     def tell(self, message: messages.Message) -> None:
         if self.uplink is not None:
             self.uplink.tell(message)
+
+    def vote(self, asked: messages.Vote) -> messages.Voted:
+        """The answer is on the disk of this machine before it is given. If the disk does not take it, there is none.
+
+        Raises:
+            OSError: of the disk.
+        """
+        record, start = asked.record, str(asked.record["start"])
+        granted, earlier = votes.grant(self._run_dir, asked.number, asked.known, record)
+        won = votes.won(self._run_dir, asked.known, start)
+        self._journal.log("vote", number=asked.number, granted=granted, claimer=record["claimer"])
+        return messages.Voted(record["claimer"], asked.number, granted, votes.newest(self._run_dir), won, earlier)
 
     def ask_to_stop(self, message: messages.Stop) -> None:
         """Ask this root to end the job, and each that follows: this one may lose its term before it has done so."""
@@ -261,6 +279,10 @@ class Allegiance:
         if isinstance(message, messages.Roster):  # of a root with a term
             self._roster, self._lost = message, None
             self.uplink.term = max(self.uplink.term, message.term)
+            if message.record:
+                self._journal.learn(message.record)
+        elif isinstance(message, messages.News):
+            self._journal.mirror(message.status, message.failure)
         elif isinstance(message, messages.Begin):
             self.uplink.term = self._journal.term = message.term
 
@@ -281,7 +303,7 @@ class Allegiance:
             return []
         if self.root.state.claimed:  # this agent is root now
             self._end_scout()
-        elif self.root.state.phase is not Phase.CLAIMING:
+        elif self.root.may_be_left:
             found = self.scout.look(join, now)
             if self.scout.welcome is not None:
                 self._leave_root()
@@ -303,7 +325,7 @@ class Allegiance:
         resigned = lost.moved is not None and not lost.moved.port  # and where the other one answers is not known
         until_s = now if lost.silent or resigned else now + self._request.recovery.return_s
         root = lost.moved if lost.moved is not None and lost.moved.port else before.target
-        path = route(members, self.number, root, until_s)
+        path = route(members, self.number, root, until_s, self.private is not None)
         self.uplink = Uplink(self._request, self.token, path, self._journal, self._selector, now, before.term)
         if lost.moved is None or self._lost is None:  # else only one that could not take over
             self._lost = lost

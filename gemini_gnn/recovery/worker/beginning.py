@@ -18,7 +18,7 @@ from typing import Any
 from gemini_gnn.config import seats_of
 from gemini_gnn.errors import RunDirError
 from gemini_gnn.files import local_file_system
-from gemini_gnn.observe import terms
+from gemini_gnn.observe import terms, votes
 from gemini_gnn.observe.failures import read_failures
 from gemini_gnn.observe.status import ENDED, read_status
 from gemini_gnn.recovery import home, messages, processes
@@ -61,11 +61,20 @@ def take_run_dir(
         return None
     claim = record_of(arena, request) | {"start": start}
     if place.machines > 1:
-        if kind := local_file_system(run_dir, Path("/proc/self/mountinfo").read_text()):
+        private = votes.private(run_dir)
+        if private is not None:
+            voters = len(private.voters)
+            say(
+                f"each machine has a run directory of its own: while {voters // 2 + 1} of {voters} live, the job survives the "
+                "others; results are on every machine that trains, checkpoints on none (or give snapshot.folder)"
+            )
+            claim |= {"voters": list(private.voters)}
+        elif kind := local_file_system(run_dir, Path("/proc/self/mountinfo").read_text()):
             here = os.uname().nodename
             say(
                 f"run_dir is on {kind} of {here}: if {here} is lost, so are losses and checkpoints, and the job cannot go on. "
-                "Give a run_dir=... on a file system that all machines share"
+                "Give a run_dir=... on a file system that all machines share, or make one on each: `python "
+                "launch/hosts.py private HOSTFILE run_dir=...`"
             )
         claim |= {"address": place.master_addr, "port": place.master_port, "root": 0}
         claim |= {"seats": list(range(seats_of(request.recovery, request.place.machines)))}
@@ -98,10 +107,12 @@ def make_root(
     listener: socket.socket | None,
     journal: Journal,
     selector: selectors.BaseSelector,
+    private: votes.Private | None,
 ) -> Root:
     """The first root agent of a start, with the term that the journal names.
 
     Args:
+        private: of this machine's run directory, if it shares none.
         beats: of that term; None: the work is done, and the root only tells the other machines so.
 
     Raises:
@@ -132,6 +143,7 @@ def make_root(
         storage=_storage(run_dir, request),
         selector=selector,
         now=now,
+        voters=private.voters if private else (),
     )
     if beats is not None:
         journal.status(**root.status(now))
@@ -196,6 +208,7 @@ def succeed_root(
         selector=selector,
         now=now,
         members=roster.members,
+        voters=roster.record.get("voters", ()),
     )
 
 
@@ -222,7 +235,7 @@ def roster_of(run_dir: Path, request: messages.Register) -> tuple[messages.Roste
     ]
     nobody = messages.Member("", "", 0)
     members += [nobody] * (request.place.machines - len(members))
-    return messages.Roster(record.get("term", 0), members, seats, record.get("root", 0), request.deaths), record
+    return messages.Roster(record.get("term", 0), members, seats, record.get("root", 0), request.deaths, record), record
 
 
 def newest_roster(roster: messages.Roster, record: dict[str, Any]) -> messages.Roster:
@@ -233,7 +246,12 @@ def newest_roster(roster: messages.Roster, record: dict[str, Any]) -> messages.R
     names, unknown = record.get("names", []), messages.Member("", "", 0)
     added = [replace(unknown, name=name) for name in names[len(roster.members) :]]
     return replace(
-        roster, term=record["term"], members=[*roster.members, *added], seats=record["seats"], root=record["root"]
+        roster,
+        term=record["term"],
+        members=[*roster.members, *added],
+        seats=record["seats"],
+        root=record["root"],
+        record=record,
     )
 
 

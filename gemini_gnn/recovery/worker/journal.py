@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from gemini_gnn.observe import terms, votes
 from gemini_gnn.observe.events import EventLog
 from gemini_gnn.observe.failures import FAILURES
 from gemini_gnn.observe.logs import ENDED
@@ -26,6 +27,7 @@ class Journal:
         speaks_for_job: rank 0 runs on this machine.
         errors: of this generation's trainers, not yet in their logs.
         writer: the thread; all that this agent writes into the run directory goes through it.
+        mirrored: the last status that a root on another machine said, where machines share no run directory.
     """
 
     def __init__(self, run_dir: Path, machine: str):
@@ -35,6 +37,7 @@ class Journal:
         self.errors: list[Failure] = []
         self.writer = Writer("journal")
         self._events = EventLog(self.writer, run_dir / "events" / f"agent-{machine}.jsonl")
+        self.mirrored: dict[str, Any] = {}
         self._newest_status = 0
         self._told = ""
 
@@ -78,6 +81,18 @@ class Journal:
             if self.writer.submit(self._write_status, self.run_dir / STATUS, number, state, fields):
                 self._newest_status = number
 
+    def learn(self, record: dict[str, Any]) -> None:
+        """Where machines share no run directory: keep the record of a term that another machine has won."""
+        self.writer.submit(votes.learn, self.run_dir, record)
+
+    def mirror(self, status: dict[str, Any], failure: dict[str, Any]) -> None:
+        """Where machines share no run directory: keep what the root on another machine says of the job."""
+        if failure:
+            self.failure(failure)
+        if status:
+            self.mirrored = status
+            self.writer.submit(_mirror, self.run_dir, status)
+
     def _write_status(self, path: Path, number: int, state: str, fields: dict[str, Any]) -> None:
         """In the writer's thread. The file is read here, not when the status was asked for: an older one may wait before it."""
         if number < self._newest_status:
@@ -103,6 +118,12 @@ class Journal:
     def close(self, deadline_s: float) -> bool:
         """Write what is left; False if that was not possible within ``deadline_s``."""
         return self.writer.close(deadline_s)
+
+
+def _mirror(run_dir: Path, status: dict[str, Any]) -> None:
+    """The status, and the beat of its term: a start on this machine sees that the job lives."""
+    write_status(run_dir, **status)
+    terms.beat(run_dir, status["term"], round(status["time"] * 10))
 
 
 def _add(path: Path, text: str) -> None:

@@ -3,7 +3,8 @@
 A machine that holds a newer term is tried first (``terms.Watch``). Then the lost root is tried alone for a while if its
 connection only broke: an agent that died has an heir. Then the machines before this one are tried: of all that are left the
 first is to become root. When each of them has been tried without an answer, this machine is that one. It goes on looking all
-the same: it may have been cut off alone. It follows any root with a term, and any candidate before it.
+the same: it may have been cut off alone. It follows any root with a term, and any candidate before it. Where machines share
+no run directory, none tells of a newer term: then it looks at the machines after it, too.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Route:
         others: the machines before this one, in order.
         tried: number of attempts at them since then, and at the others in turn.
         asked: the holder of a newer term that was tried last.
+        later: machines after this one, that are looked at, but do not keep it from becoming root.
     """
 
     root: Target | None
@@ -38,15 +40,20 @@ class Route:
     others: tuple[Target, ...] = ()
     tried: int = 0
     asked: Target | None = None
+    later: tuple[Target, ...] = ()
 
 
-def route(members: Sequence[Member], machine: int, root: Target | None, until_s: float) -> Route:
+def route(members: Sequence[Member], machine: int, root: Target | None, until_s: float, private: bool = False) -> Route:
     """
     Args:
         members: as the last root knew them, by number. machine: number of this one.
+        private: machines share no run directory.
     """
-    before = [Target(one.address, one.port) for one in members[:machine] if one.port]
-    return Route(root, until_s, tuple(one for one in before if one != root))
+    before, after = (
+        tuple(at for one in some if one.port and (at := Target(one.address, one.port)) != root)
+        for some in (members[:machine], members[machine + 1 :] if private else ())
+    )
+    return Route(root, until_s, before, later=after)
 
 
 def following(route: Route, holder: Target | None, now: float) -> tuple[Route, Target | None]:
@@ -60,6 +67,7 @@ def following(route: Route, holder: Target | None, now: float) -> tuple[Route, T
     if now < route.until_s and route.root is not None:
         return route, route.root
     targets = [*route.others, *([route.root] if route.root else []), *([holder] if holder is not None else [])]
+    targets += route.later
     target = targets[route.tried % len(targets)] if targets else None
     return replace(route, tried=route.tried + 1), target
 

@@ -33,6 +33,12 @@ def test_each_machine_before_this_one_is_tried_then_the_lost_root_in_turn():
     assert found == [TARGETS[2], TARGETS[0], TARGETS[1], TARGETS[2]] and is_next(path, 0.0)
 
 
+def test_without_a_shared_folder_the_machines_after_it_are_looked_at_and_do_not_keep_it_from_becoming_root():
+    path = route(MEMBERS, 1, TARGETS[0], 0.0, private=True)
+    assert is_next(path, 0.0)
+    assert tried(path, 3)[1] == [TARGETS[0], TARGETS[2], TARGETS[3]]
+
+
 def test_a_lost_root_that_comes_after_this_machine_is_tried_too():
     _, found = tried(route(MEMBERS, 1, TARGETS[3], 0.0), 4)
     assert found == [TARGETS[0], TARGETS[3], TARGETS[0], TARGETS[3]]
