@@ -49,13 +49,14 @@ if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
 fi
 [ "$spares" = 0 ] || settings+=("recovery.standby_machines=$spares")
 
-# each_node SECONDS COMMAND...: once on each node that is up. For a node that is down srun would wait for ever.
+# each_node SECONDS COMMAND...: once on each node that is up. For a node that is down srun would wait for ever; and without
+# --overlap for the end of the step that trained, which SLURM takes to last until it gives up such a node.
 each_node() {
     local up count
     up="$(sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --format='%N %T' |
         awk '$2 !~ /down|[*]/ { print $1 }' | sort -u | paste -sd,)"
     count="$(tr , '\n' <<< "$up" | wc -l)"
-    timeout "$1" srun --no-kill --nodelist="$up" --nodes="$count" --ntasks="$count" --ntasks-per-node=1 "${@:2}"
+    timeout "$1" srun --no-kill --overlap --nodelist="$up" --nodes="$count" --ntasks="$count" --ntasks-per-node=1 "${@:2}"
 }
 
 if [ -n "${STAGE:-}" ]; then

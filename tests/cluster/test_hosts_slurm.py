@@ -138,7 +138,6 @@ def test_a_batch_job_goes_on_where_slurm_ended_it(lab, graph, calm, tmp_path, wa
     assert nobody_trains(lab)
 
 
-@pytest.mark.long
 def test_a_node_that_loses_power_costs_a_batch_job_nothing(lab, graph, calm, tmp_path):
     """Nor does the script wait for it, when it removes the staged graph from the nodes."""
     conf = slurm_up(lab, tmp_path, ["h0", "h1", "h2"])
