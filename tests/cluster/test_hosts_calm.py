@@ -52,7 +52,7 @@ def stop_for(lab, hosts, words, seconds):
 @pytest.mark.parametrize(
     "minutes",
     [
-        pytest.param(1, marks=pytest.mark.timeout(400)),
+        pytest.param(1, marks=[pytest.mark.long, pytest.mark.timeout(400)]),
         pytest.param(30, marks=[pytest.mark.long, pytest.mark.timeout(3600)]),
     ],
 )

@@ -33,11 +33,11 @@ class OwnDisks(Run):
 
     def __init__(self, lab, settings, folder, output, hosts, standbys):
         self.folder, self.watched = folder, hosts[-1]
+        made = on(lab, "h5", "launch/hosts.py", "private", lab.hostfile(hosts), f"run_dir={folder}")
+        assert made.returncode == 0 and made.stdout.count(": made") == len(hosts), made.stdout
         super().__init__(lab, settings, output, hosts, standbys)
 
     def start(self, *settings):
-        made = on(self.lab, "h5", "launch/hosts.py", "private", self.lab.hostfile(self.hosts), f"run_dir={self.folder}")
-        assert made.returncode == 0 and made.stdout.count(": made") == len(self.hosts), made.stdout
         launcher = [*DEEPSPEED, "--hostfile", str(self.lab.hostfile(self.hosts))]
         environ, self.begun = {"PDSH_SSH_ARGS_APPEND": KEEPALIVE}, False
         settings = [*self.settings, *settings]
@@ -127,6 +127,34 @@ def test_of_a_job_cut_in_two_only_the_half_with_a_majority_goes_on(lab, small, c
     assert (lab.disk("h2", folder) / "terms").is_dir() and not (lab.disk("h2", folder) / "losses.csv").exists()
     lab.heal()
     run.stands_by("h0", "h2")
+    run.ends()
+    run.is_as(calm)
+
+
+@pytest.mark.long
+def test_a_machine_with_a_new_disk_joins_and_each_machine_knows_the_job(lab, small, calm_of, tmp_path):
+    calm = calm_of(3, "training.epochs=220")
+    folder, hosts = f"/run/{tmp_path.name}/run", ["h0", "h1", "h2"]
+    run = OwnDisks(lab, [*small, "training.epochs=220"], folder, tmp_path / "run", hosts, 0)
+    run.trains([hosts])
+    lab.power_off("h1")
+    run.until(lambda: run.status.get("state") == "waiting")
+    lab.power_on("h1")
+    made = on(lab, "h5", "launch/hosts.py", "private", lab.hostfile(hosts), f"run_dir={folder}")
+    assert "h1: made" in made.stdout and made.stdout.count("has it already") == 2, made.stdout
+    command = [sys.executable, "launch/train.py", "--join", f"run_dir={folder}"]
+    with open(tmp_path / "joined.txt", "w") as output:
+        joined = lab.popen("h1", command, cwd=ROOT, env={**os.environ, "DS_ACCELERATOR": "cpu"}, stdout=output)
+    run.trains([hosts])
+    for host in hosts:
+        said = on(lab, host, "launch/status.py", f"run_dir={folder}")
+        assert said.returncode == 0 and "running" in said.stdout, said.stdout
+    stopped = on(lab, "h1", "launch/stop.py", f"run_dir={folder}")
+    assert stopped.returncode == 0 and "has ended" in stopped.stdout, stopped.stdout
+    run.ends()
+    joined.wait(30)
+    assert {read_status(run.seen(host))["state"] for host in hosts} == {"stopped"}
+    run.start("resume=must")
     run.ends()
     run.is_as(calm)
 
